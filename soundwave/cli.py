@@ -1,0 +1,253 @@
+"""The `soundwave` command."""
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    help="Teach a text LLM to hear: train and use Soundwave (arXiv 2502.12900) on one GPU, or on a laptop.\n\n"
+    "Start with `soundwave demo`, then `soundwave ask FILE 'question'`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    add_completion=False,
+)
+console, errors = Console(), Console(stderr=True)
+DEMO_MODEL = Path("runs/demo/model")
+ModelOption = Annotated[Path, typer.Option("--model", help="Folder of a trained model.", metavar="FOLDER")]
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one line on stderr and exit status 1; the rest is a traceback."""
+    from soundwave.data.audio import AudioError
+    from soundwave.data.manifest import ManifestError
+
+    _quiet()
+    try:
+        app()
+    except (AudioError, ManifestError, FileNotFoundError, ValueError, FloatingPointError) as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        sys.exit(130)
+
+
+def _quiet() -> None:
+    """Libraries' advice about features that are not used here would bury the lines that matter."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    for name in ("transformers", "bitsandbytes", "huggingface_hub", "gguf"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the model, logs, picture and summary.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few minutes instead of twenty; shows that it runs.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the corpus, the weights and the order of the samples.")] = 0,
+) -> None:
+    """Train all three stages on synthetic speech and show the scores.
+
+    The first run fetches two small backbones (some 160 MB) and makes its own recordings; nothing else is needed.
+    """
+    from soundwave.demo import run_demo
+
+    summary = run_demo(out, quick=quick, seed=seed)
+    console.print(_summary_table(summary))
+    console.print(f"model {out / 'model'} · loss curves {out / 'losses.png'} · summary {out / 'summary.json'}")
+    console.print(f"now try: soundwave ask FILE.wav \"Is the speaker a woman or a man?\" --model {out / 'model'}")
+
+
+@app.command(context_settings={"ignore_unknown_options": False})
+def train(
+    stage: Annotated[int, typer.Argument(help="1 alignment, 2 shrinking, 3 instruction tuning.", min=1, max=3)],
+    settings: Annotated[list[str] | None, typer.Argument(help="`key=value` …, over the file's.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the settings that would be used, and stop.")] = False,
+) -> None:
+    """Train one stage on your own recordings.
+
+    Settings not given are the paper's. `train` (manifests) and `out` (a folder) are needed; stages 2 and 3 go on from
+    `model`, the folder that the stage before printed.
+
+    Example: `soundwave train 1 train=data/train.jsonl out=runs/mine/1 steps=300 batch_size=16 learning_rate=1e-3`
+    """
+    from soundwave.training.stages import load_config, train_stage
+
+    values = load_config(stage, config, settings)
+    if show:
+        from soundwave.training.stages import StageConfig
+
+        table = Table("setting", "value", "meaning", box=None)
+        for name, value in values.model_dump(mode="json").items():
+            table.add_row(name, escape(str(value)), StageConfig.model_fields[name].description or "")
+        console.print(table)
+        return
+    folder, log, seconds = train_stage(values)
+    last = {name: log[-1][name] for name in ("ctc_loss", "lm_loss", "blank_share", "compression") if name in log[-1]}
+    console.print(f"stage {stage}: {values.steps} steps in {seconds:.0f} s · {last} · model {folder}", soft_wrap=True)
+
+
+@app.command()
+def transcribe(
+    files: Annotated[list[Path], typer.Argument(help="WAV, FLAC, Ogg or MP3.", metavar="FILE…")],
+    model: ModelOption = DEMO_MODEL,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: file, seconds, text.")] = False,
+) -> None:
+    """Write down what is said in recordings.
+
+    A recording over 30 s is read in pieces cut at its quietest places. A model that has only seen stage 1 is read by CTC.
+    """
+    from soundwave.data.audio import load_audio, windows
+    from soundwave.data.collate import TRANSCRIBE_PROMPT
+    from soundwave.demo import load_model
+    from soundwave.evaluation import answer, read_ctc
+
+    loaded = [(file, load_audio(file)) for file in files]
+    network, processor = load_model(_model_folder(model))
+    for file, audio in loaded:
+        texts = []
+        for piece in windows(audio):
+            clip = processor.features(piece)
+            if network.config.stage == 1:
+                texts += read_ctc(network, processor, [clip])[0]
+            else:
+                texts += answer(network, processor, [TRANSCRIBE_PROMPT], [clip], max_new_tokens=256)
+        text = " ".join(filter(None, texts))
+        if as_json:
+            row = {"file": str(file), "seconds": round(len(audio) / 16_000, 3), "text": text}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print(f"{file}: {text}" if len(files) > 1 else text)
+
+
+@app.command()
+def ask(
+    file: Annotated[Path, typer.Argument(help="WAV, FLAC, Ogg or MP3.")],
+    question: Annotated[str, typer.Argument(help="What you want to know about the recording.")],
+    model: ModelOption = DEMO_MODEL,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+) -> None:
+    """Ask a question about a recording; of a long one the first 30 s are heard."""
+    from soundwave.data.audio import load_audio, windows
+    from soundwave.demo import load_model
+    from soundwave.evaluation import answer
+
+    pieces = windows(load_audio(file))
+    network, processor = load_model(_model_folder(model))
+    if network.config.stage == 1:
+        raise ValueError(f"{model} has seen stage 1 only and cannot answer; train stage 2, or use soundwave transcribe")
+    if len(pieces) > 1:
+        errors.print(f"{escape(str(file))}: only the first {len(pieces[0]) / 16_000:.0f} s are heard", highlight=False)
+    clip = processor.features(pieces[0])
+    print(answer(network, processor, [question], [clip], max_new_tokens=max_new_tokens)[0])
+
+
+@app.command()
+def evaluate(
+    manifest: Annotated[Path, typer.Argument(help="JSON lines with audio_filepath, text, and for other tasks answers.")],
+    model: ModelOption = DEMO_MODEL,
+    ctc: Annotated[bool, typer.Option("--ctc", help="Score the CTC reading instead of the LLM's answers.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 16,
+    answers: Annotated[Path | None, typer.Option(help="Write every answer here, as JSON lines.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    allow_outside: Annotated[bool, typer.Option("--allow-outside", help="Audio may lie outside the folder.")] = False,
+) -> None:
+    """Score a model on a manifest: word error rate, and for other tasks the share of right answers."""
+    from soundwave import evaluation
+    from soundwave.data.manifest import read_manifest
+    from soundwave.demo import load_model
+
+    samples = read_manifest(manifest, allow_outside=allow_outside)
+    network, processor = load_model(_model_folder(model))
+    score = evaluation.evaluate_ctc if ctc or network.config.stage == 1 else evaluation.evaluate
+    report = score(network, processor, samples, batch_size=batch_size)
+    if answers is not None:
+        rows = [dict(zip(("sample", "task", "reference", "answer"), row, strict=True)) for row in report.answers]
+        answers.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    if as_json:
+        print(json.dumps({name: value for name, value in vars(report).items() if name != "answers"}))
+        return
+    table = Table("task", "samples", "score", box=None)
+    for task, count in report.samples.items():
+        value = f"WER {report.wer:.1%}" if task == "transcribe" else f"accuracy {report.accuracy[task]:.1%}"
+        table.add_row(task, str(count), value)
+    console.print(table)
+    if report.blank_share is not None:
+        console.print(
+            f"blank share {report.blank_share:.2f} · kept per label {report.kept_per_label:.2f} "
+            f"· compression {report.compression:.1f} x"
+        )
+
+
+@app.command()
+def splice(
+    index: Annotated[Path, typer.Argument(help="index.jsonl of single words: audio_filepath, text, speaker, split.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the audio and the manifest.")],
+    split: Annotated[str, typer.Option(help="Which clips to use.")] = "train",
+    count: Annotated[int, typer.Option(min=1, help="How many strings.")] = 1000,
+    max_words: Annotated[int, typer.Option(min=1, help="Longest string.")] = 8,
+    without: Annotated[list[str] | None, typer.Option("--without-speaker", help="Leave a speaker out.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only-speaker", help="Use this speaker (may repeat).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the strings and their gaps.")] = 0,
+) -> None:
+    """Splice recordings of single words into strings, as data for training or testing."""
+    from soundwave.data.splicing import splice_strings
+
+    manifest = splice_strings(
+        index,
+        out,
+        split=split,
+        count=count,
+        max_words=max_words,
+        seed=seed,
+        exclude_speakers=tuple(without or ()),
+        only_speakers=tuple(only or ()),
+    )
+    console.print(f"{count} strings · manifest {manifest}", soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed, and which device, dtype, implementation and attention will run, and why."""
+    from soundwave.doctor import findings
+
+    table = Table("what", "runs", "why", box=None)
+    for row in findings():
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _model_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        hint = "train one with `soundwave demo`" if folder == DEMO_MODEL else "give the folder that training printed"
+        raise FileNotFoundError(f"{folder} holds no model; {hint}, or name another with --model")
+    return folder
+
+
+def _summary_table(summary: dict) -> Table:
+    def percent(value: float) -> str:
+        return f"{value:.1%}"
+
+    one, three, seconds = summary["stage1"], summary["stage3"], summary["seconds"]
+    table = Table("", "score", "samples", title=f"Soundwave demo · {seconds['total'] / 60:.1f} minutes", box=None)
+    samples = summary["samples"]
+    table.add_row("I   CTC word error rate", percent(one["wer"]), "")
+    table.add_row("I   blank share · kept per label", f"{one['blank_share']:.2f} · {one['kept_per_label']:.2f}", "")
+    table.add_row("II  word error rate", percent(summary["stage2"]["wer"]), "")
+    table.add_row("III word error rate", percent(three["wer"]), str(samples["transcribe"]))
+    unseen = str(samples["transcribe_unseen_voices"])
+    table.add_row("III word error rate, unseen voices", percent(three["wer_unseen_voices"]), unseen)
+    for task, value in three["accuracy"].items():
+        table.add_row(f"III {task}", percent(value), str(samples[task]))
+    table.add_row("seconds I · II · III", " · ".join(f"{seconds[f'stage{i}']:.0f}" for i in (1, 2, 3)), "")
+    return table

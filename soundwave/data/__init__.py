@@ -1,0 +1,1 @@
+"""Speech data: manifests and audio files in, samples and batches out."""

@@ -1,0 +1,151 @@
+"""Audio files to mono float32 arrays, and long recordings to windows. soundfile decodes, soxr resamples."""
+
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLING_RATE = 16_000  # Whisper's
+RATES = (1_000, 1_000_000)  # Hz; others come from damaged headers, and would blow memory up
+ROUNDING = 0.05  # s; manifests often give durations with one decimal
+BLOCK = 1 << 22  # frames a read; headers may promise 2**63
+FRAME = 0.02  # s; a frame of `windows`
+SEARCH = 5.0  # s; how far before the limit `windows` looks for a pause
+CONVERT = "get a whole copy, or convert it: ffmpeg -i FILE FILE.wav"
+
+
+class AudioError(ValueError):
+    """An audio file that cannot be used. One line: file, what was found, how to mend it."""
+
+
+def load_audio(
+    path: str | Path,
+    *,
+    sampling_rate: int = SAMPLING_RATE,
+    offset: float = 0.0,
+    duration: float | None = None,
+) -> np.ndarray:
+    """Read a WAV, FLAC, Ogg or MP3 file -> float32 [samples] at `sampling_rate` Hz, mono, full scale ±1.
+
+    offset, duration [s]: read that part only; duration None reads to the end, another may pass it by 0.05 s.
+    Channels are averaged.
+
+    Raises AudioError: the file is missing, a folder, empty, not audio, truncated or damaged, holds NaN or
+    infinite samples, or ends before offset + duration. (An Ogg file cut short is a whole, shorter file.)
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise AudioError(f"{path}: is not a file; name an audio file")
+        if status.st_size == 0:
+            raise AudioError(f"{path}: is empty; record it again")
+        if Path(path).suffix.lower() == ".raw":  # soundfile would want to be told its rate and format
+            raise AudioError(f"{path}: is raw samples without a header; convert it to WAV")
+        with open(path, "rb") as handle, soundfile.SoundFile(handle) as file:
+            rate = file.samplerate
+            audio = _read_part(file, handle, offset, duration)
+    except FileNotFoundError:
+        raise AudioError(f"{path}: does not exist; name an audio file") from None
+    except OSError as error:
+        raise AudioError(f"{path}: cannot be opened ({error.strerror}); name a readable audio file") from None
+    except soundfile.LibsndfileError as error:
+        reason = error.error_string.rstrip(".") or "damaged"
+        raise AudioError(f"{path}: cannot be decoded ({reason}); {CONVERT}") from None
+    except _Fault as fault:
+        raise AudioError(f"{path}: {fault}") from None
+    if not np.isfinite(audio).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples; export it again")
+    audio = audio.mean(axis=1)
+    if rate != sampling_rate:
+        audio = soxr.resample(audio, rate, sampling_rate)
+    if len(audio) == 0:
+        raise AudioError(f"{path}: holds no samples; record it again")
+    return audio
+
+
+class _Fault(Exception):
+    """Fault and mend, without the file's name."""
+
+
+def _read_part(
+    file: soundfile.SoundFile, handle: BinaryIO, offset: float, duration: float | None
+) -> np.ndarray:
+    """-> float32 [frames, channels]"""
+    if not 0 <= offset < math.inf:
+        raise _Fault(f"offset = {offset:g}; give seconds from 0 up")
+    if duration is not None and not 0 < duration < math.inf:
+        raise _Fault(f"duration = {duration:g}; give seconds above 0, or None")
+    rate = file.samplerate
+    if not RATES[0] <= rate <= RATES[1]:
+        raise _Fault(f"its header says {rate} samples a second; {CONVERT}")
+    _refuse_cut_wav(file)
+
+    length = file.frames / rate
+    end = length if duration is None else offset + duration
+    if offset > 0 and offset >= length:
+        raise _Fault(f"offset = {offset:g} s, but the file lasts {length:g} s; give an offset inside it")
+    if end > length + ROUNDING:
+        raise _Fault(f"offset + duration = {end:g} s, but the file lasts {length:g} s; correct the duration")
+
+    start = round(offset * rate)
+    wanted = min(round(end * rate), file.frames) - start
+    if start > 0:
+        file.seek(start)
+    blocks, found = [], 0
+    while found < wanted:
+        block = file.read(min(wanted - found, BLOCK), dtype="float32", always_2d=True)
+        if len(block) == 0:
+            raise _Fault(f"ends {found / rate:g} s into a part of {wanted / rate:g} s; {CONVERT}")
+        blocks.append(block)
+        found += len(block)
+    if duration is None and file.format == "MP3":
+        _refuse_misjudged_mp3(handle)
+    return np.concatenate(blocks) if blocks else np.empty((0, file.channels), np.float32)
+
+
+def _refuse_cut_wav(file: soundfile.SoundFile) -> None:
+    """libsndfile shortens a cut WAV without an error; its log alone says so."""
+    for said, held in re.findall(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE):
+        # recorders that write into a pipe announce about 2 or 4 GiB; careless ones count the header in
+        if int(held) + 1024 < int(said) < 0x7FFF0000:
+            raise _Fault(f"is truncated, {held} of {said} bytes are there; {CONVERT}")
+
+
+def _refuse_misjudged_mp3(handle: BinaryIO) -> None:
+    """An MP3's length, when its header has none, is guessed from the first bit rate; reading stops there."""
+    position, size = handle.tell(), os.fstat(handle.fileno()).st_size
+    if position < 0.9 * size:  # what follows the audio is tags: a few kilobytes
+        raise _Fault(f"has no length in its header, {position} of {size} bytes could be read; {CONVERT}")
+
+
+def windows(
+    audio: np.ndarray, *, sampling_rate: int = SAMPLING_RATE, seconds: float = 30.0
+) -> list[np.ndarray]:
+    """Cut a recording [samples] into views of at most `seconds`; joined, they are the recording again.
+
+    A cut falls into the middle of the quietest 20 ms frame in the last 5 s (or half window) before the limit.
+
+    Raises ValueError: `seconds` under 0.08, less than a frame to choose.
+    """
+    limit = int(seconds * sampling_rate)
+    frame = int(FRAME * sampling_rate)
+    search = min(int(SEARCH * sampling_rate), limit // 2)
+    if search < 2 * frame:
+        raise ValueError(f"seconds = {seconds:g}; wanted at least {4 * FRAME:g}")
+    pieces = []
+    while len(audio) > limit:
+        first = limit - search
+        last = min(limit, len(audio) - search // 5)  # the rest, too, is long enough to hold a word
+        count = (last - first) // frame
+        frames = audio[first : first + count * frame].reshape(count, frame)
+        quietest = int(np.square(frames).mean(axis=1).argmin())
+        cut = first + quietest * frame + frame // 2
+        pieces.append(audio[:cut])
+        audio = audio[cut:]
+    return [*pieces, audio]

@@ -1,0 +1,57 @@
+"""Samples to batches: decode the audio, extract features, build prompts and labels."""
+
+from typing import Any
+
+from torch import Tensor
+
+from soundwave.data.audio import load_audio
+from soundwave.data.manifest import Sample
+from soundwave.processing import SoundwaveProcessor
+
+TRANSCRIBE_PROMPT = "Transcribe the speech."
+
+
+class Collator:
+    """Turns a list of samples into the keyword arguments of the model's `forward`.
+
+    Args:
+        processor: of the model.
+        stage: 1 gives features and CTC labels only; 2 adds prompts and answers; 3 leaves the CTC labels out.
+    """
+
+    def __init__(self, processor: SoundwaveProcessor, stage: int):
+        self.processor, self.stage = processor, stage
+
+    def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
+        if self.stage == 1:
+            clips = [features(self.processor, sample) for sample in samples]
+            labels = self.processor.ctc_labels([sample.text for sample in samples])
+            return self.processor.pad_features(clips) | {"ctc_labels": labels}
+        return dict(
+            self.processor(
+                [prompt_of(sample) for sample in samples],
+                [features(self.processor, sample) for sample in samples],
+                [answer_of(sample) for sample in samples],
+                [sample.text for sample in samples] if self.stage == 2 else None,
+            )
+        )
+
+
+def features(processor: SoundwaveProcessor, sample: Sample) -> Tensor | None:
+    """Log-mel features [n_mels, T_mel] of a sample's audio, None for text only."""
+    if sample.audio is None:
+        return None
+    return processor.features(load_audio(sample.audio, offset=sample.offset, duration=sample.duration))
+
+
+def prompt_of(sample: Sample) -> str:
+    """What the user says in this sample; a transcription without a prompt gets the usual one."""
+    return sample.prompt if sample.prompt is not None else TRANSCRIBE_PROMPT
+
+
+def answer_of(sample: Sample) -> str:
+    """What the model is to say; a transcription's answer is its transcript."""
+    answer: Any = sample.answer if sample.answer is not None else sample.text
+    if answer is None:
+        raise ValueError(f"{sample.id}: the sample has neither answer nor text")
+    return answer

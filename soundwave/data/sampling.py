@@ -1,0 +1,100 @@
+"""Which samples make a batch: dynamic temperature sampling over tasks, batches of similar length.
+
+Temperature sampling (arXiv 2502.12900, §3): task k is drawn with p_k ∝ (|D_k| / Σ|D_i|)^(1/T), and T = 1 + 5·epoch moves
+the mixture from the tasks' natural shares towards equal ones.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+BUCKET_BATCHES = 32  # batches' worth of samples that are sorted by length together
+
+
+def paper_temperature(epoch: int) -> float:
+    """T = 1 + 5·epoch."""
+    return 1.0 + 5.0 * epoch
+
+
+def temperature_weights(sizes: dict[str, int], temperature: float) -> dict[str, float]:
+    """Probability of each group at a temperature >= 1; 1 gives the natural shares."""
+    if temperature < 1:
+        raise ValueError(f"temperature = {temperature}, but it must be at least 1")
+    names = list(sizes)
+    shares = np.array([sizes[name] for name in names], dtype=np.float64)
+    weights = (shares / shares.sum()) ** (1.0 / temperature)
+    return dict(zip(names, (weights / weights.sum()).tolist(), strict=True))
+
+
+def group_counts(sizes: dict[str, int], temperature: float, total: int) -> dict[str, int]:
+    """How many of `total` draws each group gets: whole numbers, by largest remainder."""
+    exact = {name: total * weight for name, weight in temperature_weights(sizes, temperature).items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+class BucketBatchSampler(Sampler[list[int]]):
+    """Batches of samples of similar length, another order each epoch, the same number of batches in all of them.
+
+    Args:
+        lengths: of each sample, in any unit; None (text only) goes anywhere.
+        groups: of each sample, e.g. its task.
+        batch_size: samples a batch; the last one of an epoch may be smaller.
+        seed: with the epoch it decides everything.
+        temperature: epoch -> T, or None: every sample once an epoch.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[float | None],
+        groups: Sequence[str],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        temperature: Callable[[int], float] | None = None,
+    ):
+        if not len(lengths):
+            raise ValueError("lengths is empty: there is nothing to sample from")
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}, but it must be at least 1")
+        self.lengths, self.batch_size, self.seed, self.temperature = lengths, batch_size, seed, temperature
+        self.members: dict[str, list[int]] = {}
+        for i, group in enumerate(groups):
+            self.members.setdefault(group, []).append(i)
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer at the start of an epoch, and when it resumes in the middle of one."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        drawn = rng.permutation(self._draw(rng))
+        known = [length for length in self.lengths if length is not None] or [0.0]
+        keys = [known[rng.integers(len(known))] if self.lengths[i] is None else self.lengths[i] for i in drawn]
+        bucket = BUCKET_BATCHES * self.batch_size
+        batches = []
+        for start in range(0, len(drawn), bucket):
+            order = start + np.argsort(keys[start : start + bucket], kind="stable")
+            batches += [drawn[order[i : i + self.batch_size]] for i in range(0, len(order), self.batch_size)]
+        for i in rng.permutation(len(batches)):
+            yield batches[i].tolist()
+
+    def _draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Indices of one epoch, in no order: whole passes over a group before any of its samples comes again."""
+        if self.temperature is None:
+            return np.arange(len(self.lengths))
+        sizes = {name: len(members) for name, members in self.members.items()}
+        counts = group_counts(sizes, self.temperature(self.epoch), len(self.lengths))
+        drawn = []
+        for name, count in counts.items():
+            passes = [rng.permutation(self.members[name]) for _ in range(-(-count // sizes[name]))]
+            drawn += [np.concatenate(passes)[:count]] if count else []
+        return np.concatenate(drawn)

@@ -1,0 +1,141 @@
+"""Splice single labelled clips into strings: real connected speech from recordings of single words.
+
+The index is a manifest (`soundwave.data.manifest`) whose lines also have `speaker` and `split`:
+
+    {"audio_filepath": "7_jackson_3.wav", "text": "seven", "speaker": "jackson", "split": "train"}
+"""
+
+from collections import defaultdict
+from collections.abc import Collection
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from .audio import SAMPLING_RATE, load_audio
+from .manifest import Sample, read_manifest, write_manifest
+
+GAP = (0.05, 0.3)  # s; between words, before the first and after the last
+NOISE = (1e-4, 3e-3)  # RMS of the gaps' noise, full scale 1: -80 to -50 dB
+SILENT_SHARE = 0.5  # of the strings have digital silence in the gaps
+REPEAT_SHARE = 1 / 3  # of the strings of two words and more say one word twice in a row
+
+Clips = dict[str, list[Sample]]  # label -> its clips
+
+
+def splice_strings(
+    index: str | Path,
+    out: str | Path,
+    *,
+    split: str,
+    count: int,
+    max_words: int = 8,
+    seed: int = 0,
+    exclude_speakers: Collection[str] = (),
+    only_speakers: Collection[str] = (),
+) -> Path:
+    """Write `count` strings of 1 to `max_words` clips of one speaker each -> path of their manifest.
+
+    Clips come from `split` alone, so that strings of two splits share none. `out` becomes a folder with
+    `audio/*.wav` (16 kHz mono PCM16) and, written last, `manifest.jsonl` with audio_filepath, duration [s],
+    text ("seven seven three"), task "transcribe" and speaker. The same arguments give the same bytes.
+
+    Raises ManifestError or AudioError for a bad index or clip; ValueError for a split or speaker it lacks, a
+    speaker with too few words, count or max_words under 1, or an `out` that holds something already.
+    """
+    out = Path(out)
+    if count < 1 or max_words < 1:
+        raise ValueError(f"count = {count}, max_words = {max_words}; wanted both at least 1")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out = {out} holds something already; name a new folder")
+    speakers = _clips_by_speaker(index, split, exclude_speakers, only_speakers)
+    for speaker, clips in speakers.items():
+        if max_words > 1 and len(clips) < 2:
+            raise ValueError(
+                f'speaker "{speaker}" says only {list(clips)} in split "{split}"; wanted two words'
+            )
+
+    rng = np.random.default_rng(seed)
+    load = lru_cache(maxsize=4096)(load_audio)  # 4 096 clips of 0.5 s are 130 MB
+    names = sorted(speakers)
+    (out / "audio").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        speaker = names[rng.integers(len(names))]
+        clips = _choose(rng, speakers[speaker], max_words)
+        audio = _join(rng, [load(clip.audio, offset=clip.offset, duration=clip.duration) for clip in clips])
+        name = f"audio/{number:06d}.wav"
+        soundfile.write(out / name, audio, SAMPLING_RATE, subtype="PCM_16")
+        rows.append(
+            {
+                "audio_filepath": name,
+                "duration": len(audio) / SAMPLING_RATE,
+                "text": " ".join(clip.text for clip in clips),
+                "task": "transcribe",
+                "speaker": speaker,
+            }
+        )
+    manifest = out / "manifest.jsonl"
+    write_manifest(manifest, rows)
+    return manifest
+
+
+def _clips_by_speaker(
+    index: str | Path, split: str, exclude_speakers: Collection[str], only_speakers: Collection[str]
+) -> dict[str, Clips]:
+    samples = read_manifest(index)
+    for sample in samples:
+        has = sample.extra | {"text": sample.text, "audio_filepath": sample.audio and str(sample.audio)}
+        for key in ("audio_filepath", "text", "speaker", "split"):
+            if not isinstance(has.get(key), str):
+                raise ValueError(f'{sample.id}: lacks a string "{key}", which splicing needs; add it')
+    _require_known("split", [split], {sample.extra["split"] for sample in samples})
+    samples = [sample for sample in samples if sample.extra["split"] == split]
+    known = {sample.extra["speaker"] for sample in samples}
+    _require_known("exclude_speakers", exclude_speakers, known)
+    _require_known("only_speakers", only_speakers, known)
+    wanted = (set(only_speakers) or known) - set(exclude_speakers)
+    if not wanted:
+        raise ValueError(f"exclude_speakers leaves none of {', '.join(sorted(known))}; exclude fewer")
+    speakers: dict[str, Clips] = {speaker: defaultdict(list) for speaker in wanted}
+    for sample in samples:
+        if sample.extra["speaker"] in wanted:
+            speakers[sample.extra["speaker"]][sample.text].append(sample)
+    return speakers
+
+
+def _require_known(argument: str, names: Collection[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f'{argument}: "{name}" is not in the index; it has {", ".join(sorted(known))}')
+
+
+def _choose(rng: np.random.Generator, clips: Clips, max_words: int) -> list[Sample]:
+    """Clips of one speaker; neighbours differ, but for one pair in REPEAT_SHARE of the strings."""
+    length = int(rng.integers(1, max_words + 1))
+    repeat = int(rng.integers(1, length)) if length > 1 and rng.random() < REPEAT_SHARE else None
+    chosen: list[Sample] = []
+    for place in range(length):
+        if place == repeat:
+            # another recording of the word, where there is one
+            others = [clip for clip in clips[chosen[-1].text] if clip is not chosen[-1]] or chosen[-1:]
+        else:
+            labels = [label for label in clips if not chosen or label != chosen[-1].text]
+            others = clips[labels[rng.integers(len(labels))]]
+        chosen.append(others[rng.integers(len(others))])
+    return chosen
+
+
+def _join(rng: np.random.Generator, clips: list[np.ndarray]) -> np.ndarray:
+    """Clips float32 [samples], and gaps round each -> float32 [samples]"""
+    level = 0.0 if rng.random() < SILENT_SHARE else np.exp(rng.uniform(*np.log(NOISE)))
+
+    def gap() -> np.ndarray:
+        samples = int(rng.uniform(*GAP) * SAMPLING_RATE)
+        return (level * rng.standard_normal(samples)).astype(np.float32)
+
+    pieces = [gap()]
+    for clip in clips:
+        pieces += [clip, gap()]
+    return np.concatenate(pieces)

@@ -1,0 +1,184 @@
+"""The demonstration: a corpus, three stages, scores, a picture — one speech LLM trained on a laptop in twenty minutes."""
+
+import json
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from soundwave import embedded
+from soundwave.data.corpus import build_corpus
+from soundwave.data.manifest import read_manifest
+from soundwave.evaluation import Report, evaluate, evaluate_ctc
+from soundwave.hardware import pick_device, pick_dtype
+from soundwave.modeling import SoundwaveForConditionalGeneration
+from soundwave.processing import SoundwaveProcessor
+from soundwave.training.stages import StageConfig, make_config, train_stage
+
+VERSIONS_OF = ("torch", "transformers", "peft", "numpy")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between the full demonstration and the quick one."""
+
+    corpus: str
+    stages: dict[int, dict[str, Any]]
+    evaluated: int | None  # test samples a task, None: all
+
+
+FULL = Recipe(
+    "full",
+    {
+        1: {"steps": 160, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 20},
+        2: {"steps": 240, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 20},
+        3: {"steps": 160, "batch_size": 16, "learning_rate": 5e-4, "warmup_steps": 10, "train_shrinking": True},
+    },
+    None,
+)
+QUICK = Recipe(
+    "quick",
+    {
+        1: {"steps": 70, "batch_size": 12, "learning_rate": 1e-3, "warmup_steps": 10},
+        2: {"steps": 20, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 5},
+        3: {"steps": 10, "batch_size": 8, "learning_rate": 5e-4, "warmup_steps": 2, "train_shrinking": True},
+    },
+    24,
+)
+
+
+def stage_config(recipe: Recipe, stage: int, corpus: Path, out: Path, seed: int) -> StageConfig:
+    """Settings of one stage of the demonstration."""
+    return make_config(
+        stage,
+        train=[corpus / f"stage{stage}.jsonl"],
+        out=out / f"stage{stage}",
+        model=out / f"stage{stage - 1}" / "model" if stage > 1 else None,
+        accumulation=1,
+        seed=seed,
+        **recipe.stages[stage],
+    )
+
+
+def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Train and score everything; writes `model/`, the logs, `losses.png` and `summary.json` under `out`.
+
+    Returns:
+        What `summary.json` holds. Seconds do not count downloads, nor the conversion and synthesis that follow them.
+    """
+    recipe = QUICK if quick else FULL
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (embedded.WHISPER, embedded.LANGUAGE_MODEL):
+        embedded.resolve(name)
+    corpus = build_corpus(out / f"corpus-{recipe.corpus}", seed=seed, size=recipe.corpus)
+    start = time.perf_counter()
+    tests = {name: read_manifest(corpus / f"{name}.jsonl") for name in ("test", "test_voices")}
+    summary: dict[str, Any] = {"seconds": {}}
+    logs: dict[int, list[dict[str, float]]] = {}
+    for stage in (1, 2, 3):
+        folder, logs[stage], summary["seconds"][f"stage{stage}"] = train_stage(
+            stage_config(recipe, stage, corpus, out, seed)
+        )
+        model, processor = load_model(folder)
+        if stage == 1:
+            report = evaluate_ctc(model, processor, one_task(tests["test"], "transcribe", None))
+            summary["stage1"] = {
+                "ctc_step1": logs[1][0]["ctc_loss"],
+                "ctc_step100": next((entry["ctc_loss"] for entry in logs[1] if entry["step"] == 100), None),
+                "wer": report.wer,
+                "blank_share": report.blank_share,
+                "kept_per_label": report.kept_per_label,
+            }
+            summary["compression"] = report.compression
+        elif stage == 2:
+            report = evaluate(model, processor, one_task(tests["test"], "transcribe", recipe.evaluated))
+            summary["stage2"] = {"wer": report.wer}
+        else:
+            summary["stage3"], summary["samples"] = _score(model, processor, tests, recipe.evaluated, out)
+            model.save_pretrained(out / "model")
+    summary["seconds"]["total"] = time.perf_counter() - start
+    device, _ = pick_device()
+    summary |= {
+        "seed": seed,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS_OF},
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+    }
+    plot_losses(logs, out / "losses.png")
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def load_model(folder: Path) -> tuple[SoundwaveForConditionalGeneration, SoundwaveProcessor]:
+    """A saved model on this machine's device, in its best dtype, and its processor. A model of stage I comes without the
+    language model's layers."""
+    from soundwave.configuration import SoundwaveConfig
+
+    device, _ = pick_device()
+    stage = SoundwaveConfig.from_pretrained(folder).stage
+    model = SoundwaveForConditionalGeneration.from_pretrained(
+        folder, dtype=pick_dtype(device.type)[0], language_model=stage > 1
+    )
+    return model.to(device).eval(), SoundwaveProcessor.from_pretrained(folder)
+
+
+def one_task(samples: list, task: str, limit: int | None) -> list:
+    """The first `limit` samples of a task, in the manifest's order."""
+    return [sample for sample in samples if sample.task == task][:limit]
+
+
+def _score(
+    model: SoundwaveForConditionalGeneration,
+    processor: SoundwaveProcessor,
+    tests: dict[str, list],
+    limit: int | None,
+    out: Path,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Stage III's row of the summary and the number of samples behind each figure; answers go to `answers.jsonl`."""
+    tasks = ("transcribe", "voice", "rate", "intent", "question")
+    seen: Report = evaluate(
+        model, processor, [sample for task in tasks for sample in one_task(tests["test"], task, limit)]
+    )
+    unseen = evaluate(model, processor, one_task(tests["test_voices"], "transcribe", limit))
+    with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
+        for identity, task, reference, given in [*seen.answers, *unseen.answers]:
+            row = {"sample": identity, "task": task, "reference": reference, "answer": given}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    scores = {"wer": seen.wer, "wer_unseen_voices": unseen.wer, "accuracy": seen.accuracy}
+    return scores, seen.samples | {"transcribe_unseen_voices": unseen.samples["transcribe"]}
+
+
+def plot_losses(logs: dict[int, list[dict[str, float]]], path: Path) -> None:
+    """The loss curves of the three stages, side by side, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    titles = {1: "I · alignment", 2: "II · shrinking", 3: "III · instruction tuning"}
+    names = {"ctc_loss": "CTC", "lm_loss": "next token"}
+    figure, axes = plt.subplots(1, len(logs), figsize=(4.2 * len(logs), 3.2), layout="constrained")
+    for axis, (stage, log) in zip(axes, logs.items(), strict=True):
+        for name, label in names.items():
+            points = [(entry["step"], entry[name]) for entry in log if name in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, color={"CTC": "C0", "next token": "C1"}[label])
+        axis.set(title=f"stage {titles[stage]}", xlabel="step", yscale="log")
+        axis.grid(True, which="major", alpha=0.3)
+        axis.legend()
+    axes[0].set_ylabel("loss [nats a token]")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that the package runs from, if it runs from one."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None

@@ -1,0 +1,152 @@
+"""What a model writes and answers, and how often it is right."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jiwer
+import torch
+from torch import Tensor
+from whisper_normalizer.basic import BasicTextNormalizer
+
+from soundwave.data.collate import answer_of, features, prompt_of
+from soundwave.data.manifest import Sample
+from soundwave.modeling import SoundwaveForConditionalGeneration, batch_to
+from soundwave.processing import SoundwaveProcessor
+
+normalise = BasicTextNormalizer()  # lower case, no punctuation; numbers stay as they are written
+
+
+@dataclass
+class Report:
+    """Scores over a list of samples.
+
+    Attributes:
+        wer: word error rate of the transcriptions (0.02 is 2 %), None without any. Errors over reference words, all
+            samples together; case and punctuation do not count.
+        accuracy: for each other task, the share of answers that equal the reference, case and punctuation aside.
+        samples: number of samples of each task.
+        blank_share: blank frames of all frames. kept_per_label: CTC peaks over transcript tokens.
+        compression: frames at 25 Hz over kept frames.
+        answers: (sample id, task, reference, answer) in the samples' order.
+    """
+
+    wer: float | None = None
+    accuracy: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    blank_share: float | None = None
+    kept_per_label: float | None = None
+    compression: float | None = None
+    answers: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+
+def word_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
+    """Word error rate after normalisation; a reference without words is an error."""
+    references = [normalise(text) for text in references]
+    for text in references:
+        if not text.strip():
+            raise ValueError("a reference has no words: leave samples without a transcript out of the word error rate")
+    return jiwer.wer(references, [normalise(text) for text in answers])
+
+
+def by_length(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar duration, longest first, so that a batch that is too large fails at once."""
+    order = sorted(range(len(samples)), key=lambda i: -(samples[i].duration or 0.0))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@torch.no_grad()
+def read_ctc(
+    model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, clips: Sequence[Tensor]
+) -> tuple[list[str], Tensor]:
+    """Greedy CTC readings of clips' features ([n_mels, T_mel] each) and the path int64 [A, T] that they come from."""
+    batch = batch_to(processor.pad_features(list(clips)), model.device)
+    path = model(**batch).path.cpu()
+    return [processor.ctc_text(row, model.blank) for row in path], path
+
+
+@torch.no_grad()
+def answer(
+    model: SoundwaveForConditionalGeneration,
+    processor: SoundwaveProcessor,
+    prompts: Sequence[str],
+    audio: Sequence[Tensor | None],
+    *,
+    max_new_tokens: int = 64,
+) -> list[str]:
+    """The model's greedy answers to prompts, each about one recording's features [n_mels, T_mel] or none."""
+    batch = batch_to(dict(processor(list(prompts), list(audio))), model.device)
+    tokens = model.generate(
+        **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=processor.pad_token_id
+    )
+    return [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def evaluate_ctc(
+    model: SoundwaveForConditionalGeneration,
+    processor: SoundwaveProcessor,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 16,
+) -> Report:
+    """Word error rate of the CTC reading (no language model), and how the blank is used. Samples without audio or text
+    are left out."""
+    samples = [sample for sample in samples if sample.audio is not None and sample.text]
+    if not samples:
+        raise ValueError("samples holds no recording with a transcript")
+    model.eval()
+    readings: dict[int, str] = {}
+    frames = blanks = peaks = labels = 0
+    for indices in by_length(samples, batch_size):
+        texts, path = read_ctc(model, processor, [features(processor, samples[i]) for i in indices])
+        readings.update(zip(indices, texts, strict=True))
+        frames += int((path >= 0).sum())
+        blanks += int((path == model.blank).sum())
+        for row in path:
+            runs = torch.unique_consecutive(row)
+            peaks += int(((runs != model.blank) & (runs >= 0)).sum())
+        labels += sum(len(processor.ctc_ids(samples[i].text)) for i in indices)
+    return Report(
+        wer=word_error_rate([sample.text for sample in samples], [readings[i] for i in range(len(samples))]),
+        samples={"transcribe": len(samples)},
+        blank_share=blanks / frames,
+        kept_per_label=peaks / labels,
+        compression=frames / max(peaks, 1),
+        answers=[(sample.id, "transcribe", sample.text, readings[i]) for i, sample in enumerate(samples)],
+    )
+
+
+def evaluate(
+    model: SoundwaveForConditionalGeneration,
+    processor: SoundwaveProcessor,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+) -> Report:
+    """Word error rate and accuracies of what the language model answers."""
+    if not samples:
+        raise ValueError("samples is empty: there is nothing to evaluate")
+    model.eval()
+    answers: dict[int, str] = {}
+    for indices in by_length(samples, batch_size):
+        texts = answer(
+            model,
+            processor,
+            [prompt_of(samples[i]) for i in indices],
+            [features(processor, samples[i]) for i in indices],
+            max_new_tokens=max_new_tokens,
+        )
+        answers.update(zip(indices, texts, strict=True))
+    report = Report(answers=[(s.id, s.task, answer_of(s), answers[i]) for i, s in enumerate(samples)])
+    tasks: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for _, task, reference, given in report.answers:
+        tasks[task].append((reference, given))
+    for task, pairs in tasks.items():
+        report.samples[task] = len(pairs)
+        if task == "transcribe":
+            report.wer = word_error_rate(*zip(*pairs, strict=True))
+        else:
+            report.accuracy[task] = sum(normalise(a) == normalise(b) for a, b in pairs) / len(pairs)
+    return report
