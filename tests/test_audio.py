@@ -255,12 +255,18 @@ def test_windows_joined_are_the_recording(seconds, limit):
     assert min(map(len, pieces)) >= 0.03 * limit * 16_000
 
 
-def test_cut_falls_into_the_pause():
+def test_cut_falls_into_the_middle_of_the_quietest_frame():
     audio = np.random.default_rng(0).normal(0, 0.1, 40 * 16_000).astype(np.float32)
-    pause = slice(int(27.3 * 16_000), int(27.4 * 16_000))
+    pause = slice(round(27.30 * 16_000), round(27.32 * 16_000))
     audio[pause] *= 0.01
     first, _ = windows(audio)
-    assert pause.start < len(first) < pause.stop
+    assert len(first) == round(27.31 * 16_000)
+
+
+def test_cut_leaves_a_rest_that_can_hold_a_word():
+    audio = np.random.default_rng(0).normal(0, 0.1, round(30.1 * 16_000)).astype(np.float32)
+    audio[round(29.8 * 16_000) :] = 0
+    assert len(windows(audio)[1]) >= 16_000
 
 
 def test_pause_far_before_the_limit_is_not_taken():

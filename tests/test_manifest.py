@@ -125,6 +125,11 @@ def test_slam_llm_other_task(folder):
     assert (sample.text, sample.answer) == (None, "happy")
 
 
+def test_source_and_target_beside_own_keys_are_extra_keys(folder):
+    (sample,) = read_manifest(write(folder, ROW | {"source": "radio", "target": "phone"}))
+    assert (sample.text, sample.extra) == ("turn it on", {"source": "radio", "target": "phone"})
+
+
 def test_source_of_a_text_only_sample_is_an_extra_key(folder):
     row = {"task": "qa", "prompt": "2 + 2?", "answer": "4", "source": "squad"}
     assert read_manifest(write(folder, row))[0].extra == {"source": "squad"}
@@ -204,7 +209,9 @@ def test_latin1_manifest(folder):
         pytest.param('{"duration": ' + "9" * 5000 + "}", "number is too long", id="endless-number"),
         pytest.param('{"text": "\\ud800"}', "half of a surrogate pair", id="lone-surrogate"),
         pytest.param("{}", 'lacks "audio_filepath", which task "transcribe" needs', id="empty-object"),
-        pytest.param('{"wav": "a.wav", "said": "a"}', 'add it to ["said", "wav"]', id="keys-of-others"),
+        pytest.param(
+            '{"wav": "a.wav", "said": "a"}', 'add it to the keys ["said", "wav"]', id="keys-of-others"
+        ),
         pytest.param('{"audio_filepath": "a.wav"}', 'lacks "text"', id="no-text"),
         pytest.param(
             '{"audio_filepath": "a.wav", "task": "voice", "prompt": "?"}', 'lacks "answer"', id="no-answer"
@@ -232,6 +239,7 @@ def test_bad_line(folder, line, wanted):
         pytest.param({"duration": "2.1"}, 'duration = "2.1": ', id="duration-as-string"),
         pytest.param({"duration": True}, "duration = true: ", id="duration-as-bool"),
         pytest.param({"offset": -0.1}, "offset = -0.1: ", id="negative-offset"),
+        pytest.param({"offset": float("inf")}, "offset = Infinity: ", id="infinite-offset"),
         pytest.param({"offset": float("nan")}, "offset = NaN: ", id="nan-offset"),
         pytest.param({"text": 7}, "text = 7: ", id="number-as-text"),
         pytest.param(
@@ -253,6 +261,7 @@ def test_bad_line(folder, line, wanted):
 def test_bad_value(folder, change, wanted):
     message = fault(write(folder, ROW | change))
     assert message.startswith(f"{folder / 'm.jsonl'}:1: ") and wanted in message and "; " in message
+    assert len(message) < len(str(folder)) + 250
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,9 @@ def _require(row: dict[str, Any]) -> None:
             raise ManifestError(f'has the unknown key {_show(key)}; write "{nearest[0]}", or rename it')
     if missing:
         found = _show(sorted(row))
-        raise ManifestError(f'lacks "{missing[0]}", which task {_show(task)} needs; add it to {found}')
+        raise ManifestError(
+            f'lacks "{missing[0]}", which task {_show(task)} needs; add it to the keys {found}'
+        )
     for key in needed:
         if key != "text" and isinstance(row[key], str) and not row[key].strip():
             raise ManifestError(f"{key} = {_show(row[key])} is empty; fill it in")
@@ -226,9 +228,10 @@ def _find_audio(name: Any, folder: Path, allow_outside: bool) -> Path:
     try:
         status = os.stat(audio)
     except FileNotFoundError:
-        raise ManifestError(f"{shown} does not exist; paths are relative to the manifest's folder") from None
+        raise ManifestError(f"{shown} does not exist; correct it, seen from the manifest's folder") from None
     except (OSError, ValueError) as error:
-        raise ManifestError(f"{shown} cannot be opened ({error}); name an audio file") from None
+        reason = getattr(error, "strerror", error)  # an OSError's own text repeats the path
+        raise ManifestError(f"{shown} cannot be opened ({reason}); name an audio file") from None
     if not stat.S_ISREG(status.st_mode):
         raise ManifestError(f"{shown} is not a file; name an audio file")
     if status.st_size == 0:

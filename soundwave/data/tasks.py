@@ -1,13 +1,13 @@
 """How each task is asked and answered: prompts in at least 50 phrasings, answers in four formats.
 
-    transcribe   the words of the recording              voice      is the speaker female or male
-    intent       what a command is about                 rate       is the speech slow, normal or fast
-    question     a spoken question, answered in text     qa         a written question: no recording
+    transcribe   the words of the recording              voice   is the speaker female or male
+    intent       what a command is about                 rate    is the speech slow, normal or fast
+    question     a spoken question, answered in text     qa      a written question: no recording
 
-    direct       one word or phrase                      choice     one of the options listed in the prompt
-    natural      a short sentence                        transcribe the transcript on a line, the answer on the next
+    direct       one word or phrase                      choice       one of the options that the prompt lists
+    natural      a short sentence                        transcribe   the transcript, then the answer on a line below
 
-Prompts are short, since each of their tokens is paid for in every training step; all but the direct format say what they want.
+Prompts are short, since every training step pays for each of their tokens; all formats but direct say what they want.
 """
 
 import random
@@ -26,15 +26,27 @@ FORMATS = {
     "question": ("direct", "choice", "natural", "transcribe"),
     "qa": ("direct", "choice", "natural"),
 }
-_ANSWERED_BY = {"transcribe": "text", "voice": "sex", "rate": "rate", "intent": "intent", "question": "answer", "qa": "answer"}
+_ANSWERED_BY = {
+    "transcribe": "text",
+    "voice": "sex",
+    "rate": "rate",
+    "intent": "intent",
+    "question": "answer",
+    "qa": "answer",
+}
 _OPTIONS = {"voice": SEXES, "rate": RATES, "intent": INTENTS}
+_WANTED = {  # what a prompt says of its format
+    "choice": (" Options: {}.", " Choose: {}.", " One of: {}."),
+    "natural": (" Use a sentence.", " Answer in a sentence.", " Say it in a sentence."),
+    "transcribe": (" Transcribe first.", " Transcribe, then answer.", " Write the words first."),
+}
 _SENTENCES = {
     "transcribe": ("The speaker says: {}", "The words are: {}", "I hear: {}"),
     "voice": ("The speaker is {}.", "The voice is {}.", "This is a {} voice."),
     "rate": ("The speech is {}.", "The speaking rate is {}.", "The pace is {}."),
     "intent": ("The intent is {}.", "This command is about {}.", "The topic is {}."),
-    "question": ("The answer is {}.", "It is {}.", "That is {}."),
-    "qa": ("The answer is {}.", "It is {}.", "That is {}."),
+    "question": ("The answer is {}.", "The right answer is {}.", "My answer is {}."),
+    "qa": ("The answer is {}.", "The right answer is {}.", "My answer is {}."),
 }
 
 
@@ -45,49 +57,109 @@ def _combine(pattern: str, *pieces: tuple[str, ...]) -> list[str]:
 PROMPTS = {
     "transcribe": _combine(
         "{} {}.",
-        ("Transcribe", "Write down", "Write out", "Type", "Type out", "Note down", "Take down", "Give me"),
-        ("the speech", "the words", "what is said", "what you hear", "the spoken words", "every word", "what was said"),
+        ("Transcribe", "Write down", "Write out", "Type", "Type out", "Note down", "Take down", "Put down"),
+        (
+            "the speech",
+            "the words",
+            "what is said",
+            "what you hear",
+            "the spoken words",
+            "every word",
+            "what was said",
+        ),
     ),
     "voice": _combine(
         "Is {} {}?",
-        ("the speaker", "this speaker", "the voice", "this voice", "the person speaking", "the person", "the talker"),
+        (
+            "the speaker",
+            "this speaker",
+            "the voice",
+            "this voice",
+            "the person speaking",
+            "the person",
+            "the talker",
+        ),
         ("female or male", "male or female"),
     )
     + _combine(
         "{} {}.",
         ("Name", "Give", "State", "Tell me", "Identify", "Determine"),
-        ("the speaker's sex", "the sex of the speaker", "the speaker's gender", "the gender of the speaker", "the sex of this voice",
-         "the gender of this voice", "the kind of voice"),
+        (
+            "the speaker's sex",
+            "the sex of the speaker",
+            "the speaker's gender",
+            "the gender of the speaker",
+            "the sex of this voice",
+            "the gender of this voice",
+        ),
     ),
     "rate": _combine(
         "Is {} {}?",
-        ("the speech", "the speaker", "the voice", "the talking", "this speech"),
+        ("the speech", "the speaker", "the voice", "the delivery", "this speech"),
         ("slow, normal or fast", "fast, normal or slow"),
     )
-    + _combine("How fast {}?", ("is the speech", "is this spoken", "does the speaker talk", "is the speaker", "is the voice"))
+    + _combine(
+        "How fast {}?",
+        ("is the speech", "is this spoken", "does the speaker talk", "is the speaker", "is the voice"),
+    )
     + _combine(
         "{} {}.",
         ("Name", "Give", "State", "Tell me", "Judge", "Determine"),
-        ("the speaking rate", "the speed of the speech", "the speaking speed", "the pace", "the speaker's pace", "the tempo"),
+        (
+            "the speaking rate",
+            "the speed of the speech",
+            "the speaking speed",
+            "the pace",
+            "the speaker's pace",
+            "the tempo",
+        ),
     ),
-    "intent": _combine("What is {}?", ("the intent", "the command about", "the topic", "the request about", "this command for"))
+    "intent": _combine(
+        "What is {}?",
+        ("the intent", "the command about", "the topic", "the request about", "this command for"),
+    )
     + _combine(
         "{} {}.",
         ("Name", "Give", "State", "Tell me", "Identify", "Determine"),
-        ("the intent", "the speaker's intent", "the intent of the command", "the topic", "the topic of the command",
-         "the subject of the command", "the topic of the request", "what the command is about"),
+        (
+            "the intent",
+            "the speaker's intent",
+            "the intent of the command",
+            "the topic",
+            "the topic of the command",
+            "the subject of the command",
+            "the topic of the request",
+            "the purpose of the command",
+        ),
     ),
     "question": _combine(
-        "{} {}{}.",
+        "{} {}.",
         ("Answer", "Reply to", "Respond to", "Give the answer to"),
-        ("the question", "this question", "the spoken question", "the speaker's question", "the question you hear"),
-        ("", " briefly", " in a word or two"),
+        (
+            "the question",
+            "this question",
+            "the spoken question",
+            "the speaker's question",
+            "the question you hear",
+        ),
     ),
     "qa": _combine(
-        "{}{{}}{}",
-        ("", "Question: ", "Quick question: ", "Please answer: ", "Answer this: ", "A question: ", "My question: ", "Next question: "),
-        ("", " Be brief.", " Answer briefly.", " Just the answer.", " Keep it short.", " A word or two.", " Short answer."),
+        "{}{{}}",
+        (
+            "",
+            "Question: ",
+            "Quick question: ",
+            "Please answer: ",
+            "Answer this: ",
+            "A question: ",
+            "My question: ",
+            "Next question: ",
+        ),
     ),
+}
+_BRIEFLY = {  # what the direct format may add; a brief sentence would be two wishes at once
+    "question": ("", " Be brief.", " A word or two."),
+    "qa": ("", " Be brief.", " Answer briefly.", " Just the answer.", " Keep it short.", " A word or two.", " Short answer."),
 }  # fmt: skip
 
 
@@ -112,14 +184,13 @@ def phrase(task: str, fields: Mapping, rng: random.Random, format: str = "direct
     answer = fields[_ANSWERED_BY[task]]
     if task == "qa":
         prompt = prompt.format(fields["question"])
+    wanted = rng.choice(_BRIEFLY.get(task, ("",)) if format == "direct" else _WANTED[format])
     if format == "choice":
         options = list(_OPTIONS.get(task) or fields["options"])
         rng.shuffle(options)
-        prompt += f" Options: {', '.join(options)}."
+        wanted = wanted.format(", ".join(options))
     elif format == "natural":
-        prompt += " Use a sentence."
         answer = rng.choice(_SENTENCES[task]).format(answer)
     elif format == "transcribe":
-        prompt += " Transcribe first."
         answer = f"{fields['text']}\n{answer}"
-    return prompt, answer
+    return prompt + wanted, answer
