@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 app = typer.Typer(
     help="Teach a text LLM to hear: train and use Soundwave (arXiv 2502.12900) on one GPU, or on a laptop.\n\n"
@@ -27,32 +27,51 @@ ModelOption = Annotated[Path, typer.Option("--model", help="Folder of a trained 
 
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr and exit status 1; the rest is a traceback."""
-    from soundwave.data.audio import AudioError
-    from soundwave.data.manifest import ManifestError
-
     _quiet()
     try:
         app()
-    except (AudioError, ManifestError, FileNotFoundError, ValueError, FloatingPointError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+    except Exception as error:
+        from soundwave.embedded import EmbeddedError  # here, as it brings torch with it
+
+        if not isinstance(error, ValueError | OSError | FloatingPointError | EmbeddedError):
+            raise
+        line = " ".join(str(error).split())
+        errors.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("stopped")
-        sys.exit(130)
 
 
 def _quiet() -> None:
     """Libraries' advice about features that are not used here would bury the lines that matter."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-    for name in ("transformers", "bitsandbytes", "huggingface_hub", "gguf"):
+    for name in ("bitsandbytes", "huggingface_hub", "gguf"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _quiet_transformers() -> None:
+    """The same for transformers, which sets its own level when it is imported, and its bars for reading weights."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _say(line: str) -> None:
+    """A line with paths in it: neither wrapped, nor read as markup."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _table(*headers: str) -> Table:
+    """A table that folds long cells, paths above all, where rich would cut them off."""
+    return Table(*(Column(header, overflow="fold") for header in headers), box=None)
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model, logs, picture and summary.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A few minutes instead of twenty; shows that it runs.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few minutes instead of twenty; shows that it runs.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the corpus, the weights and the order of the samples.")] = 0,
 ) -> None:
     """Train all three stages on synthetic speech and show the scores.
@@ -61,13 +80,14 @@ def demo(
     """
     from soundwave.demo import run_demo
 
+    _quiet_transformers()
     summary = run_demo(out, quick=quick, seed=seed)
     console.print(_summary_table(summary))
-    console.print(f"model {out / 'model'} · loss curves {out / 'losses.png'} · summary {out / 'summary.json'}")
-    console.print(f"now try: soundwave ask FILE.wav \"Is the speaker a woman or a man?\" --model {out / 'model'}")
+    _say(f"model {out / 'model'} · loss curves {out / 'losses.png'} · summary {out / 'summary.json'}")
+    _say(f'now try: soundwave ask FILE.wav "Is the speaker a woman or a man?" --model {out / "model"}')
 
 
-@app.command(context_settings={"ignore_unknown_options": False})
+@app.command()
 def train(
     stage: Annotated[int, typer.Argument(help="1 alignment, 2 shrinking, 3 instruction tuning.", min=1, max=3)],
     settings: Annotated[list[str] | None, typer.Argument(help="`key=value` …, over the file's.")] = None,
@@ -87,14 +107,16 @@ def train(
     if show:
         from soundwave.training.stages import StageConfig
 
-        table = Table("setting", "value", "meaning", box=None)
+        table = _table("setting", "value", "meaning")
         for name, value in values.model_dump(mode="json").items():
             table.add_row(name, escape(str(value)), StageConfig.model_fields[name].description or "")
         console.print(table)
         return
+    _quiet_transformers()
     folder, log, seconds = train_stage(values)
     last = {name: log[-1][name] for name in ("ctc_loss", "lm_loss", "blank_share", "compression") if name in log[-1]}
-    console.print(f"stage {stage}: {values.steps} steps in {seconds:.0f} s · {last} · model {folder}", soft_wrap=True)
+    shown = " · ".join(f"{name} {value:.3g}" for name, value in last.items())
+    _say(f"stage {stage}: {values.steps} steps in {seconds:.0f} s · {shown} · model {folder}")
 
 
 @app.command()
@@ -105,15 +127,14 @@ def transcribe(
 ) -> None:
     """Write down what is said in recordings.
 
-    A recording over 30 s is read in pieces cut at its quietest places. A model that has only seen stage 1 is read by CTC.
+    A recording over 30 s is read in pieces, cut where it is quietest. A model of stage 1 is read by CTC.
     """
     from soundwave.data.audio import load_audio, windows
     from soundwave.data.collate import TRANSCRIBE_PROMPT
-    from soundwave.demo import load_model
     from soundwave.evaluation import answer, read_ctc
 
     loaded = [(file, load_audio(file)) for file in files]
-    network, processor = load_model(_model_folder(model))
+    network, processor = _load_model(model)
     for file, audio in loaded:
         texts = []
         for piece in windows(audio):
@@ -139,22 +160,24 @@ def ask(
 ) -> None:
     """Ask a question about a recording; of a long one the first 30 s are heard."""
     from soundwave.data.audio import load_audio, windows
-    from soundwave.demo import load_model
     from soundwave.evaluation import answer
 
     pieces = windows(load_audio(file))
-    network, processor = load_model(_model_folder(model))
+    network, processor = _load_model(model)
     if network.config.stage == 1:
         raise ValueError(f"{model} has seen stage 1 only and cannot answer; train stage 2, or use soundwave transcribe")
     if len(pieces) > 1:
-        errors.print(f"{escape(str(file))}: only the first {len(pieces[0]) / 16_000:.0f} s are heard", highlight=False)
+        heard = f"{file}: only the first {len(pieces[0]) / 16_000:.0f} s are heard"
+        errors.print(heard, soft_wrap=True, markup=False, highlight=False)
     clip = processor.features(pieces[0])
     print(answer(network, processor, [question], [clip], max_new_tokens=max_new_tokens)[0])
 
 
 @app.command()
 def evaluate(
-    manifest: Annotated[Path, typer.Argument(help="JSON lines with audio_filepath, text, and for other tasks answers.")],
+    manifest: Annotated[
+        Path, typer.Argument(help="JSON lines with audio_filepath, text, and for other tasks answers.")
+    ],
     model: ModelOption = DEMO_MODEL,
     ctc: Annotated[bool, typer.Option("--ctc", help="Score the CTC reading instead of the LLM's answers.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 16,
@@ -165,10 +188,11 @@ def evaluate(
     """Score a model on a manifest: word error rate, and for other tasks the share of right answers."""
     from soundwave import evaluation
     from soundwave.data.manifest import read_manifest
-    from soundwave.demo import load_model
 
     samples = read_manifest(manifest, allow_outside=allow_outside)
-    network, processor = load_model(_model_folder(model))
+    if answers is not None:
+        answers.parent.mkdir(parents=True, exist_ok=True)
+    network, processor = _load_model(model)
     score = evaluation.evaluate_ctc if ctc or network.config.stage == 1 else evaluation.evaluate
     report = score(network, processor, samples, batch_size=batch_size)
     if answers is not None:
@@ -213,7 +237,7 @@ def splice(
         exclude_speakers=tuple(without or ()),
         only_speakers=tuple(only or ()),
     )
-    console.print(f"{count} strings · manifest {manifest}", soft_wrap=True)
+    _say(f"{count} strings · manifest {manifest}")
 
 
 @app.command()
@@ -221,17 +245,20 @@ def doctor() -> None:
     """Show what is installed, and which device, dtype, implementation and attention will run, and why."""
     from soundwave.doctor import findings
 
-    table = Table("what", "runs", "why", box=None)
+    table = _table("what", "runs", "why")
     for row in findings():
         table.add_row(*map(escape, row))
     console.print(table)
 
 
-def _model_folder(folder: Path) -> Path:
+def _load_model(folder: Path) -> tuple:
+    from soundwave.demo import load_model
+
     if not (folder / "config.json").is_file():
         hint = "train one with `soundwave demo`" if folder == DEMO_MODEL else "give the folder that training printed"
         raise FileNotFoundError(f"{folder} holds no model; {hint}, or name another with --model")
-    return folder
+    _quiet_transformers()
+    return load_model(folder)
 
 
 def _summary_table(summary: dict) -> Table:

@@ -4,6 +4,7 @@ The backbones themselves are not part of it: `audio_tower` and `language_model` 
 or one of `soundwave.embedded`'s names), and a saved model holds the trained parts only.
 """
 
+import inspect
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -38,7 +39,7 @@ class SoundwaveConfig(PretrainedConfig):
         ctc_weight: weight of the CTC loss beside the next-token loss in stage II.
         lora_rank, lora_alpha, lora_dropout, lora_target_modules: LoRA on the language model.
         quantization: "nf4" (4-bit, double quantisation, through bitsandbytes) or None.
-        spec_augment_time_masks, spec_augment_time_width: number of time masks and their largest width in mel frames (10 ms).
+        spec_augment_time_masks, spec_augment_time_width: number of time masks, their largest width (10 ms frames).
         spec_augment_mel_masks, spec_augment_mel_width: number of frequency masks and their largest width in mel bins.
         stage: the last training stage that this model has seen; 0 is untrained.
     """
@@ -75,14 +76,12 @@ class SoundwaveConfig(PretrainedConfig):
         config_version: int = CONFIG_VERSION,
         **kwargs: Any,
     ):
-        if semantics not in SEMANTICS:
-            raise ValueError(f"semantics = {semantics!r}, but it must be one of {sorted(SEMANTICS)}")
-        if config_version > CONFIG_VERSION:
+        if config_version > CONFIG_VERSION:  # first: a newer version may know values that this one does not
             raise ValueError(
                 f"config_version = {config_version}, but this soundwave reads up to {CONFIG_VERSION}: "
                 "the model was saved by a newer version; upgrade soundwave"
             )
-        rules = SEMANTICS[semantics]
+        rules = SEMANTICS[_one_of("semantics", semantics, tuple(SEMANTICS))]
         self.audio_tower = audio_tower
         self.language_model = language_model
         self.audio_hidden_size = audio_hidden_size
@@ -111,7 +110,22 @@ class SoundwaveConfig(PretrainedConfig):
         self.config_version = config_version
         super().__init__(**kwargs)
         if hidden_size % num_attention_heads:
-            raise ValueError(f"hidden_size = {hidden_size} must be a multiple of num_attention_heads = {num_attention_heads}")
+            raise ValueError(
+                f"hidden_size = {hidden_size} must be a multiple of num_attention_heads = {num_attention_heads}"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a dictionary, e.g. a saved one, with `kwargs` in place of its values.
+
+        They are checked as in `__init__`, and a change of `semantics` sets `attend`, `keep` and `keys` anew; the
+        inherited method would set attributes afterwards, unchecked.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+        rules = SEMANTICS["paper"] if "semantics" in changes else {}
+        saved = {name: value for name, value in config_dict.items() if name not in rules}
+        return super().from_dict(saved | changes, **kwargs)
 
     @classmethod
     def from_backbones(cls, audio_tower: str, language_model: str, **kwargs: Any) -> "SoundwaveConfig":
@@ -125,7 +139,9 @@ class SoundwaveConfig(PretrainedConfig):
         language_folder = embedded.resolve(language_model)
         language = AutoConfig.from_pretrained(language_folder).get_text_config()
         if audio.model_type != "whisper":
-            raise ValueError(f"audio_tower = {audio_tower!r} is a {audio.model_type} model, but it must be a Whisper model")
+            raise ValueError(
+                f"audio_tower = {audio_tower!r} is a {audio.model_type} model, but it must be a Whisper model"
+            )
         sizes = {
             "audio_hidden_size": audio.d_model,
             "hidden_size": language.hidden_size,

@@ -106,9 +106,7 @@ def _whisper_state_dict(
     }
     found = {name: left.pop(name).item() for name in settings}
     if found != settings or left:
-        raise ValueError(
-            f"not the Whisper expected: settings {found}, wanted {settings}; unused {sorted(left)}"
-        )
+        raise ValueError(f"not the Whisper expected: settings {found}, wanted {settings}; unused {sorted(left)}")
     return state
 
 
@@ -165,11 +163,9 @@ def convert_whisper(source: Path, target: Path) -> None:
 def convert_smollm2(source: Path, target: Path) -> None:
     """Convert the one GGUF file in `source` to `target`, with our chat template and pad token."""
     (file,) = source.glob("*.gguf")
-    # Newer versions may leave the weights packed; older ones always unpack them and know no such setting.
-    packed = getattr(transformers, "GgufConfig", None)
-    options = {"quantization_config": packed(dequantize=True)} if packed else {}
+    unpacked = transformers.GgufConfig(dequantize=True)  # where a kernel is at hand, the default keeps GGUF blocks
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file.name, dtype=torch.float32, **options
+        source, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
     ).to(torch.bfloat16)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file.name)
     tokenizer.pad_token = "<|endoftext|>"  # the file says <|im_end|>, which ends an answer and must be learnt

@@ -1,7 +1,8 @@
-"""The demonstration: a corpus, three stages, scores, a picture — one speech LLM trained on a laptop in twenty minutes."""
+"""The demonstration: a corpus, three stages, scores, a picture: a speech LLM trained on a laptop in twenty minutes."""
 
 import json
 import platform
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -37,7 +38,13 @@ FULL = Recipe(
     {
         1: {"steps": 160, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 20},
         2: {"steps": 240, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 20},
-        3: {"steps": 160, "batch_size": 16, "learning_rate": 5e-4, "warmup_steps": 10, "train_shrinking": True},
+        3: {
+            "steps": 160,
+            "batch_size": 16,
+            "learning_rate": 5e-4,
+            "warmup_steps": 10,
+            "train_shrinking": True,
+        },
     },
     None,
 )
@@ -84,6 +91,8 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
         folder, logs[stage], summary["seconds"][f"stage{stage}"] = train_stage(
             stage_config(recipe, stage, corpus, out, seed)
         )
+        for checkpoint in (out / f"stage{stage}").glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)  # the next demonstration starts anew in the same folder
         model, processor = load_model(folder)
         if stage == 1:
             report = evaluate_ctc(model, processor, one_task(tests["test"], "transcribe", None))
@@ -115,8 +124,10 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
 
 
 def load_model(folder: Path) -> tuple[SoundwaveForConditionalGeneration, SoundwaveProcessor]:
-    """A saved model on this machine's device, in its best dtype, and its processor. A model of stage I comes without the
-    language model's layers."""
+    """A saved model on this machine's device, in its best dtype, and its processor.
+
+    A model of stage I comes without the language model's layers.
+    """
     from soundwave.configuration import SoundwaveConfig
 
     device, _ = pick_device()
@@ -178,7 +189,13 @@ def plot_losses(logs: dict[int, list[dict[str, float]]], path: Path) -> None:
 
 def _commit() -> str | None:
     """Commit of the checkout that the package runs from, if it runs from one."""
+    if not (Path(__file__).parents[1] / ".git").exists() or shutil.which("git") is None:
+        return None
     done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stdout.strip() or None

@@ -18,7 +18,9 @@ def findings() -> list[tuple[str, str, str]]:
     device, device_reason = pick_device()
     dtype, dtype_reason = pick_dtype(device.type)
     rows = [("python", platform.python_version(), "3.10 or newer is needed")]
-    rows += [(name, _version(name) or "missing", "needed; run make setup" if not _version(name) else "") for name in REQUIRED]
+    rows += [
+        (name, _version(name) or "missing", "needed; run make setup" if not _version(name) else "") for name in REQUIRED
+    ]
     rows += [
         (name, _version(name) or "not installed", "" if _version(name) else f"optional: {extra}")
         for name, extra in OPTIONAL.items()

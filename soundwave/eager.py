@@ -14,7 +14,10 @@ IGNORE_INDEX = -100
 
 
 class LinearCTCOutput(NamedTuple):
-    """`loss` (scalar, or [B] for `reduction="none"`), `path` int64 [B, T] and `path_log_prob` float32 [B, T]."""
+    """`loss` (scalar, or [B] for `reduction="none"`), `path` int64 [B, T] and `path_log_prob` [B, T].
+
+    Both floating-point ones are float32, and float64 for float64 input.
+    """
 
     loss: Tensor | None
     path: Tensor
@@ -61,14 +64,19 @@ def linear_ctc_loss(
     Returns:
         `path` is -1 and `path_log_prob` 0 past an utterance's length; both carry no gradient.
     """
-    logits = F.linear(hidden, weight).float()
+    rows = weight.shape[0]
+    if (blank_weight is None) != (0 <= blank < rows) or not 0 <= blank <= rows:
+        raise ValueError(
+            f"blank = {blank}, but it must be a row of weight (0 to {rows - 1}), or {rows} together with blank_weight"
+        )
+    logits = F.linear(hidden, weight)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(dtype)
     if blank_weight is not None:
-        blank_logit = (hidden.float() * blank_weight.float()).sum(-1, keepdim=True)
+        blank_logit = (hidden.to(dtype) * blank_weight.to(dtype)).sum(-1, keepdim=True)
         if blank_bias is not None:
             blank_logit = blank_logit + blank_bias
         logits = torch.cat([logits, blank_logit], dim=-1)
-    if not 0 <= blank < logits.shape[-1]:
-        raise ValueError(f"blank = {blank}, but the head has rows 0 to {logits.shape[-1] - 1}")
     log_probs = logits.log_softmax(-1)
     valid = length_mask(input_lengths.to(hidden.device), hidden.shape[1])
     path_log_prob, path = log_probs.detach().max(-1)
@@ -95,7 +103,11 @@ def ctc_peaks(path: Tensor, lengths: Tensor, *, blank: int, keep: str = "peaks",
     """
     batch, size = path.shape
     if not batch or not size:
-        return Peaks(path.new_zeros(0), torch.zeros(batch + 1, dtype=torch.int32, device=path.device), 0)
+        return Peaks(
+            torch.zeros(0, dtype=torch.int64, device=path.device),
+            torch.zeros(batch + 1, dtype=torch.int32, device=path.device),
+            0,
+        )
     valid = length_mask(lengths.to(path.device), size)
     path = path.masked_fill(~valid, -1)
     first = valid.clone()
@@ -150,7 +162,9 @@ def splice(
     is_audio = (input_ids == audio_placeholder_id) & attention_mask.bool()
     has_audio = is_audio.any(1)
     if int(is_audio.sum(1).max()) > 1:
-        raise ValueError("input_ids holds the audio placeholder more than once in a row, but one recording is supported")
+        raise ValueError(
+            "input_ids holds the audio placeholder more than once in a row, but one recording is supported"
+        )
     if int(has_audio.sum()) != cu_seqlens.numel() - 1:
         raise ValueError(
             f"input_ids has {int(has_audio.sum())} rows with an audio placeholder, "
@@ -189,7 +203,7 @@ def splice(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with `nn.MultiheadAttention`'s parameters; `attend="self"` keeps each frame to itself."""
+    """Self-attention with the parameters of `nn.MultiheadAttention`; `attend="self"` keeps each frame to itself."""
 
     def __init__(self, hidden_size: int, num_heads: int, attend: str):
         super().__init__()
@@ -254,7 +268,7 @@ class AlignmentAdapter(nn.Module):
         A last group that is not full is filled with zero frames.
         """
         stack = self.frame_stack
-        frames = frames * length_mask(lengths, frames.shape[1])[..., None]
+        frames = frames.masked_fill(~length_mask(lengths, frames.shape[1])[..., None], 0.0)
         frames = F.pad(frames, (0, 0, 0, -frames.shape[1] % stack))
         lengths = (lengths + stack - 1) // stack
         hidden = self.projector(frames.reshape(frames.shape[0], -1, stack * frames.shape[2]))
@@ -263,7 +277,10 @@ class AlignmentAdapter(nn.Module):
 
 
 class ShrinkingAdapter(nn.Module):
-    """Kept frames gather what lies around them: `LayerNorm(x' + Attn(x' W_q, x W_k, x W_v) W_o)` (arXiv 2502.12900, §2)."""
+    """Kept frames gather what lies around them (arXiv 2502.12900, §2).
+
+    `LayerNorm(x' + Attn(x' W_q, x W_k, x W_v) W_o)`, x' the kept rows of x.
+    """
 
     def __init__(self, config: Any):
         super().__init__()
@@ -289,7 +306,7 @@ class ShrinkingAdapter(nn.Module):
         context, mask = (hidden, length_mask(lengths, size)) if self.keys == "all" else (queries, kept_mask)
 
         def heads(x: Tensor) -> Tensor:
-            return x.view(batch, -1, self.num_heads, width // self.num_heads).transpose(1, 2)
+            return x.view(batch, x.shape[1], self.num_heads, width // self.num_heads).transpose(1, 2)
 
         attended = F.scaled_dot_product_attention(
             heads(F.linear(queries, weight_q, bias_q)),
@@ -297,5 +314,5 @@ class ShrinkingAdapter(nn.Module):
             heads(F.linear(context, weight_v, bias_v)),
             attn_mask=mask[:, None, None, :],
         )
-        attended = attended.transpose(1, 2).reshape(batch, -1, width)[kept_mask]
+        attended = attended.transpose(1, 2).reshape(queries.shape)[kept_mask]
         return self.norm(residual + self.out_proj(attended))

@@ -120,9 +120,7 @@ def _download(name: str, wheel: _Wheel, folder: Path) -> Path:
         )
     (archive,) = folder.glob("*.whl")
     with zipfile.ZipFile(archive) as contents:
-        contents.extractall(
-            folder, [entry for entry in contents.namelist() if entry.startswith(wheel.root + "/")]
-        )
+        contents.extractall(folder, [entry for entry in contents.namelist() if entry.startswith(wheel.root + "/")])
     archive.unlink()
     return folder / wheel.root
 
@@ -171,9 +169,7 @@ class Espeak:
         if self.sampling_rate <= 0:
             raise EmbeddedError(f"eSpeak NG cannot read its data in {data.resolve()}")
         self._blocks: list[np.ndarray] = []
-        callback = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-        )
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
         def collect(samples, count, _events) -> int:
             if samples and count:
@@ -204,20 +200,16 @@ class Espeak:
         if not 0 <= pitch <= 100:
             raise ValueError(f"pitch = {pitch}, wanted 0 to 100")
         _, plus, variant = voice.partition("+")
-        unknown_variant = (
-            plus and not (self._variants / variant).is_file()
-        )  # eSpeak would silently go without it
+        unknown_variant = plus and not (self._variants / variant).is_file()  # eSpeak would silently go without it
         if unknown_variant or self._library.espeak_SetVoiceByName(voice.encode()):
             raise ValueError(f"voice = {voice!r} is not a voice of eSpeak NG")
         self._library.espeak_SetParameter(self._RATE, rate, 0)
         self._library.espeak_SetParameter(self._PITCH, pitch, 0)
-        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # the noise of breath has two sources
-        self._libc.srand(1)
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # noise comes from two generators,
+        self._libc.srand(1)  # and the first starts from the clock
         self._blocks.clear()
         encoded = text.encode()
-        status = self._library.espeak_Synth(
-            encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, self._UTF8, None, None
-        )
+        status = self._library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, self._UTF8, None, None)
         if status or not self._blocks:
             raise EmbeddedError(f"eSpeak NG gave status {status} and no sound for text = {text!r}")
         return np.concatenate(self._blocks).astype(np.float32) / 32768, self.sampling_rate

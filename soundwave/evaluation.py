@@ -14,7 +14,12 @@ from soundwave.data.manifest import Sample
 from soundwave.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.processing import SoundwaveProcessor
 
-normalise = BasicTextNormalizer()  # lower case, no punctuation; numbers stay as they are written
+_normaliser = BasicTextNormalizer()
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation, one space between words; numbers stay as they are written."""
+    return _normaliser(text).strip()  # a full stop at the end would become a space
 
 
 @dataclass
@@ -44,7 +49,7 @@ def word_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
     """Word error rate after normalisation; a reference without words is an error."""
     references = [normalise(text) for text in references]
     for text in references:
-        if not text.strip():
+        if not text:
             raise ValueError("a reference has no words: leave samples without a transcript out of the word error rate")
     return jiwer.wer(references, [normalise(text) for text in answers])
 

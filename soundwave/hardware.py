@@ -17,8 +17,8 @@ def pick_device() -> tuple[torch.device, str]:
 def pick_dtype(device_type: str) -> tuple[torch.dtype, str]:
     """The backbones' dtype on a device, and the reason in words.
 
-    On a CPU bfloat16 is several times slower than float32 where the instructions are missing and several times faster where
-    they are there, so a short product decides.
+    On a CPU bfloat16 is several times slower than float32 where the instructions are missing and several times faster
+    where they are there, so a short product decides.
     """
     if device_type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

@@ -1,4 +1,4 @@
-"""The Soundwave model: frozen Whisper encoder -> alignment adapter -> kept frames -> shrinking adapter -> LLM with LoRA.
+"""The Soundwave model: Whisper encoder (frozen) -> alignment adapter -> kept frames -> shrinking adapter -> LLM + LoRA.
 
 Put together so that every stage loads no more than it needs: stage I has no language model, only the rows of its
 output embedding, which are the CTC head.
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, WhisperModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, WhisperModel
 from transformers.utils import ModelOutput
 
 from soundwave import eager, embedded
@@ -82,7 +82,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     def from_backbones(
         cls, config: SoundwaveConfig, *, dtype: torch.dtype = torch.float32, language_model: bool = True
     ) -> "SoundwaveForConditionalGeneration":
-        """A model with fresh adapters on frozen pretrained backbones.
+        """A model with fresh adapters on frozen pretrained backbones, in evaluation mode.
 
         Args:
             dtype: of the backbones; the trained parts stay float32.
@@ -104,7 +104,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 f"vocab_size, hidden_size = {config.vocab_size}, {config.hidden_size}, "
                 f"but {config.language_model} has an output embedding of {rows} x {width}"
             )
-        return model
+        return model.eval()
 
     def add_lora(self) -> None:
         """Fresh LoRA matrices on the language model (peft), in float32."""
@@ -133,7 +133,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         language_model: bool = True,
         **config_changes: Any,
     ) -> "SoundwaveForConditionalGeneration":
-        """Load the trained parts of `folder` onto the backbones that its configuration names.
+        """Load the trained parts of `folder` onto the backbones that its configuration names; in evaluation mode.
 
         Args:
             folder: what `save_pretrained` wrote: `config.json` and `model.safetensors`.
@@ -142,15 +142,21 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
         Raises:
             FileNotFoundError: the folder holds no Soundwave model.
-            ValueError: the file's parameters are not exactly those that the configuration calls trained.
+            ValueError: the file's parameters are not exactly those that the configuration calls trained; or
+                `config_changes` names what no configuration has.
         """
         folder = Path(folder)
         for name in ("config.json", WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no Soundwave model: {name} is missing")
-        config = SoundwaveConfig.from_pretrained(folder, **config_changes)
+        config, unknown = SoundwaveConfig.from_pretrained(folder, return_unused_kwargs=True, **config_changes)
+        if unknown:
+            raise ValueError(f"{next(iter(unknown))!r} is no setting of SoundwaveConfig; correct its name")
+        try:
+            state = load_file(folder / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from None
         model = cls.from_backbones(config, dtype=dtype, language_model=language_model)
-        state = load_file(folder / WEIGHTS_FILE)
         unwanted = set() if language_model else {name for name in state if name.startswith("language_model.")}
         expected = set(model.trained_state_dict())
         if (set(state) - unwanted) != expected:
@@ -179,7 +185,15 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         """Write `config.json` and the trained parts (`model.safetensors`) to a folder.
 
         Trainer passes `state_dict`, `is_main_process` and the like; the state is read from the model itself.
+
+        Raises:
+            ValueError: the model has LoRA matrices by its stage, but was loaded without its language model.
         """
+        if self.config.stage >= 2 and self.language_model is None:
+            raise ValueError(
+                f"the model has seen stage {self.config.stage}, but was loaded with language_model=False: "
+                "saving it would lose its LoRA matrices; load it whole"
+            )
         if not kwargs.get("is_main_process", True):
             return
         folder = Path(save_directory)
@@ -210,9 +224,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         return self.audio_tower.conv1.weight.dtype
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32
-        )
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
     def encode(self, input_features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Whisper's encoder at the clips' true lengths.
@@ -234,7 +246,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             )
         mel_mask = eager.length_mask(feature_lengths, input_features.shape[-1])[:, None, :]
         lengths = (feature_lengths + 1) // 2
-        x = F.gelu(tower.conv1((input_features * mel_mask).to(self.compute_dtype))) * mel_mask
+        x = input_features.masked_fill(~mel_mask, 0.0).to(self.compute_dtype)  # not a product: padding may be NaN
+        x = F.gelu(tower.conv1(x)) * mel_mask
         x = F.gelu(tower.conv2(x)).transpose(1, 2)
         x = x + tower.embed_positions.weight[: x.shape[1]]
         mask = eager.length_mask(lengths, x.shape[1])
@@ -310,7 +323,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         placeholder = input_ids == self.config.audio_placeholder_id
         embeddings = self.language_model.get_input_embeddings()(input_ids.masked_fill(placeholder, 0))
         if hidden is None:
-            speech, cu_seqlens = embeddings.new_zeros(0, embeddings.shape[-1]), torch.zeros(1, dtype=torch.int32)
+            speech, cu_seqlens = (
+                embeddings.new_zeros(0, embeddings.shape[-1]),
+                torch.zeros(1, dtype=torch.int32),
+            )
         else:
             peaks = eager.ctc_peaks(
                 ctc.path, lengths, blank=self.blank, keep=self.config.keep, scores=ctc.path_log_prob
@@ -351,7 +367,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
         Returns:
             `loss` = `lm_loss` + `ctc_weight` · `ctc_loss`, or the one that was asked for. `lm_loss` is the mean over
-            answer tokens. While training on labels only the answers are projected on the vocabulary and `logits` is None.
+            answer tokens. While training on labels only the answers are projected on the vocabulary; `logits` is None.
         """
         with self._autocast():
             hidden = lengths = ctc = None
@@ -397,7 +413,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         feature_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """New tokens [B, L_new] of the language model's own `generate`, which takes `kwargs`; inputs as in `forward`."""
+        """New tokens [B, L_new] by the language model's `generate`, which takes `kwargs`; inputs as in `forward`."""
         if self.language_model is None:
             raise ValueError("generate needs the language model, but this model was loaded without it")
         if attention_mask is None:
@@ -462,14 +478,21 @@ def load_output_embedding(folder: str) -> Tensor:
     """The output embedding [V, D] of a causal LM's folder or Hub id, without loading its layers.
 
     Reads `lm_head.weight`, or the input embedding where the two are tied, from safetensors, single-file or sharded.
+    Raises FileNotFoundError or ValueError where there is no such file or tensor.
     """
-    names = ("lm_head.weight", "model.embed_tokens.weight")
+    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
+    names = ("lm_head.weight", "model.embed_tokens.weight") if tied else ("lm_head.weight",)
     index = _checkpoint_file(folder, "model.safetensors.index.json")
     if index is not None:
         weight_map = json.loads(Path(index).read_text())["weight_map"]
         for name in names:
             if name in weight_map:
-                return _read_tensor(_checkpoint_file(folder, weight_map[name]), name)
+                shard = _checkpoint_file(folder, weight_map[name])
+                if shard is None:
+                    raise FileNotFoundError(
+                        f"{folder} has no {weight_map[name]}, but its index names it: copy it again"
+                    )
+                return _read_tensor(shard, name)
         raise ValueError(f"{folder} has none of {list(names)} in its safetensors index")
     single = _checkpoint_file(folder, WEIGHTS_FILE)
     if single is None:

@@ -66,20 +66,31 @@ class SoundwaveProcessor(ProcessorMixin):
         return torch.from_numpy(features["input_features"][0])
 
     def prompt_ids(self, prompt: str, *, has_audio: bool = True) -> list[int]:
-        """Token ids of one user turn up to where the answer starts; the recording's placeholder stands before the text."""
-        content = f"{AUDIO_TOKEN}\n{prompt}" if has_audio else prompt
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        """Token ids of one user turn up to where the answer starts; the recording's placeholder stands before the text.
+
+        White space around the prompt is dropped.
+        """
+        # The user's words are tokenised apart from the template, which alone may hold special tokens.
+        template = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": AUDIO_TOKEN}], tokenize=False, add_generation_prompt=True
         )
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        before, _, after = template.partition(AUDIO_TOKEN)
+        words = prompt.strip()
+        content = [self.audio_placeholder_id, *self._plain_ids(f"\n{words}")] if has_audio else self._plain_ids(words)
+        before, after = self.tokenizer([before, after], add_special_tokens=False)["input_ids"]
+        return [*before, *content, *after]
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Token ids of text in which nothing is a special token, whatever is written there."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def answer_ids(self, answer: str) -> list[int]:
         """Token ids of an answer and the token that ends it."""
-        return [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        return [*self._plain_ids(answer), self.tokenizer.eos_token_id]
 
     def ctc_ids(self, text: str) -> list[int]:
         """Token ids of a transcript as CTC writes it: every word, the first too, with the space before it."""
-        return self.tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"]
+        return self._plain_ids(" " + text.strip())
 
     def ctc_text(self, path: Tensor, blank: int) -> str:
         """Greedy CTC reading of one utterance's path, int [T] (-1: padding): repeats merged, blanks left out."""
@@ -110,6 +121,9 @@ class SoundwaveProcessor(ProcessorMixin):
             feature_lengths int64 [A]; labels [B, L] with answers; ctc_labels [A, U] with transcripts.
         """
         audio = audio if audio is not None else [None] * len(prompts)
+        for name, values in {"audio": audio, "answers": answers, "transcripts": transcripts}.items():
+            if values is not None and len(values) != len(prompts):
+                raise ValueError(f"{name} has {len(values)} entries, but prompts has {len(prompts)}")
         padding_side = padding_side or ("left" if answers is None else "right")
         rows, labels = [], []
         for i, prompt in enumerate(prompts):
@@ -134,6 +148,12 @@ class SoundwaveProcessor(ProcessorMixin):
 
     def pad_features(self, clips: list[Tensor]) -> dict[str, Tensor]:
         """`input_features` [A, n_mels, T_mel] and `feature_lengths` [A] of clips' features."""
+        for clip in clips:
+            if clip.ndim != 2:
+                raise ValueError(
+                    f"audio holds a Tensor of shape {list(clip.shape)}, but features are [n_mels, T_mel]; "
+                    "give samples as a NumPy array"
+                )
         lengths = torch.tensor([clip.shape[1] for clip in clips])
         features = torch.zeros(len(clips), clips[0].shape[0], int(lengths.max()))
         for row, clip in zip(features, clips, strict=True):
@@ -142,12 +162,12 @@ class SoundwaveProcessor(ProcessorMixin):
 
     def ctc_labels(self, transcripts: list[str | None]) -> Tensor:
         """int64 [A, U], padded with -100; a row of -100 where there is no transcript."""
-        return pad([self.ctc_ids(text) if text else [] for text in transcripts], IGNORE_INDEX, "right")
+        return pad([self.ctc_ids(text) if text and text.strip() else [] for text in transcripts], IGNORE_INDEX, "right")
 
 
 def pad(rows: list[list[int]], value: int, side: str) -> Tensor:
     """int64 [len(rows), longest]; an all-empty list has width 1."""
-    width = max(1, *(len(row) for row in rows))
+    width = max([1, *(len(row) for row in rows)])
     filled = [
         [value] * (width - len(row)) + row if side == "left" else row + [value] * (width - len(row)) for row in rows
     ]

@@ -19,3 +19,39 @@ def pytest_runtest_setup(item):
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """The processor of the embedded backbones. Tests that change it make one of their own."""
+    from soundwave import embedded
+    from soundwave.processing import SoundwaveProcessor
+
+    return SoundwaveProcessor.from_backbones(embedded.WHISPER, embedded.LANGUAGE_MODEL)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """The embedded corpus at its smallest: 56 training utterances."""
+    from soundwave.data.corpus import build_corpus
+
+    return build_corpus(tmp_path_factory.mktemp("corpus") / "tiny", size="tiny")
+
+
+@pytest.fixture(scope="session")
+def small_llm(tmp_path_factory) -> Path:
+    """Folder of the real SmolLM2 cut to its first two layers, in float32, with its own tokenizer and embeddings."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from soundwave import embedded
+
+    source, folder = (
+        embedded.resolve(embedded.LANGUAGE_MODEL),
+        tmp_path_factory.mktemp("backbones") / "smollm2-2-layers",
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder

@@ -119,9 +119,7 @@ def test_duration_rounded_up_in_the_manifest_is_accepted(tmp_path):
         pytest.param({"offset": 1.0}, "offset = 1 s, but the file lasts 1 s", id="offset-at-the-end"),
         pytest.param({"offset": 7.5}, "offset = 7.5 s, but the file lasts 1 s", id="offset-past-the-end"),
         pytest.param({"duration": 1.1}, "offset + duration = 1.1 s, but", id="duration-past-the-end"),
-        pytest.param(
-            {"offset": 0.5, "duration": 0.6}, "offset + duration = 1.1 s, but", id="both-past-the-end"
-        ),
+        pytest.param({"offset": 0.5, "duration": 0.6}, "offset + duration = 1.1 s, but", id="both-past-the-end"),
         pytest.param({"offset": -1.0}, "offset = -1; give seconds", id="negative-offset"),
         pytest.param({"offset": float("nan")}, "offset = nan; give seconds", id="nan-offset"),
         pytest.param({"duration": 0.0}, "duration = 0; give seconds", id="no-duration"),

@@ -113,9 +113,7 @@ def violations(root: Path) -> list[str]:
     """Every breach of the six rules in the checkout at `root`, one line each."""
     modules = find_modules(root)
     imports = {name: find_imports(name, path, modules) for name, path in modules.items()}
-    graph = {
-        name: {entry.target for entry in found} & modules.keys() - {name} for name, found in imports.items()
-    }
+    graph = {name: {entry.target for entry in found} & modules.keys() - {name} for name, found in imports.items()}
 
     found = []
     if cycle := find_cycle(graph):

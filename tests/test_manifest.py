@@ -74,9 +74,7 @@ def test_sample_without_audio_is_text_only(folder):
 
 
 def test_null_counts_as_absent(folder):
-    (sample,) = read_manifest(
-        write(folder, ROW | {"offset": None, "duration": None, "answer": None, "note": None})
-    )
+    (sample,) = read_manifest(write(folder, ROW | {"offset": None, "duration": None, "answer": None, "note": None}))
     assert (sample.offset, sample.duration, sample.answer, sample.extra) == (0.0, None, "turn it on", {})
 
 
@@ -166,9 +164,7 @@ def test_folder_as_manifest(tmp_path):
     assert fault(tmp_path) == f"{tmp_path}: is a folder; name a manifest (.jsonl) in it"
 
 
-@pytest.mark.parametrize(
-    "raw", [b"", b"\n \r\n", b"\xef\xbb\xbf"], ids=["nothing", "blank-lines", "byte-order-mark"]
-)
+@pytest.mark.parametrize("raw", [b"", b"\n \r\n", b"\xef\xbb\xbf"], ids=["nothing", "blank-lines", "byte-order-mark"])
 def test_empty_manifest(folder, raw):
     assert "m.jsonl: holds no samples; " in fault(write(folder, raw))
 
@@ -197,9 +193,7 @@ def test_latin1_manifest(folder):
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
-        pytest.param(
-            "{'text': 1}", "is not JSON (Expecting property name enclosed in double quotes at", id="quotes"
-        ),
+        pytest.param("{'text': 1}", "is not JSON (Expecting property name enclosed in double quotes at", id="quotes"),
         pytest.param('{"text": "a"', "one JSON object on each line", id="cut-off"),
         pytest.param("{", "one JSON object on each line", id="pretty-printed-object"),
         pytest.param("[", "begins a JSON array; write its objects one a line", id="pretty-printed-array"),
@@ -209,19 +203,11 @@ def test_latin1_manifest(folder):
         pytest.param('{"duration": ' + "9" * 5000 + "}", "number is too long", id="endless-number"),
         pytest.param('{"text": "\\ud800"}', "half of a surrogate pair", id="lone-surrogate"),
         pytest.param("{}", 'lacks "audio_filepath", which task "transcribe" needs', id="empty-object"),
-        pytest.param(
-            '{"wav": "a.wav", "said": "a"}', 'add it to the keys ["said", "wav"]', id="keys-of-others"
-        ),
+        pytest.param('{"wav": "a.wav", "said": "a"}', 'add it to the keys ["said", "wav"]', id="keys-of-others"),
         pytest.param('{"audio_filepath": "a.wav"}', 'lacks "text"', id="no-text"),
-        pytest.param(
-            '{"audio_filepath": "a.wav", "task": "voice", "prompt": "?"}', 'lacks "answer"', id="no-answer"
-        ),
-        pytest.param(
-            '{"audio_filepath": "a.wav", "task": "voice", "answer": "a"}', 'lacks "prompt"', id="no-prompt"
-        ),
-        pytest.param(
-            '{"task": "qa", "prompt": " ", "answer": "a"}', 'prompt = " " is empty', id="blank-prompt"
-        ),
+        pytest.param('{"audio_filepath": "a.wav", "task": "voice", "prompt": "?"}', 'lacks "answer"', id="no-answer"),
+        pytest.param('{"audio_filepath": "a.wav", "task": "voice", "answer": "a"}', 'lacks "prompt"', id="no-prompt"),
+        pytest.param('{"task": "qa", "prompt": " ", "answer": "a"}', 'prompt = " " is empty', id="blank-prompt"),
     ],
 )
 def test_bad_line(folder, line, wanted):
@@ -242,15 +228,11 @@ def test_bad_line(folder, line, wanted):
         pytest.param({"offset": float("inf")}, "offset = Infinity: ", id="infinite-offset"),
         pytest.param({"offset": float("nan")}, "offset = NaN: ", id="nan-offset"),
         pytest.param({"text": 7}, "text = 7: ", id="number-as-text"),
-        pytest.param(
-            {"task": ["voice"], "prompt": "?", "answer": "a"}, 'task = ["voice"]: ', id="list-as-task"
-        ),
+        pytest.param({"task": ["voice"], "prompt": "?", "answer": "a"}, 'task = ["voice"]: ', id="list-as-task"),
         pytest.param({"task": ""}, 'lacks "prompt"', id="empty-task"),
         pytest.param({"target_lang": 1}, "target_lang = 1: ", id="number-as-language"),
         pytest.param({"audio_filepath": 7}, "audio_filepath 7 is not a string; ", id="number-as-path"),
-        pytest.param(
-            {"audio_filepath": "b.wav"}, 'audio_filepath "b.wav" does not exist; ', id="missing-audio"
-        ),
+        pytest.param({"audio_filepath": "b.wav"}, 'audio_filepath "b.wav" does not exist; ', id="missing-audio"),
         pytest.param({"audio_filepath": "."}, 'audio_filepath "." is not a file; ', id="folder-as-audio"),
         pytest.param({"audio_filepath": ""}, 'audio_filepath = "" is empty; ', id="empty-path"),
         pytest.param({"audio_filepath": "a\0.wav"}, "cannot be opened (embedded null byte)", id="null-byte"),
@@ -290,12 +272,8 @@ def test_key_near_a_present_one_is_an_extra_key(folder):
         pytest.param({"audios": []}, "messages has 1 <audio>, but audios 0 paths", id="tag-without-audio"),
         pytest.param({"messages": "hi"}, 'messages = "hi"; write a list', id="messages-as-string"),
         pytest.param({"messages": []}, 'messages has none with role "user"', id="no-messages"),
-        pytest.param(
-            {"messages": [{"role": "user", "content": "hi"}]}, 'role "assistant"', id="no-assistant"
-        ),
-        pytest.param(
-            {"messages": [{"role": "user", "content": [1]}]}, "= [1]; write a string", id="content-as-list"
-        ),
+        pytest.param({"messages": [{"role": "user", "content": "hi"}]}, 'role "assistant"', id="no-assistant"),
+        pytest.param({"messages": [{"role": "user", "content": [1]}]}, "= [1]; write a string", id="content-as-list"),
         pytest.param({"answer": "A man."}, '"answer" is given twice', id="answer-twice"),
     ],
 )
@@ -372,16 +350,11 @@ NEARLY = st.dictionaries(
     st.sampled_from([*KEYS, "messages", "audios", "source", "target", "txt"]),
     JSON
     | st.sampled_from(["a.wav", "transcribe", "voice", 1.0, 10**400, "\ud800", ["a.wav"]])
-    | st.lists(
-        st.dictionaries(st.sampled_from(["role", "content"]), JSON | st.sampled_from(["user", "assistant"]))
-    ),
+    | st.lists(st.dictionaries(st.sampled_from(["role", "content"]), JSON | st.sampled_from(["user", "assistant"]))),
 )
 
 
-@given(
-    st.binary()
-    | st.lists(JSON.map(json.dumps) | NEARLY.map(json.dumps)).map(lambda rows: "\n".join(rows).encode())
-)
+@given(st.binary() | st.lists(JSON.map(json.dumps) | NEARLY.map(json.dumps)).map(lambda rows: "\n".join(rows).encode()))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_give_samples_or_one_line(folder, raw):
     path = write(folder, raw)

@@ -20,12 +20,8 @@ CLEAN_ENVIRONMENT = {name: value for name, value in os.environ.items() if not na
 def run(*command, cwd, **environment) -> str:
     """Standard output of `command`; a failure shows both streams."""
     command = [str(part) for part in command]
-    result = subprocess.run(
-        command, cwd=cwd, env={**CLEAN_ENVIRONMENT, **environment}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, (
-        f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}"
-    )
+    result = subprocess.run(command, cwd=cwd, env={**CLEAN_ENVIRONMENT, **environment}, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
 
@@ -138,7 +134,5 @@ def test_llama_imports_under_pytest():
 
 def test_llama_imports_in_a_script_started_in_the_checkout(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(
-        "import transformers\nfrom transformers import LlamaForCausalLM\nimport soundwave.kernels\n"
-    )
+    script.write_text("import transformers\nfrom transformers import LlamaForCausalLM\nimport soundwave.kernels\n")
     run(sys.executable, script, cwd=ROOT)

@@ -139,9 +139,7 @@ def test_speakers_are_chosen(index, tmp_path, choice, left):
     [
         pytest.param({"split": "dev"}, 'split: "dev" is not in the index; it has test, train', id="split"),
         pytest.param({"only_speakers": ["dan"]}, 'only_speakers: "dan" .* it has anna, ben, cleo', id="only"),
-        pytest.param(
-            {"exclude_speakers": ["Ben"]}, 'exclude_speakers: "Ben" .* it has anna, ben', id="exclude"
-        ),
+        pytest.param({"exclude_speakers": ["Ben"]}, 'exclude_speakers: "Ben" .* it has anna, ben', id="exclude"),
         pytest.param({"exclude_speakers": SPEAKERS}, "leaves none of anna, ben, cleo", id="exclude-all"),
         pytest.param({"count": 0}, "count = 0", id="count"),
         pytest.param({"max_words": 0}, "max_words = 0", id="max-words"),

@@ -73,9 +73,7 @@ class _Fault(Exception):
     """Fault and mend, without the file's name."""
 
 
-def _read_part(
-    file: soundfile.SoundFile, handle: BinaryIO, offset: float, duration: float | None
-) -> np.ndarray:
+def _read_part(file: soundfile.SoundFile, handle: BinaryIO, offset: float, duration: float | None) -> np.ndarray:
     """-> float32 [frames, channels]"""
     if not 0 <= offset < math.inf:
         raise _Fault(f"offset = {offset:g}; give seconds from 0 up")
@@ -124,9 +122,7 @@ def _refuse_misjudged_mp3(handle: BinaryIO) -> None:
         raise _Fault(f"has no length in its header, {position} of {size} bytes could be read; {CONVERT}")
 
 
-def windows(
-    audio: np.ndarray, *, sampling_rate: int = SAMPLING_RATE, seconds: float = 30.0
-) -> list[np.ndarray]:
+def windows(audio: np.ndarray, *, sampling_rate: int = SAMPLING_RATE, seconds: float = 30.0) -> list[np.ndarray]:
     """Cut a recording [samples] into views of at most `seconds`; joined, they are the recording again.
 
     A cut falls into the middle of the quietest 20 ms frame in the last 5 s (or half window) before the limit.

@@ -181,9 +181,7 @@ def _from_messages(messages: Any, audios: Any) -> dict[str, Any]:
     prompt, answer = (_last_content(messages, role) for role in ("user", "assistant"))
     tags = prompt.count(AUDIO_TAG)
     if tags > len(audios):
-        raise ManifestError(
-            f"messages has {tags} {AUDIO_TAG}, but audios {len(audios)} paths; make them agree"
-        )
+        raise ManifestError(f"messages has {tags} {AUDIO_TAG}, but audios {len(audios)} paths; make them agree")
     given = {"prompt": prompt.replace(AUDIO_TAG, "").strip(), "answer": answer}
     return given | ({"audio_filepath": audios[0]} if audios else {})
 
@@ -209,9 +207,7 @@ def _require(row: dict[str, Any]) -> None:
             raise ManifestError(f'has the unknown key {_show(key)}; write "{nearest[0]}", or rename it')
     if missing:
         found = _show(sorted(row))
-        raise ManifestError(
-            f'lacks "{missing[0]}", which task {_show(task)} needs; add it to the keys {found}'
-        )
+        raise ManifestError(f'lacks "{missing[0]}", which task {_show(task)} needs; add it to the keys {found}')
     for key in needed:
         if key != "text" and isinstance(row[key], str) and not row[key].strip():
             raise ManifestError(f"{key} = {_show(row[key])} is empty; fill it in")
@@ -224,7 +220,10 @@ def _find_audio(name: Any, folder: Path, allow_outside: bool) -> Path:
     folder = os.path.abspath(folder)
     audio = os.path.abspath(os.path.join(folder, name))
     if not allow_outside and os.path.commonpath([folder, audio]) != folder:
-        raise ManifestError(f"{shown} leads out of the manifest's folder; move it in, or set allow_outside")
+        raise ManifestError(
+            f"{shown} leads out of the manifest's folder; move it in, or permit it: allow_outside=true "
+            "(soundwave evaluate: --allow-outside)"
+        )
     try:
         status = os.stat(audio)
     except FileNotFoundError:

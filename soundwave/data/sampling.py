@@ -1,7 +1,7 @@
 """Which samples make a batch: dynamic temperature sampling over tasks, batches of similar length.
 
-Temperature sampling (arXiv 2502.12900, §3): task k is drawn with p_k ∝ (|D_k| / Σ|D_i|)^(1/T), and T = 1 + 5·epoch moves
-the mixture from the tasks' natural shares towards equal ones.
+Temperature sampling (arXiv 2502.12900, §3): task k is drawn with p_k ∝ (|D_k| / Σ|D_i|)^(1/T), and T = 1 + 5·epoch
+moves the mixture from the tasks' natural shares towards equal ones.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +43,7 @@ class BucketBatchSampler(Sampler[list[int]]):
     Args:
         lengths: of each sample, in any unit; None (text only) goes anywhere.
         groups: of each sample, e.g. its task.
-        batch_size: samples a batch; the last one of an epoch may be smaller.
+        batch_size: samples a batch; one batch of an epoch may be smaller.
         seed: with the epoch it decides everything.
         temperature: epoch -> T, or None: every sample once an epoch.
     """

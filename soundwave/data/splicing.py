@@ -52,9 +52,7 @@ def splice_strings(
     speakers = _clips_by_speaker(index, split, exclude_speakers, only_speakers)
     for speaker, clips in speakers.items():
         if max_words > 1 and len(clips) < 2:
-            raise ValueError(
-                f'speaker "{speaker}" says only {list(clips)} in split "{split}"; wanted two words'
-            )
+            raise ValueError(f'speaker "{speaker}" says only {list(clips)} in split "{split}"; wanted two words')
 
     rng = np.random.default_rng(seed)
     load = lru_cache(maxsize=4096)(load_audio)  # 4 096 clips of 0.5 s are 130 MB

@@ -1,11 +1,11 @@
 """How each task is asked and answered: prompts in at least 50 phrasings, answers in four formats.
 
-    transcribe   the words of the recording              voice   is the speaker female or male
-    intent       what a command is about                 rate    is the speech slow, normal or fast
-    question     a spoken question, answered in text     qa      a written question: no recording
-
-    direct       one word or phrase                      choice       one of the options that the prompt lists
-    natural      a short sentence                        transcribe   the transcript, then the answer on a line below
+    transcribe   the words of the recording             direct       one word or phrase
+    voice        is the speaker female or male          choice       one of the options that the prompt lists
+    rate         is the speech slow, normal or fast     natural      a short sentence
+    intent       what a command is about                transcribe   the transcript; the answer on a second line
+    question     a spoken question
+    qa           a written question, no recording
 
 Prompts are short, since every training step pays for each of their tokens; all formats but direct say what they want.
 """
@@ -159,8 +159,16 @@ PROMPTS = {
 }
 _BRIEFLY = {  # what the direct format may add; a brief sentence would be two wishes at once
     "question": ("", " Be brief.", " A word or two."),
-    "qa": ("", " Be brief.", " Answer briefly.", " Just the answer.", " Keep it short.", " A word or two.", " Short answer."),
-}  # fmt: skip
+    "qa": (
+        "",
+        " Be brief.",
+        " Answer briefly.",
+        " Just the answer.",
+        " Keep it short.",
+        " A word or two.",
+        " In short.",
+    ),
+}
 
 
 def phrase(task: str, fields: Mapping, rng: random.Random, format: str = "direct") -> tuple[str, str]:
@@ -168,8 +176,9 @@ def phrase(task: str, fields: Mapping, rng: random.Random, format: str = "direct
 
     Args:
         task: a key of FORMATS.
-        fields: what is known of the sample. transcribe needs `text`; voice `sex`; rate `rate`; intent `intent`; question and qa
-            `answer`, and `options` (the answer among wrong ones) for choice; qa `question`, as written; the format transcribe `text`.
+        fields: what is known of the sample: `text` for transcribe and for the format of that name, `sex` for voice,
+            `rate`, `intent`, `answer` for question and qa, `options` for their choice (the answer among wrong
+            ones), and `question`, as written, for qa.
         rng: the only source of randomness.
 
     Returns:

@@ -1,8 +1,8 @@
 """The three stages of Soundwave's training (arXiv 2502.12900, §3): what each one trains, on which loss, at which rate.
 
-    I    alignment adapter and blank row    CTC; of the language model only its output embedding is loaded
-    II   both adapters and LoRA             next token + 0.3 CTC; tasks drawn at a temperature that rises with the epochs
-    III  LoRA, or LoRA + shrinking adapter  next token
+I    alignment adapter and blank row    CTC; of the language model only its output embedding is loaded
+II   both adapters and LoRA             next token + 0.3 CTC; tasks drawn at a temperature that rises with the epochs
+III  LoRA, or LoRA + shrinking adapter  next token
 """
 
 import difflib
@@ -51,7 +51,9 @@ class StageConfig(BaseModel):
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     ctc_weight: float = Field(0.3, ge=0, description="of the CTC loss in stage II")
     train_shrinking: bool = Field(False, description="stage III trains the shrinking adapter beside LoRA")
-    temperature: bool = Field(True, description="stage II draws tasks at T = 1 + 5·epoch; else every sample once an epoch")
+    temperature: bool = Field(
+        True, description="stage II draws tasks at T = 1 + 5·epoch; else every sample once an epoch"
+    )
     lora_rank: Positive = 64
     lora_alpha: Positive = 16
     quantization: Literal["auto", "nf4", "none"] = Field("auto", description="auto: nf4 on CUDA, none on the CPU")
@@ -72,6 +74,7 @@ PAPER: dict[int, dict[str, Any]] = {
     2: {"steps": 6000, "batch_size": 16, "accumulation": 8, "learning_rate": 3e-5, "warmup_steps": 200},
     3: {"steps": 4000, "batch_size": 8, "accumulation": 4, "learning_rate": 3e-5, "warmup_steps": 200},
 }
+LONGEST = 30.0  # seconds that Whisper's encoder takes
 TRAINED = {
     1: ("alignment.", "blank_"),
     2: ("alignment.", "blank_", "shrinking.", "lora"),
@@ -123,6 +126,10 @@ def make_config(stage: int, **values: Any) -> StageConfig:
             raise ConfigError(f"unknown setting {key!r}; {hint}")
     if isinstance(values.get("train"), str | Path):
         values["train"] = [values["train"]]
+    for key in ("audio_tower", "language_model"):
+        # The saved model names its backbones, and is used from other working directories.
+        if key in values and Path(str(values[key])).is_dir():
+            values[key] = str(Path(values[key]).resolve())
     for key, value in values.items():
         # YAML 1.1 reads 1e-4 as a word, people write it as a number.
         if isinstance(value, str) and StageConfig.model_fields[key].annotation is float:
@@ -149,6 +156,8 @@ def _beside(folder: Path, key: str, value: Any) -> Any:
         return folder / value
     if key == "train" and isinstance(value, list):
         return [folder / item if isinstance(item, str) else item for item in value]
+    if key in ("audio_tower", "language_model") and (folder / str(value)).is_dir():
+        return folder / value
     return value
 
 
@@ -161,7 +170,14 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
 
     Raises:
         ManifestError, AudioError: data that cannot be used. FileNotFoundError, ValueError: a model that does not fit.
+        ConfigError: settings that contradict the data, the model or what `out` holds.
     """
+    checkpoint = newest_checkpoint(config.out)
+    if checkpoint and not config.resume:
+        raise ConfigError(
+            f"out = {str(config.out)!r} holds {checkpoint.name} of an earlier run; go on from it with resume=true, "
+            "or name another folder"
+        )
     set_seed(config.seed)
     device, _ = pick_device()
     samples = [sample for path in config.train for sample in read_manifest(path, allow_outside=config.allow_outside)]
@@ -170,8 +186,9 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
     processor = SoundwaveProcessor.from_backbones(model.config.audio_tower, model.config.language_model)
     trained = TRAINED[config.stage] + (("shrinking.",) if config.stage == 3 and config.train_shrinking else ())
     freeze_all_but(model, trained)
-    if config.stage == 1 and config.model is None:
-        first = [features(processor, sample) for sample in samples[: config.batch_size]]
+    heard = [sample for sample in samples if sample.audio is not None]
+    if config.model is None and heard:
+        first = [features(processor, sample) for sample in heard[: config.batch_size]]
         batch = {name: value.to(device) for name, value in processor.pad_features(first).items()}
         model.initialise_blank(**batch)
 
@@ -196,7 +213,6 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(f"stage {'I' * config.stage}"))
-    checkpoint = newest_checkpoint(config.out) if config.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     folder = config.out / "model"
     model.save_pretrained(folder)
@@ -208,24 +224,52 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
     dtype = pick_dtype(device.type)[0] if config.dtype == "auto" else getattr(torch, config.dtype)
     quantization = {"auto": "nf4" if device.type == "cuda" else None, "nf4": "nf4", "none": None}[config.quantization]
     changes: dict[str, Any] = {"quantization": quantization, "ctc_weight": config.ctc_weight}
-    if not config.spec_augment:
-        changes |= {"spec_augment_time_masks": 0, "spec_augment_mel_masks": 0}
+    for masks in ("spec_augment_time_masks", "spec_augment_mel_masks"):  # a model keeps those of its last stage
+        changes[masks] = getattr(SoundwaveConfig(), masks) if config.spec_augment else 0
     if config.stage == 1:
         changes["quantization"] = None
     if config.model is None:
         if config.stage == 3:
             raise ConfigError("setting 'model' is missing; stage 3 goes on from a model of stage 2: give model=…")
-        changes |= {"semantics": config.semantics, "lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha}
+        changes |= {
+            "semantics": config.semantics,
+            "lora_rank": config.lora_rank,
+            "lora_alpha": config.lora_alpha,
+        }
         soundwave_config = SoundwaveConfig.from_backbones(config.audio_tower, config.language_model, **changes)
         model = SoundwaveForConditionalGeneration.from_backbones(
             soundwave_config, dtype=dtype, language_model=config.stage > 1
         )
     else:
+        changes |= _adopted(config)
         model = SoundwaveForConditionalGeneration.from_pretrained(
             config.model, dtype=dtype, language_model=config.stage > 1, **changes
         )
     model.config.stage = max(model.config.stage, config.stage)
     return model
+
+
+def _adopted(config: StageConfig) -> dict[str, Any]:
+    """Changes to the configuration of the model that a stage goes on from; a setting that comes too late is refused."""
+    if not (config.model / "config.json").is_file():
+        raise ConfigError(
+            f"model = {str(config.model)!r} holds no model; name the folder that the stage before printed"
+        )
+    saved = SoundwaveConfig.from_pretrained(config.model)
+    if config.stage < saved.stage or config.stage > saved.stage + 1:
+        raise ConfigError(
+            f"model = {str(config.model)!r} has seen stage {saved.stage}, but stage {config.stage} goes on from one "
+            f"of stage {max(config.stage - 1, 1)}" + (f" or {config.stage}" if config.stage > 1 else "")
+        )
+    changes = {}
+    for name in ("audio_tower", "language_model", "semantics", "lora_rank", "lora_alpha"):
+        wanted, found = getattr(config, name), getattr(saved, name)
+        if name not in config.model_fields_set or wanted == found:
+            continue
+        if saved.stage >= 2 or not name.startswith("lora_"):
+            raise ConfigError(f"{name} = {wanted!r}, but the model in {config.model} has {found!r}: leave it out")
+        changes[name] = wanted
+    return changes
 
 
 def _usable(samples: list[Sample], config: StageConfig) -> list[Sample]:
@@ -237,6 +281,12 @@ def _usable(samples: list[Sample], config: StageConfig) -> list[Sample]:
             f"{', '.join(map(str, config.train))}: no sample to train on; stage {config.stage} needs "
             + ("recordings with a text" if config.stage == 1 else "samples")
         )
+    for sample in samples:
+        if sample.audio is not None and (sample.duration or 0.0) > LONGEST:
+            raise ConfigError(
+                f"{sample.id}: duration = {sample.duration:g}, but at most {LONGEST:g} s can be trained on; "
+                "cut it, or leave it out"
+            )
     return samples
 
 

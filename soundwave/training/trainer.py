@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from soundwave.data.sampling import BucketBatchSampler
 from soundwave.eager import IGNORE_INDEX
@@ -62,7 +69,7 @@ class SoundwaveTrainer(Trainer):
             self._sums[name] = self._sums.get(name, 0.0) + value
 
         batch = inputs["input_ids"] if "input_ids" in inputs else inputs["input_features"]
-        add("batches", 1)
+        self._sums.setdefault("first_step", self.state.global_step)
         add("samples", batch.shape[0])
         if outputs.lm_loss is not None:
             add("lm_loss", outputs.lm_loss.detach())
@@ -98,7 +105,7 @@ class SoundwaveTrainer(Trainer):
         sums = {name: float(value) for name, value in self._sums.items()}
         seconds, now = sums.get("mel_frames", 0.0) / MEL_FRAMES_A_SECOND, time.perf_counter()
         out = {
-            "batch_samples": sums["samples"] / sums["batches"] * self.args.gradient_accumulation_steps,
+            "batch_samples": sums["samples"] / (self.state.global_step - sums["first_step"]),
             "audio_per_second": seconds / (now - self._since),
         }
         ratios = {
@@ -116,7 +123,7 @@ class SoundwaveTrainer(Trainer):
 
 
 class Progress(ProgressCallback):
-    """Trainer's progress bar; its right end tells the loss and how much audio goes through, and no log line is printed."""
+    """Trainer's progress bar, with losses and audio-seconds per second at its end; no log line is printed."""
 
     def __init__(self, title: str):
         super().__init__()
@@ -159,6 +166,7 @@ class Clock(TrainerCallback):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in a run's folder."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    """The complete checkpoint of the highest step in a run's folder: Trainer writes its state last."""
+    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    found = [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)

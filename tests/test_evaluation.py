@@ -1,0 +1,175 @@
+"""Scores: word error rate and accuracy by hand, and whole evaluations with the real backbones, untrained."""
+
+import itertools
+
+import pytest
+import soundfile
+import torch
+
+from soundwave import embedded
+from soundwave.configuration import SoundwaveConfig
+from soundwave.data.collate import features
+from soundwave.data.manifest import read_manifest, write_manifest
+from soundwave.eager import length_mask
+from soundwave.evaluation import answer, by_length, evaluate, evaluate_ctc, normalise, read_ctc, word_error_rate
+from soundwave.modeling import SoundwaveForConditionalGeneration
+
+# ---------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("text", ["yes", "Yes.", " YES! ", "'Yes,'", "yes\n"])
+def test_case_punctuation_and_outer_space_do_not_count(text):
+    assert normalise(text) == "yes"
+
+
+@pytest.mark.parametrize("text", ["no", "yes yes", "y es", "7", ""])
+def test_words_and_numbers_count(text):
+    assert normalise(text) != "yes"
+
+
+def test_numbers_are_not_read_as_words():
+    assert normalise("Seven") != normalise("7")
+
+
+@pytest.mark.parametrize(
+    ("references", "answers", "expected"),
+    [
+        (["one two three"], ["one two three"], 0),
+        (["One, two -- three."], ["one two three"], 0),
+        (["one two three four"], ["one three three four five"], 2 / 4),
+        (["one two three", "four"], ["one two three", "five"], 1 / 4),  # of all words, not of each sample's
+        (["one two"], [""], 1),
+        (["one"], ["a b c"], 3),
+    ],
+)
+def test_word_error_rate_is_errors_over_reference_words(references, answers, expected):
+    assert word_error_rate(references, answers) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("reference", ["", " ", "...", "[laughs]"])
+def test_a_reference_without_words_is_refused(reference):
+    with pytest.raises(ValueError, match="a reference has no words"):
+        word_error_rate(["one", reference], ["one", "two"])
+
+
+# ---------------------------------------------------------------- whole evaluations
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Five spoken samples of mixed lengths, and three of text alone between them."""
+    folder = tmp_path_factory.mktemp("samples")
+    rows = []
+    with embedded.Espeak() as espeak:
+        for i, text in enumerate(["seven", "turn on the light in the kitchen", "two three", "stop now please", "one"]):
+            audio, rate = espeak.synthesize(text, voice="en-us")
+            soundfile.write(folder / f"{i}.wav", audio, rate)
+            row = {"audio_filepath": f"{i}.wav", "duration": len(audio) / rate, "text": text}
+            rows.append(row if i < 3 else row | {"task": "intent", "prompt": "What is wanted?", "answer": "nothing"})
+    for country in ("France", "Italy", "Japan"):
+        prompt = f"What is the capital of {country}? Give its name alone."
+        rows.insert(2, {"task": "capital", "prompt": prompt, "answer": "?"})
+    write_manifest(folder / "test.jsonl", rows)
+    return read_manifest(folder / "test.jsonl")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = SoundwaveConfig.from_backbones(embedded.WHISPER, embedded.LANGUAGE_MODEL, lora_rank=0)
+    return SoundwaveForConditionalGeneration.from_backbones(config).eval()
+
+
+def test_batches_go_from_the_longest_to_text_alone_and_hold_every_sample_once(samples):
+    batches = list(by_length(samples, 3))
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    order = [i for batch in batches for i in batch]
+    assert sorted(order) == list(range(len(samples)))
+    durations = [samples[i].duration or 0 for i in order]
+    assert durations == sorted(durations, reverse=True)
+
+
+@pytest.fixture(scope="module")
+def report(model, processor, samples):
+    return evaluate(model, processor, samples, batch_size=3, max_new_tokens=6)
+
+
+def test_each_answer_stands_beside_its_own_sample(model, processor, samples, report):
+    assert [row[:3] for row in report.answers] == [(s.id, s.task, s.answer) for s in samples]
+    for i in (1, 3):  # the longest recording, and a text between recordings, asked alone
+        prompt = samples[i].prompt or "Transcribe the speech."
+        (alone,) = answer(model, processor, [prompt], [features(processor, samples[i])], max_new_tokens=6)
+        assert report.answers[i][3] == alone
+    assert len({row[3] for row in report.answers}) > 3
+
+
+def test_tasks_are_counted_and_scored_apart(report):
+    assert report.samples == {"transcribe": 3, "capital": 3, "intent": 2}
+    assert set(report.accuracy) == {"capital", "intent"}
+    pairs = [(reference, given) for _, task, reference, given in report.answers if task == "transcribe"]
+    assert report.wer == word_error_rate(*zip(*pairs, strict=True))
+
+
+def test_accuracy_is_the_share_of_right_answers_case_and_full_stop_aside(model, processor, samples, report):
+    texts = [(s, row[3]) for s, row in zip(samples, report.answers, strict=True) if s.task == "capital"]
+    right = [s.model_copy(update={"answer": f" {given.upper()}."}) for s, given in texts[:2]]
+    wrong = [s.model_copy(update={"answer": f"{given} or not"}) for s, given in texts[2:]]
+    found = evaluate(model, processor, right + wrong, max_new_tokens=6)
+    assert found.accuracy == {"capital": pytest.approx(2 / 3)}
+    assert found.wer is None
+
+
+def test_the_language_model_knows_what_it_knew(report):
+    answers = {sample_id: given for sample_id, task, _, given in report.answers if task == "capital"}
+    assert any("Paris" in given for given in answers.values())
+
+
+def test_nothing_to_evaluate_is_refused(model, processor):
+    with pytest.raises(ValueError, match="samples is empty"):
+        evaluate(model, processor, [])
+
+
+def test_no_recording_with_a_transcript_is_refused(model, processor, samples):
+    with pytest.raises(ValueError, match="samples holds no recording with a transcript"):
+        evaluate_ctc(model, processor, [sample for sample in samples if sample.audio is None])
+
+
+@pytest.fixture
+def blank(model):
+    """The model's blank row, `weight` and `bias`, to be set for one test."""
+    before = model.blank_weight.detach().clone(), model.blank_bias.detach().clone()
+    with torch.no_grad():
+        yield model.blank_weight, model.blank_bias
+        model.blank_weight.copy_(before[0])
+        model.blank_bias.copy_(before[1])
+
+
+def test_a_model_that_writes_blanks_alone_has_read_nothing(model, processor, samples, blank):
+    blank[1].fill_(1e4)
+    report = evaluate_ctc(model, processor, samples, batch_size=2)
+    assert (report.wer, report.blank_share, report.kept_per_label) == (1, 1, 0)
+    assert [given for *_, given in report.answers] == [""] * 5
+    assert report.samples == {"transcribe": 5}
+
+
+def test_ctc_scores_are_those_of_the_paths_taken_one_by_one(model, processor, samples, blank):
+    spoken = [sample for sample in samples if sample.audio is not None]
+    # With the median of the frames' largest logits as its bias, blank wins about half of the frames.
+    batch = processor.pad_features([features(processor, sample) for sample in spoken])
+    hidden, lengths, _ = model.align(**batch)
+    rows = hidden[length_mask(lengths, hidden.shape[1])]
+    blank[1].copy_((rows @ model.head_weight.T).amax(-1).median())
+    report = evaluate_ctc(model, processor, samples, batch_size=2)
+    frames = blanks = peaks = 0
+    for sample, row in zip(spoken, report.answers, strict=True):
+        (text,), path = read_ctc(model, processor, [features(processor, sample)])
+        assert row == (sample.id, "transcribe", sample.text, text)
+        runs = [label for label, _ in itertools.groupby(path[0].tolist())]
+        frames += path.shape[1]
+        blanks += path[0].tolist().count(model.blank)
+        peaks += len(runs) - runs.count(model.blank)
+    labels = sum(len(processor.ctc_ids(sample.text)) for sample in spoken)
+    assert 0.1 < report.blank_share < 0.9
+    assert report.blank_share == pytest.approx(blanks / frames)
+    assert report.compression == pytest.approx(frames / peaks)
+    assert report.kept_per_label == pytest.approx(peaks / labels)

@@ -1,0 +1,147 @@
+"""Sampling: the paper's mixtures, whole passes, batches of similar length, the same for the same seed and epoch."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from soundwave.data.sampling import (
+    BucketBatchSampler,
+    group_counts,
+    paper_temperature,
+    temperature_weights,
+)
+
+PAPER = {"qa": 78_000, "asr": 3_012_000, "st": 460_000, "sound": 25_000}
+GROUPS = ["asr"] * 300 + ["qa"] * 40 + ["sound"] * 7
+
+
+def make(batch_size=8, temperature=None, groups=GROUPS, seed=0, text_only=()):
+    lengths = np.random.default_rng(1).uniform(0.5, 30, len(groups)).tolist()
+    lengths = [None if group in text_only else length for length, group in zip(lengths, groups, strict=True)]
+    return BucketBatchSampler(lengths, groups, batch_size, seed=seed, temperature=temperature)
+
+
+def epoch_of(sampler, epoch):
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "figures"), [(0, (0.022, 0.843, 0.129, 0.007)), (1, (0.20, 0.37, 0.27, 0.17))], ids=["T1", "T6"]
+)
+def test_weights_are_the_papers(epoch, figures):
+    weights = temperature_weights(PAPER, paper_temperature(epoch))
+    places = 3 if epoch == 0 else 2
+    assert tuple(round(weights[name], places) for name in PAPER) == figures
+
+
+def test_temperature_starts_at_1_and_grows_by_5_an_epoch():
+    assert [paper_temperature(epoch) for epoch in range(3)] == [1, 6, 11]
+
+
+def test_a_temperature_below_1_is_refused():
+    with pytest.raises(ValueError, match="temperature = 0.5"):
+        temperature_weights(PAPER, 0.5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 6.0, 1e9])
+@pytest.mark.parametrize("total", [0, 1, 7, 100, 3_575])
+def test_counts_are_whole_and_within_one_of_their_share(total, temperature):
+    counts = group_counts(PAPER, temperature, total)
+    weights = temperature_weights(PAPER, temperature)
+    assert sum(counts.values()) == total
+    assert all(abs(counts[name] - total * weights[name]) < 1 for name in PAPER)
+
+
+def test_counts_at_temperature_1_are_the_groups_sizes():
+    sizes = dict(Counter(GROUPS))
+    assert group_counts(sizes, 1.0, len(GROUPS)) == sizes
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 8, 347, 1_000])
+@pytest.mark.parametrize("temperature", [None, paper_temperature], ids=["plain", "temperature"])
+def test_every_epoch_has_the_stated_number_of_batches(batch_size, temperature):
+    sampler = make(batch_size, temperature)
+    for epoch in range(3):
+        batches = epoch_of(sampler, epoch)
+        assert len(batches) == len(sampler) == -(-len(GROUPS) // batch_size)
+        assert sum(map(len, batches)) == len(GROUPS)
+        assert sum(len(batch) != batch_size for batch in batches) <= 1
+
+
+@pytest.mark.parametrize("temperature", [None, paper_temperature], ids=["plain", "temperature"])
+def test_seed_and_epoch_decide_the_batches(temperature):
+    first = epoch_of(make(temperature=temperature, seed=3), 2)
+    sampler = make(temperature=temperature, seed=3)
+    epoch_of(sampler, 0)  # what was drawn before does not matter
+    assert epoch_of(sampler, 2) == first
+    assert epoch_of(sampler, 1) != first
+    assert epoch_of(make(temperature=temperature, seed=4), 2) != first
+
+
+def test_without_temperature_every_sample_comes_once():
+    for epoch in range(2):
+        assert sorted(sum(epoch_of(make(), epoch), [])) == list(range(len(GROUPS)))
+
+
+def test_an_epoch_has_the_mixture_of_its_temperature():
+    for epoch in range(3):
+        drawn = Counter(GROUPS[i] for batch in epoch_of(make(temperature=paper_temperature), epoch) for i in batch)
+        assert drawn == group_counts(dict(Counter(GROUPS)), paper_temperature(epoch), len(GROUPS))
+
+
+def test_a_group_is_passed_whole_before_a_sample_repeats():
+    drawn = Counter(i for batch in epoch_of(make(temperature=paper_temperature), 2) for i in batch)
+    for group in ("asr", "qa", "sound"):
+        times = [drawn[i] for i, name in enumerate(GROUPS) if name == group]
+        assert max(times) - min(times) <= 1
+    assert max(drawn[i] for i, name in enumerate(GROUPS) if name == "sound") > 1
+
+
+def test_what_a_part_of_a_pass_leaves_out_changes_from_epoch_to_epoch():
+    sampler = make(temperature=lambda epoch: 11.0)
+    first, second = ({i for batch in epoch_of(sampler, epoch) for i in batch} for epoch in (0, 1))
+    assert len(first) < len(GROUPS) and first != second
+
+
+def padding_share(batches, lengths):
+    """Padded over all places of batches that are each as long as their longest recording."""
+    known = [[lengths[i] for i in batch if lengths[i] is not None] for batch in batches]
+    padded = sum(max(batch) * len(batch) for batch in known if batch)
+    return 1 - sum(map(sum, known)) / padded
+
+
+@pytest.mark.parametrize("text_only", [(), ("qa",)], ids=["audio", "text_among_it"])
+def test_batches_hold_similar_lengths(text_only):
+    sampler = make(temperature=paper_temperature, text_only=text_only)
+    # Sorted in buckets of 256, lengths within a batch differ by 1/32 of the range; drawn at random they pad over 40 %.
+    assert padding_share(epoch_of(sampler, 0), sampler.lengths) < 0.06
+
+
+def test_batches_do_not_come_in_the_order_of_their_length():
+    sampler = make()
+    means = [np.mean([sampler.lengths[i] for i in batch]) for batch in epoch_of(sampler, 0)]
+    places = np.argsort(np.argsort(means))
+    assert abs(np.corrcoef(places, np.arange(len(means)))[0, 1]) < 0.5
+
+
+def test_text_only_samples_are_spread_over_the_batches():
+    sampler = make(groups=["asr"] * 200 + ["qa"] * 200, text_only=("qa",))
+    shares = [np.mean([sampler.lengths[i] is None for i in batch]) for batch in epoch_of(sampler, 0)]
+    assert np.mean([0 < share < 1 for share in shares]) > 0.9
+
+
+def test_text_alone_can_be_sampled():
+    batches = epoch_of(BucketBatchSampler([None] * 10, ["qa"] * 10, 4), 0)
+    assert sorted(sum(batches, [])) == list(range(10))
+
+
+def test_nothing_to_sample_from_is_refused():
+    with pytest.raises(ValueError, match="lengths is empty"):
+        BucketBatchSampler([], [], 4)
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="batch_size = 0"):
+        BucketBatchSampler([1.0], ["asr"], 0)
