@@ -64,11 +64,12 @@ def test_gradients_after_a_generate_are_those_without_it(model, batch, processor
         assert torch.equal(gradient, after[name]), name
 
 
+@pytest.mark.parametrize("model", [torch.bfloat16], indirect=True, ids=["bfloat16"])
 def test_it_learns_after_generating(model, batch, processor):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for step in range(8):
-        if step == 4:
+    for step in range(6):
+        if step == 3:
             model.eval()
             model.generate(**processor(PROMPTS), max_new_tokens=2, do_sample=False, pad_token_id=2)
         loss = model.train()(**batch).loss
@@ -76,4 +77,4 @@ def test_it_learns_after_generating(model, batch, processor):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[3] < losses[0] and losses[7] < losses[4] < losses[0]
+    assert losses[5] < losses[3] < losses[0]

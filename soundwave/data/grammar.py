@@ -2,7 +2,7 @@
 
     commands    eight intents, several patterns each      "set a timer for ten minutes"
     codes       three to five digits, adjacent repeats    "the code is seven seven three"
-    questions   some forty facts, each asked eight ways   "what is the capital of france"
+    questions   some thirty facts, each asked eight ways   "what is the capital of france"
 
 Whole sentences are held out. A fact that training asks in six ways is asked by the test in the other two.
 """
@@ -18,68 +18,60 @@ CODES_COUNT = 1000
 REPEATED = 0.25  # chance that a digit is the one before it: six codes in ten have such a pair
 CHOICES = 4  # options of a question's multiple choice
 
-ROOMS = ("kitchen", "bedroom", "bathroom", "garage", "office", "hall")
-GENRES = ("jazz", "rock", "piano", "guitar", "country", "dance")
-NUMBERS = ("three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve", "twenty")
-DEGREES = ("ten", "twelve", "fifteen", "eighteen", "twenty", "thirty")
-CITIES = ("London", "Paris", "Berlin", "Rome", "Madrid", "Tokyo", "Moscow", "Dublin")
+ROOMS = ("kitchen", "bedroom", "garage", "office")
+GENRES = ("jazz", "rock", "piano", "dance")
+NUMBERS = ("three", "five", "seven", "ten", "twenty")
+CITIES = ("London", "Paris", "Berlin", "Rome", "Madrid", "Tokyo")
 TIMES = ("today", "tomorrow", "tonight", "on Monday", "on Friday", "on Sunday")
-PEOPLE = ("my mother", "my brother", "my sister", "the doctor", "the office", "Anna", "Peter", "Robert")
-GOODS = ("milk", "bread", "butter", "sugar", "coffee", "apples", "eggs", "cheese", "rice", "tea")
+PEOPLE = ("my mother", "my brother", "the doctor", "the office", "Anna", "Peter")
+GOODS = ("milk", "bread", "butter", "sugar", "coffee", "apples")
 
 COMMANDS = {  # intent -> (pattern, slots) ...
     "light": (
         ("Turn {} the {} light.", ("on", "off"), ROOMS),
-        ("Switch the light in the {} {}.", ROOMS, ("on", "off")),
-        ("Make the {} {}.", ROOMS, ("brighter", "darker")),
-        ("Make the light in the {} {}.", ROOMS, ("brighter", "darker")),
-        ("Please turn {} all lights in the {}.", ("on", "off"), ROOMS),
-        ("It is too dark in the {}.", ROOMS),
+        ("Turn {} the light in the {} {}.", ("on", "off"), ROOMS, TIMES[:3]),
+        ("Please turn {} the light in the {}.", ("on", "off"), ROOMS),
+        ("I want the light {} in the {}.", ("on", "off"), ROOMS),
     ),
     "music": (
         ("Play some {} music in the {}.", GENRES, ROOMS),
-        ("I want to hear {} {}.", GENRES, ("music", "songs")),
-        ("Please play a {} song.", GENRES),
-        ("Turn the {} music {}.", GENRES, ("up", "down", "off")),
-        ("Play {} songs {}.", GENRES, TIMES[:3]),
+        ("I want to hear {} {} {}.", GENRES, ("music", "songs"), TIMES[:3]),
+        ("Please play {} songs in the {}.", GENRES, ROOMS),
+        ("Play {} {} {}.", GENRES, ("music", "songs"), TIMES[:3]),
     ),
     "timer": (
         ("Set a timer for {} {}.", NUMBERS, ("minutes", "hours")),
-        ("Start a {} minute timer.", NUMBERS),
+        ("Please set a timer for {} {}.", NUMBERS, ("minutes", "hours")),
+        ("I want a timer for {} {}.", NUMBERS, ("minutes", "hours")),
         ("Wake me up in {} {}.", NUMBERS, ("minutes", "hours")),
-        ("Stop the timer after {} minutes.", NUMBERS),
     ),
     "weather": (
         ("Will it rain in {} {}?", CITIES, TIMES),
-        ("How is the weather in {} {}?", CITIES, TIMES),
-        ("Will there be snow in {}?", CITIES),
-        ("Tell me the weather for {}.", CITIES),
+        ("What is the weather in {} {}?", CITIES, TIMES),
+        ("Tell me the weather in {}.", CITIES),
         ("Is it sunny in {} {}?", CITIES, TIMES[:3]),
     ),
     "call": (
         ("Call {} {}.", PEOPLE, TIMES),
-        ("Please phone {} {}.", PEOPLE, ("now", "tonight", "tomorrow")),
-        ("I want to talk to {}.", PEOPLE),
-        ("Ring {} at {}.", PEOPLE, NUMBERS[:8]),
+        ("Please call {} {}.", PEOPLE, TIMES),
+        ("I want to talk to {} {}.", PEOPLE, TIMES[:3]),
     ),
     "shopping": (
         ("Add {} to my shopping list.", GOODS),
-        ("Please buy some {} {}.", GOODS, TIMES[:3]),
-        ("We need more {} and {}.", GOODS[:5], GOODS[5:]),
-        ("Order {} for {}.", GOODS, ("Monday", "Friday", "Sunday")),
+        ("Please buy some {} {}.", GOODS, TIMES),
+        ("I need some {} and {}.", GOODS[:3], GOODS[3:]),
+        ("Add {} and {} to my shopping list.", GOODS[:3], GOODS[3:]),
     ),
     "travel": (
         ("Book a {} to {} {}.", ("train", "flight"), CITIES, TIMES[3:]),
-        ("I need a ticket to {}.", CITIES),
-        ("When is the next {} to {}?", ("train", "flight", "bus"), CITIES),
-        ("Find a {} to {}.", ("train", "flight", "bus"), CITIES),
+        ("I need a {} to {}.", ("train", "flight"), CITIES),
+        ("Find me the next {} to {}.", ("train", "flight"), CITIES),
     ),
     "temperature": (
-        ("Set the heating to {} degrees.", DEGREES),
-        ("Make the {} {}.", ROOMS, ("warmer", "colder")),
+        ("Make the {} {} {}.", ROOMS, ("warmer", "colder"), TIMES[:3]),
+        ("Please make the {} {}.", ROOMS, ("warmer", "colder")),
         ("Turn the heating {} in the {}.", ("up", "down", "off"), ROOMS),
-        ("I want {} degrees in the {}.", DEGREES, ROOMS),
-        ("It is too {} in the {}.", ("warm", "cold"), ROOMS),
+        ("Turn the heating {} {}.", ("up", "down", "off"), TIMES),
     ),
 }
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -103,8 +95,8 @@ def _following(noun: str) -> tuple[str, ...]:
 
 FACTS = (  # (subject and answer ..., ways of asking)
     (
-        (("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Germany", "Berlin"))
-        + (("England", "London"), ("Japan", "Tokyo"), ("Russia", "Moscow"), ("Ireland", "Dublin")),
+        (("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"))
+        + (("Germany", "Berlin"), ("England", "London"), ("Japan", "Tokyo")),
         (
             "What is the capital of {}?",
             "Name the capital of {}.",
@@ -117,8 +109,7 @@ FACTS = (  # (subject and answer ..., ways of asking)
         ),
     ),
     (
-        (("grass", "green"), ("snow", "white"), ("blood", "red"))
-        + (("coal", "black"), ("a banana", "yellow"), ("the sky", "blue")),
+        (("grass", "green"), ("snow", "white"), ("blood", "red"), ("coal", "black"), ("a banana", "yellow")),
         (
             "What color is {}?",
             "Name the color of {}.",
@@ -127,12 +118,11 @@ FACTS = (  # (subject and answer ..., ways of asking)
             "What is the color of {}?",
             "Do you know the color of {}?",
             "Give me the color of {}.",
-            "Which color does {} have?",
+            "What color is {} called?",
         ),
     ),
     (
-        (("hot", "cold"), ("big", "small"), ("up", "down"), ("day", "night"))
-        + (("left", "right"), ("old", "young"), ("early", "late"), ("open", "closed")),
+        (("hot", "cold"), ("big", "small"), ("up", "down"), ("day", "night"), ("left", "right"), ("old", "young")),
         (
             "What is the opposite of {}?",
             "Name the opposite of {}.",
@@ -145,7 +135,7 @@ FACTS = (  # (subject and answer ..., ways of asking)
         ),
     ),
     (
-        (("dog", "puppy"), ("cat", "kitten"), ("cow", "calf"), ("sheep", "lamb"), ("horse", "foal")),
+        (("dog", "puppy"), ("cat", "kitten"), ("cow", "calf"), ("sheep", "lamb")),
         (
             "What is a young {} called?",
             "What do you call a young {}?",
@@ -153,23 +143,17 @@ FACTS = (  # (subject and answer ..., ways of asking)
             "Tell me the word for a young {}.",
             "Do you know the word for a young {}?",
             "Give me the word for a young {}.",
-            "Which word is used for a young {}?",
+            "Which word is the word for a young {}?",
             "What is the word for a young {}?",
         ),
     ),
     (
-        (("three", "four"), ("five", "six"), ("seven", "eight"), ("nine", "ten"), ("eleven", "twelve")),
+        (("three", "four"), ("five", "six"), ("seven", "eight"), ("nine", "ten")),
         _following("number"),
     ),
     (
-        (("Monday", "Tuesday"), ("Wednesday", "Thursday"), ("Friday", "Saturday"))
-        + (("Saturday", "Sunday"), ("Sunday", "Monday")),
+        (("Monday", "Tuesday"), ("Friday", "Saturday"), ("Saturday", "Sunday"), ("Sunday", "Monday")),
         _following("day"),
-    ),
-    (
-        (("January", "February"), ("March", "April"), ("May", "June"))
-        + (("August", "September"), ("November", "December")),
-        _following("month"),
     ),
 )
 

@@ -114,7 +114,7 @@ def load_config(stage: int, file: Path | None = None, overrides: list[str] | Non
     return make_config(stage, **values)
 
 
-def make_config(stage: int, **values: Any) -> StageConfig:
+def make_config(stage: int, /, **values: Any) -> StageConfig:
     """A checked `StageConfig`: the paper's settings of the stage, changed by `values`."""
     if values.get("stage", stage) != stage:
         raise ConfigError(f"stage = {values['stage']}, but stage {stage} was asked for")
@@ -192,20 +192,13 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
         batch = {name: value.to(device) for name, value in processor.pad_features(first).items()}
         model.initialise_blank(**batch)
 
-    sampler = BucketBatchSampler(
-        [None if sample.audio is None else sample.duration or 0.0 for sample in samples],
-        [sample.task for sample in samples],
-        config.batch_size,
-        seed=config.seed,
-        temperature=paper_temperature if config.stage == 2 and config.temperature else None,
-    )
     clock = Clock()
     trainer = SoundwaveTrainer(
         model=model,
         args=_arguments(config, device),
         train_dataset=samples,
         data_collator=Collator(processor, config.stage),
-        batch_sampler=sampler,
+        batch_sampler=build_sampler(config, samples),
         callbacks=[clock],
     )
     from transformers import PrinterCallback, ProgressCallback
@@ -247,6 +240,17 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
         )
     model.config.stage = max(model.config.stage, config.stage)
     return model
+
+
+def build_sampler(config: StageConfig, samples: list[Sample]) -> BucketBatchSampler:
+    """The batches of a stage: of similar length, and in stage II drawn at a temperature."""
+    return BucketBatchSampler(
+        [None if sample.audio is None else sample.duration or 0.0 for sample in samples],
+        [sample.task for sample in samples],
+        config.batch_size,
+        seed=config.seed,
+        temperature=paper_temperature if config.stage == 2 and config.temperature else None,
+    )
 
 
 def _adopted(config: StageConfig) -> dict[str, Any]:
