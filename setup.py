@@ -29,6 +29,7 @@ REQUIRES = [
     "tensorboard",
     "matplotlib",
     "nvtx",
+    "filelock",
 ]
 EXTRAS = {
     "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "setuptools>=77"],

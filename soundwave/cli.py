@@ -5,7 +5,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -30,14 +30,20 @@ def main() -> None:
     _quiet()
     try:
         app()
-    except Exception as error:
+    except (ValueError, OSError, FloatingPointError) as error:
+        _fail(error)
+    except RuntimeError as error:
         from soundwave.embedded import EmbeddedError  # here, as it brings torch with it
 
-        if not isinstance(error, ValueError | OSError | FloatingPointError | EmbeddedError):
+        if not isinstance(error, EmbeddedError):
             raise
-        line = " ".join(str(error).split())
-        errors.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    line = " ".join(str(error).split())
+    errors.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False)
+    sys.exit(1)
 
 
 def _quiet() -> None:
@@ -96,8 +102,8 @@ def train(
 ) -> None:
     """Train one stage on your own recordings.
 
-    Settings not given are the paper's. `train` (manifests) and `out` (a folder) are needed; stages 2 and 3 go on from
-    `model`, the folder that the stage before printed.
+    Settings not given are the paper's; `--show` lists them. `train` (manifests) and `out` (a folder) are needed.
+    Stages 2 and 3 go on from `model`, the folder that the stage before printed.
 
     Example: `soundwave train 1 train=data/train.jsonl out=runs/mine/1 steps=300 batch_size=16 learning_rate=1e-3`
     """
@@ -121,7 +127,7 @@ def train(
 
 @app.command()
 def transcribe(
-    files: Annotated[list[Path], typer.Argument(help="WAV, FLAC, Ogg or MP3.", metavar="FILE…")],
+    files: Annotated[list[Path], typer.Argument(help="WAV, FLAC, Ogg or MP3.", metavar="FILE")],
     model: ModelOption = DEMO_MODEL,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: file, seconds, text.")] = False,
 ) -> None:
@@ -176,7 +182,7 @@ def ask(
 @app.command()
 def evaluate(
     manifest: Annotated[
-        Path, typer.Argument(help="JSON lines with audio_filepath, text, and for other tasks answers.")
+        Path, typer.Argument(help="JSON lines: audio_filepath and text; for other tasks task, prompt and answer.")
     ],
     model: ModelOption = DEMO_MODEL,
     ctc: Annotated[bool, typer.Option("--ctc", help="Score the CTC reading instead of the LLM's answers.")] = False,
@@ -220,7 +226,9 @@ def splice(
     split: Annotated[str, typer.Option(help="Which clips to use.")] = "train",
     count: Annotated[int, typer.Option(min=1, help="How many strings.")] = 1000,
     max_words: Annotated[int, typer.Option(min=1, help="Longest string.")] = 8,
-    without: Annotated[list[str] | None, typer.Option("--without-speaker", help="Leave a speaker out.")] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without-speaker", help="Leave this speaker out (may repeat).")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option("--only-speaker", help="Use this speaker (may repeat).")] = None,
     seed: Annotated[int, typer.Option(help="Of the strings and their gaps.")] = 0,
 ) -> None:

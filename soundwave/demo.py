@@ -36,7 +36,7 @@ class Recipe:
 FULL = Recipe(
     "full",
     {
-        1: {"steps": 160, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 20},
+        1: {"steps": 200, "batch_size": 20, "learning_rate": 1.5e-3, "warmup_steps": 15, "spec_augment": False},
         2: {"steps": 240, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 20},
         3: {
             "steps": 160,

@@ -63,6 +63,9 @@ def linear_ctc_loss(
 
     Returns:
         `path` is -1 and `path_log_prob` 0 past an utterance's length; both carry no gradient.
+
+    Raises:
+        ValueError: a label that is blank or no row of the head; torch reads past its memory instead.
     """
     rows = weight.shape[0]
     if (blank_weight is None) != (0 <= blank < rows) or not 0 <= blank <= rows:
@@ -83,10 +86,21 @@ def linear_ctc_loss(
     path, path_log_prob = path.masked_fill(~valid, -1), path_log_prob.masked_fill(~valid, 0.0)
     if targets is None:
         return LinearCTCOutput(None, path, path_log_prob)
+    _check_labels(targets, target_lengths, logits.shape[-1], blank)
     loss = F.ctc_loss(
         log_probs.transpose(0, 1), targets, input_lengths, target_lengths, blank, reduction, zero_infinity
     )
     return LinearCTCOutput(loss, path, path_log_prob)
+
+
+def _check_labels(targets: Tensor, target_lengths: Tensor, rows: int, blank: int) -> None:
+    valid = length_mask(target_lengths.to(targets.device), targets.shape[1])
+    wrong = (valid & ((targets < 0) | (targets >= rows) | (targets == blank))).nonzero()
+    if wrong.numel():
+        row, column = wrong[0].tolist()
+        label = int(targets[row, column])
+        what = "is the blank" if label == blank else f"is not one of the head's {rows} rows"
+        raise ValueError(f"targets[{row}, {column}] = {label}, but that {what}")
 
 
 def ctc_peaks(path: Tensor, lengths: Tensor, *, blank: int, keep: str = "peaks", scores: Tensor | None = None) -> Peaks:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from whisper_normalizer.basic import BasicTextNormalizer
 
-from soundwave.data.collate import answer_of, features, prompt_of
+from soundwave.data.collate import answer_of, features, prompt_of, with_duration
 from soundwave.data.manifest import Sample
 from soundwave.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.processing import SoundwaveProcessor
@@ -97,9 +97,10 @@ def evaluate_ctc(
 ) -> Report:
     """Word error rate of the CTC reading (no language model), and how the blank is used. Samples without audio or text
     are left out."""
-    samples = [sample for sample in samples if sample.audio is not None and sample.text]
+    samples = [sample for sample in samples if sample.audio is not None and normalise(sample.text or "")]
     if not samples:
         raise ValueError("samples holds no recording with a transcript")
+    samples = [with_duration(sample) for sample in samples]
     model.eval()
     readings: dict[int, str] = {}
     frames = blanks = peaks = labels = 0
@@ -133,6 +134,8 @@ def evaluate(
     """Word error rate and accuracies of what the language model answers."""
     if not samples:
         raise ValueError("samples is empty: there is nothing to evaluate")
+    # A recording in which nothing is said has no word error rate.
+    samples = [s for s in map(with_duration, samples) if s.task != "transcribe" or normalise(answer_of(s))]
     model.eval()
     answers: dict[int, str] = {}
     for indices in by_length(samples, batch_size):

@@ -4,6 +4,7 @@ On `sys.path` the root would offer its folder `kernels/` to every `import kernel
 bitsandbytes. `python -m pytest` and PYTHONPATH put it there; soundwave is found through its installation.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+# Before torch is imported. The tests' tensors are small, and a second thread makes them several times slower where
+# something else runs on the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_runtest_setup(item):

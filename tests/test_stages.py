@@ -17,8 +17,16 @@ from soundwave.configuration import SoundwaveConfig
 from soundwave.data.collate import Collator
 from soundwave.data.manifest import ManifestError, read_manifest, write_manifest
 from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
-from soundwave.training.stages import ConfigError, build_model, build_sampler, load_config, make_config, train_stage
-from soundwave.training.trainer import newest_checkpoint
+from soundwave.training.stages import (
+    ConfigError,
+    _arguments,
+    build_model,
+    build_sampler,
+    load_config,
+    make_config,
+    train_stage,
+)
+from soundwave.training.trainer import SoundwaveTrainer, newest_checkpoint
 
 CPU = torch.device("cpu")
 COMMON = {"dtype": "float32", "accumulation": 1, "log_steps": 1, "warmup_steps": 0, "scheduler": "constant_with_warmup"}
@@ -186,6 +194,32 @@ def test_accumulation_over_two_batches_equals_one_batch_of_both(run, still, tmp_
     for name in ("loss", "ctc_loss", "grad_norm", "blank_share", "kept_per_second", "compression", "batch_samples"):
         assert halves.log[0][name] == pytest.approx(whole.log[0][name], rel=1e-3), name
     assert whole.log[0]["batch_samples"] == 8
+
+
+def test_accumulation_over_answers_of_equal_length_equals_one_batch(run, still, tmp_path):
+    # The next-token loss is a mean over a batch's answer tokens, and batches count alike.
+    row = {"task": "qa", "answer": "yes"}
+    write_manifest(tmp_path / "m.jsonl", [row | {"prompt": f"Is {word} a word?"} for word in ("red", "old", "a", "it")])
+    settings = {"train": tmp_path / "m.jsonl", "model": still, "steps": 1, "learning_rate": 1e-3}
+    whole = run(2, tmp_path / "4", batch_size=4, **settings)
+    halves = run(2, tmp_path / "2x2", batch_size=2, accumulation=2, **settings)
+    for name in ("loss", "lm_loss", "grad_norm"):
+        assert halves.log[0][name] == pytest.approx(whole.log[0][name], rel=1e-3), name
+
+
+def test_every_epoch_has_an_order_of_its_own(still, data, processor, tmp_path):
+    config = make_config(1, train="t", out=tmp_path, model=still, steps=3, batch_size=4, **COMMON)
+    samples = read_manifest(data / "stage1.jsonl")[:4]
+    sampler = build_sampler(config, samples)
+    trainer = SoundwaveTrainer(
+        model=build_model(config, CPU),
+        args=_arguments(config, CPU),
+        train_dataset=samples,
+        data_collator=Collator(processor, 1),
+        batch_sampler=sampler,
+    )
+    trainer.train()
+    assert sampler.epoch == 2
 
 
 @pytest.mark.parametrize("stage", [1, 2])

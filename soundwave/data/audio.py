@@ -73,6 +73,15 @@ class _Fault(Exception):
     """Fault and mend, without the file's name."""
 
 
+def seconds_of(path: str | Path) -> float:
+    """Length of a recording in seconds, from its header; AudioError if it is no recording."""
+    try:
+        info = soundfile.info(str(path))
+    except (soundfile.SoundFileError, TypeError) as error:
+        raise AudioError(f"{path}: cannot be read as audio ({error}); give WAV, FLAC, Ogg or MP3") from error
+    return info.frames / info.samplerate
+
+
 def _read_part(file: soundfile.SoundFile, handle: BinaryIO, offset: float, duration: float | None) -> np.ndarray:
     """-> float32 [frames, channels]"""
     if not 0 <= offset < math.inf:

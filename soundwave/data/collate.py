@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from soundwave.data.audio import load_audio
+from soundwave.data.audio import load_audio, seconds_of
 from soundwave.data.manifest import Sample
 from soundwave.processing import SoundwaveProcessor
 
@@ -35,6 +35,13 @@ class Collator:
                 [sample.text for sample in samples] if self.stage == 2 else None,
             )
         )
+
+
+def with_duration(sample: Sample) -> Sample:
+    """The sample with the duration that its manifest left out, from the file's header: batches are made by length."""
+    if sample.audio is None or sample.duration is not None:
+        return sample
+    return sample.model_copy(update={"duration": seconds_of(sample.audio) - sample.offset})
 
 
 def features(processor: SoundwaveProcessor, sample: Sample) -> Tensor | None:

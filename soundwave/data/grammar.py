@@ -160,7 +160,10 @@ FACTS = (  # (subject and answer ..., ways of asking)
 
 @dataclass(frozen=True)
 class Sentence:
-    """What may be said: `written` with capitals and a full stop, `text` as transcripts have it."""
+    """What may be said: `written` with a full stop, `text` as transcripts have it.
+
+    Names keep their capitals in both: the language model has one token for " Paris" and two for " paris".
+    """
 
     written: str
     intent: str | None = None
@@ -169,7 +172,8 @@ class Sentence:
 
     @property
     def text(self) -> str:
-        return "".join(letter for letter in self.written.lower() if letter.isalpha() or letter == " ")
+        words = "".join(letter for letter in self.written if letter.isalpha() or letter == " ")
+        return words if words.startswith("I ") else words[0].lower() + words[1:]
 
 
 def split_sentences(rng: random.Random) -> tuple[dict[str, list], dict[str, list]]:

@@ -16,7 +16,7 @@ from transformers import TrainingArguments, set_seed
 
 from soundwave import embedded
 from soundwave.configuration import SoundwaveConfig
-from soundwave.data.collate import Collator, features
+from soundwave.data.collate import Collator, features, with_duration
 from soundwave.data.manifest import Sample, read_manifest
 from soundwave.data.sampling import BucketBatchSampler, paper_temperature
 from soundwave.hardware import pick_device, pick_dtype
@@ -279,14 +279,15 @@ def _adopted(config: StageConfig) -> dict[str, Any]:
 def _usable(samples: list[Sample], config: StageConfig) -> list[Sample]:
     """Stage I learns from transcripts alone; every stage wants at least one sample."""
     if config.stage == 1:
-        samples = [sample for sample in samples if sample.audio is not None and sample.text]
+        samples = [sample for sample in samples if sample.audio is not None and (sample.text or "").strip()]
     if not samples:
         raise ConfigError(
             f"{', '.join(map(str, config.train))}: no sample to train on; stage {config.stage} needs "
             + ("recordings with a text" if config.stage == 1 else "samples")
         )
+    samples = [with_duration(sample) for sample in samples]
     for sample in samples:
-        if sample.audio is not None and (sample.duration or 0.0) > LONGEST:
+        if sample.audio is not None and sample.duration > LONGEST:
             raise ConfigError(
                 f"{sample.id}: duration = {sample.duration:g}, but at most {LONGEST:g} s can be trained on; "
                 "cut it, or leave it out"

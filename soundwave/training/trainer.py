@@ -57,7 +57,7 @@ class SoundwaveTrainer(Trainer):
         outputs = model(**inputs)
         if not torch.isfinite(outputs.loss):
             parts = {"ctc_loss": outputs.ctc_loss, "lm_loss": outputs.lm_loss}
-            found = ", ".join(f"{name} = {float(value):g}" for name, value in parts.items() if value is not None)
+            found = ", ".join(f"{name} = {value.item():g}" for name, value in parts.items() if value is not None)
             raise FloatingPointError(f"the loss at step {self.state.global_step + 1} is not finite ({found})")
         if model.training:
             self._observe(outputs, inputs)

