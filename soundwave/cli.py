@@ -260,12 +260,13 @@ def doctor() -> None:
 
 
 def _load_model(folder: Path) -> tuple:
-    from soundwave.demo import load_model
 
     if not (folder / "config.json").is_file():
         hint = "train one with `soundwave demo`" if folder == DEMO_MODEL else "give the folder that training printed"
         raise FileNotFoundError(f"{folder} holds no model; {hint}, or name another with --model")
     _quiet_transformers()
+    from soundwave.evaluation import load_model
+
     return load_model(folder)
 
 

@@ -15,8 +15,8 @@ import torch
 from soundwave import embedded
 from soundwave.data.corpus import build_corpus
 from soundwave.data.manifest import read_manifest
-from soundwave.evaluation import Report, evaluate, evaluate_ctc
-from soundwave.hardware import pick_device, pick_dtype
+from soundwave.evaluation import Report, evaluate, evaluate_ctc, load_model
+from soundwave.hardware import pick_device
 from soundwave.modeling import SoundwaveForConditionalGeneration
 from soundwave.processing import SoundwaveProcessor
 from soundwave.training.stages import StageConfig, make_config, train_stage
@@ -121,21 +121,6 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     plot_losses(logs, out / "losses.png")
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def load_model(folder: Path) -> tuple[SoundwaveForConditionalGeneration, SoundwaveProcessor]:
-    """A saved model on this machine's device, in its best dtype, and its processor.
-
-    A model of stage I comes without the language model's layers.
-    """
-    from soundwave.configuration import SoundwaveConfig
-
-    device, _ = pick_device()
-    stage = SoundwaveConfig.from_pretrained(folder).stage
-    model = SoundwaveForConditionalGeneration.from_pretrained(
-        folder, dtype=pick_dtype(device.type)[0], language_model=stage > 1
-    )
-    return model.to(device).eval(), SoundwaveProcessor.from_pretrained(folder)
 
 
 def one_task(samples: list, task: str, limit: int | None) -> list:

@@ -1,16 +1,19 @@
-"""What a model writes and answers, and how often it is right."""
+"""Using a trained model: what it writes and answers, and how often it is right."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jiwer
 import torch
 from torch import Tensor
 from whisper_normalizer.basic import BasicTextNormalizer
 
+from soundwave.configuration import SoundwaveConfig
 from soundwave.data.collate import answer_of, features, prompt_of, with_duration
 from soundwave.data.manifest import Sample
+from soundwave.hardware import pick_device, pick_dtype
 from soundwave.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.processing import SoundwaveProcessor
 
@@ -43,6 +46,23 @@ class Report:
     kept_per_label: float | None = None
     compression: float | None = None
     answers: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+
+def load_model(folder: Path) -> tuple[SoundwaveForConditionalGeneration, SoundwaveProcessor]:
+    """A saved model on this machine's device, in its best dtype, and its processor.
+
+    A model of stage I comes without the language model's layers; one that was trained on 4-bit weights runs on a CPU
+    unquantised.
+    """
+    device, _ = pick_device()
+    config = SoundwaveConfig.from_pretrained(folder)
+    model = SoundwaveForConditionalGeneration.from_pretrained(
+        folder,
+        dtype=pick_dtype(device.type)[0],
+        language_model=config.stage > 1,
+        quantization=config.quantization if device.type == "cuda" else None,
+    )
+    return model.to(device).eval(), SoundwaveProcessor.from_pretrained(folder)
 
 
 def word_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:

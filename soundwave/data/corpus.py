@@ -53,7 +53,7 @@ TAIL = 0.1  # seconds of silence kept at the end: eSpeak adds 0.3 and more, whic
 # test's serve transcription, and how many each other task.
 SIZES = {
     "full": {"train": (1350, 450, 1200), "test": (200, 50, 200), "asked": (250, 200), "voices": (90, 20, 90)},
-    "quick": {"train": (320, 110, 270), "test": (100, 30, 100), "asked": (200, 100), "voices": (50, 10, 40)},
+    "quick": {"train": (320, 110, 270), "test": (200, 50, 200), "asked": (250, 200), "voices": (90, 20, 90)},
     "tiny": {"train": (24, 8, 24), "test": (8, 4, 8), "asked": (16, 8), "voices": (4, 2, 4)},
 }
 
