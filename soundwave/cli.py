@@ -260,7 +260,6 @@ def doctor() -> None:
 
 
 def _load_model(folder: Path) -> tuple:
-
     if not (folder / "config.json").is_file():
         hint = "train one with `soundwave demo`" if folder == DEMO_MODEL else "give the folder that training printed"
         raise FileNotFoundError(f"{folder} holds no model; {hint}, or name another with --model")
