@@ -21,6 +21,7 @@ from soundwave.modeling import SoundwaveForConditionalGeneration
 from soundwave.processing import SoundwaveProcessor
 from soundwave.training.stages import StageConfig, make_config, train_stage
 
+EVALUATED_AT_ONCE = 48  # every step of generation reads all weights once, however many samples share it
 VERSIONS_OF = ("torch", "transformers", "peft", "numpy")
 
 
@@ -33,29 +34,25 @@ class Recipe:
     evaluated: int | None  # test samples a task, None: all
 
 
+# The synthetic speech is clean and every sentence is said in several voices: SpecAugment only slows it down. CTC weighs
+# more in stage II than in the paper, since it teaches the labels of voice and rate there (docs/log.md).
 FULL = Recipe(
     "full",
     {
-        1: {"steps": 200, "batch_size": 20, "learning_rate": 1.5e-3, "warmup_steps": 15, "spec_augment": False},
-        2: {"steps": 240, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 20},
-        3: {
-            "steps": 160,
-            "batch_size": 16,
-            "learning_rate": 5e-4,
-            "warmup_steps": 10,
-            "train_shrinking": True,
-        },
+        1: {"steps": 200, "batch_size": 20, "learning_rate": 1.5e-3, "warmup_steps": 15},
+        2: {"steps": 200, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 15, "ctc_weight": 2.0},
+        3: {"steps": 150, "batch_size": 16, "learning_rate": 5e-4, "warmup_steps": 10, "train_shrinking": True},
     },
     None,
 )
 QUICK = Recipe(
     "quick",
     {
-        1: {"steps": 70, "batch_size": 12, "learning_rate": 1e-3, "warmup_steps": 10},
-        2: {"steps": 20, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 5},
-        3: {"steps": 10, "batch_size": 8, "learning_rate": 5e-4, "warmup_steps": 2, "train_shrinking": True},
+        1: {"steps": 90, "batch_size": 14, "learning_rate": 1.5e-3, "warmup_steps": 10},
+        2: {"steps": 12, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 3, "ctc_weight": 2.0},
+        3: {"steps": 6, "batch_size": 8, "learning_rate": 5e-4, "warmup_steps": 1, "train_shrinking": True},
     },
-    24,
+    None,
 )
 
 
@@ -67,6 +64,7 @@ def stage_config(recipe: Recipe, stage: int, corpus: Path, out: Path, seed: int)
         out=out / f"stage{stage}",
         model=out / f"stage{stage - 1}" / "model" if stage > 1 else None,
         accumulation=1,
+        spec_augment=False,
         seed=seed,
         **recipe.stages[stage],
     )
@@ -105,7 +103,9 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
             }
             summary["compression"] = report.compression
         elif stage == 2:
-            report = evaluate(model, processor, one_task(tests["test"], "transcribe", recipe.evaluated))
+            report = evaluate(
+                model, processor, one_task(tests["test"], "transcribe", recipe.evaluated), batch_size=EVALUATED_AT_ONCE
+            )
             summary["stage2"] = {"wer": report.wer}
         else:
             summary["stage3"], summary["samples"] = _score(model, processor, tests, recipe.evaluated, out)
@@ -138,9 +138,14 @@ def _score(
     """Stage III's row of the summary and the number of samples behind each figure; answers go to `answers.jsonl`."""
     tasks = ("transcribe", "voice", "rate", "intent", "question")
     seen: Report = evaluate(
-        model, processor, [sample for task in tasks for sample in one_task(tests["test"], task, limit)]
+        model,
+        processor,
+        [sample for task in tasks for sample in one_task(tests["test"], task, limit)],
+        batch_size=EVALUATED_AT_ONCE,
     )
-    unseen = evaluate(model, processor, one_task(tests["test_voices"], "transcribe", limit))
+    unseen = evaluate(
+        model, processor, one_task(tests["test_voices"], "transcribe", limit), batch_size=EVALUATED_AT_ONCE
+    )
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
         for identity, task, reference, given in [*seen.answers, *unseen.answers]:
             row = {"sample": identity, "task": task, "reference": reference, "answer": given}

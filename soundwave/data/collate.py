@@ -25,14 +25,14 @@ class Collator:
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         if self.stage == 1:
             clips = [features(self.processor, sample) for sample in samples]
-            labels = self.processor.ctc_labels([sample.text for sample in samples])
+            labels = self.processor.ctc_labels([ctc_text_of(sample) for sample in samples])
             return self.processor.pad_features(clips) | {"ctc_labels": labels}
         return dict(
             self.processor(
                 [prompt_of(sample) for sample in samples],
                 [features(self.processor, sample) for sample in samples],
                 [answer_of(sample) for sample in samples],
-                [sample.text for sample in samples] if self.stage == 2 else None,
+                [ctc_text_of(sample) for sample in samples] if self.stage == 2 else None,
             )
         )
 
@@ -49,6 +49,11 @@ def features(processor: SoundwaveProcessor, sample: Sample) -> Tensor | None:
     if sample.audio is None:
         return None
     return processor.features(load_audio(sample.audio, offset=sample.offset, duration=sample.duration))
+
+
+def ctc_text_of(sample: Sample) -> str | None:
+    """What CTC learns to write: `ctc_text`, or else the transcript."""
+    return sample.ctc_text if sample.ctc_text is not None else sample.text
 
 
 def prompt_of(sample: Sample) -> str:

@@ -25,7 +25,7 @@ from soundwave.data.manifest import write_manifest
 from soundwave.data.tasks import FORMATS, RATES, phrase
 from soundwave.embedded import Espeak
 
-VERSION = 4  # raise it when the same seed gives other files
+VERSION = 5  # raise it when the same seed gives other files
 
 # eSpeak voice -> its pitch, 0-100. Measured medians: female ones 180-250 Hz, male ones 80-125 Hz.
 FEMALE = {
@@ -69,6 +69,10 @@ FORMAT_WEIGHTS = {
     "stage2": {"direct": 1},
     "stage3": {"direct": 0.65, "choice": 0.12, "natural": 0.12, "transcribe": 0.11},
 }
+
+
+# Stage -> labels that CTC learns beside the words. Next-token loss alone left voice and rate at chance (docs/log.md).
+CTC_LABELS = {"stage2": ("sex", "rate")}
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def _write(folder: Path, rng: random.Random, size: dict) -> dict:
         for task, share in shares.items():
             source = train["question"] if task == "qa" else _fitting(task, spoken)
             for item in _repeat(source, share, rng):
-                rows.append(_row(task, item, rng, FORMAT_WEIGHTS[stage]))
+                rows.append(_row(task, item, rng, FORMAT_WEIGHTS[stage]) | _ctc_text(stage, item))
         rng.shuffle(rows)
         manifests[stage] = rows
     transcribed, asked = size["asked"]
@@ -153,6 +157,13 @@ def _write(folder: Path, rng: random.Random, size: dict) -> dict:
         write_manifest(folder / f"{name}.jsonl", rows)
     seconds = sum(utterance.duration for utterance in spoken + spoken_test + spoken_unseen)
     return {"seconds": round(seconds, 1), "samples": {name: len(rows) for name, rows in manifests.items()}}
+
+
+def _ctc_text(stage: str, item: Utterance | Sentence) -> dict:
+    """In stage II CTC also writes who speaks and how fast, after the words."""
+    if stage not in CTC_LABELS or not isinstance(item, Utterance):
+        return {}
+    return {"ctc_text": " ".join([item.sentence.text, *(getattr(item, label) for label in CTC_LABELS[stage])])}
 
 
 def _draw(sentences: dict[str, list], counts: tuple[int, int, int], rng: random.Random) -> list[Sentence]:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 AUDIO_TAG = "<audio>"
 KEYS = (
     *("audio_filepath", "offset", "duration", "text"),
-    *("task", "prompt", "answer", "source_lang", "target_lang"),
+    *("task", "prompt", "answer", "ctc_text", "source_lang", "target_lang"),
 )
 OTHER_FORMS_KEYS = ("messages", "audios", "source", "target")
 ONE_OBJECT_A_LINE = "a manifest is UTF-8 text with one JSON object on each line"
@@ -44,7 +44,8 @@ class Sample(BaseModel):
 
     id: manifest's name and line number ("train.jsonl:12").  audio: absolute path; None: text only.
     offset, duration [s]: the part of the file that is meant; duration None is up to the end.
-    text: transcript of the audio.  prompt, answer: what the language model is asked and is to say.
+    text: transcript of the audio.  ctc_text: what CTC is to write, where that is more than the transcript: labels of what
+    is heard beside the words ("turn on the light female slow").  prompt, answer: what the language model is asked and is to say.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -57,6 +58,7 @@ class Sample(BaseModel):
     task: str = Field("transcribe", min_length=1)
     prompt: str | None = None
     answer: str | None = None
+    ctc_text: str | None = None
     source_lang: str | None = None
     target_lang: str | None = None
     extra: dict[str, Any] = {}
