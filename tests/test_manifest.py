@@ -60,6 +60,7 @@ def test_every_known_key_lands_in_its_field_and_others_in_extra(folder):
     values = {
         **{"audio_filepath": "a.wav", "offset": 0.5, "duration": 2, "text": "guten tag", "task": "translate"},
         **{"prompt": "In English?", "answer": "good day", "source_lang": "de", "target_lang": "en"},
+        "ctc_text": "guten tag male",
     }
     assert set(values) == set(KEYS)
     (sample,) = read_manifest(write(folder, values | {"speaker": "anna"}))

@@ -304,6 +304,13 @@ def test_stage_2_batches_hold_prompts_answers_and_the_recordings_transcripts(pro
     assert torch.equal(batch["ctc_labels"], processor.ctc_labels(["one two", None, "three"]))
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ctc_writes_the_labels_that_a_sample_adds_to_its_transcript(processor, samples, stage):
+    labelled = samples[0].model_copy(update={"ctc_text": "one two female"})
+    batch = Collator(processor, stage)([labelled, samples[3]])
+    assert torch.equal(batch["ctc_labels"], processor.ctc_labels(["one two female", "three"]))
+
+
 def test_the_part_of_the_file_that_is_meant_is_read(processor, samples):
     found = Collator(processor, 2)([samples[2]])["input_features"][0]
     audio, _ = soundfile.read(samples[2].audio, dtype="float32")

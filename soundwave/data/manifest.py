@@ -7,6 +7,8 @@ Own form: NeMo's keys and a few more. A transcription needs `audio_filepath` and
     {"audio_filepath": "a/1.wav", "task": "intent", "prompt": "What is wanted?", "answer": "light"}
     {"task": "qa", "prompt": "What is the capital of France?", "answer": "Paris"}
 
+`ctc_text` takes the transcript's place in CTC, where CTC is to write more than the words.
+
 Also read: `messages` with `audios` (ms-swift, LLaMA-Factory; task "chat" unless one is given) and SLAM-LLM's
 `key`, `source`, `target`. Keys that mean nothing here are kept in `Sample.extra`; `null` counts as absent.
 """
@@ -44,8 +46,9 @@ class Sample(BaseModel):
 
     id: manifest's name and line number ("train.jsonl:12").  audio: absolute path; None: text only.
     offset, duration [s]: the part of the file that is meant; duration None is up to the end.
-    text: transcript of the audio.  ctc_text: what CTC is to write, where that is more than the transcript: labels of what
-    is heard beside the words ("turn on the light female slow").  prompt, answer: what the language model is asked and is to say.
+    text: transcript of the audio.  ctc_text: what CTC is to write, where that is more than the transcript: labels of
+    what is heard beside the words ("turn on the light female slow").
+    prompt, answer: what the language model is asked and is to say.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
