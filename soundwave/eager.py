@@ -94,7 +94,11 @@ def linear_ctc_loss(
 
 
 def _check_labels(targets: Tensor, target_lengths: Tensor, rows: int, blank: int) -> None:
-    valid = length_mask(target_lengths.to(targets.device), targets.shape[1])
+    if targets.dim() == 1:  # concatenated, as `F.ctc_loss` takes them too
+        targets = targets[None, : int(target_lengths.sum())]
+        valid = torch.ones_like(targets, dtype=torch.bool)
+    else:
+        valid = length_mask(target_lengths.to(targets.device), targets.shape[1])
     wrong = (valid & ((targets < 0) | (targets >= rows) | (targets == blank))).nonzero()
     if wrong.numel():
         row, column = wrong[0].tolist()
