@@ -74,11 +74,17 @@ def word_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
     return jiwer.wer(references, [normalise(text) for text in answers])
 
 
-def by_length(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar duration, longest first, so that a batch that is too large fails at once."""
-    order = sorted(range(len(samples)), key=lambda i: -(samples[i].duration or 0.0))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def alike(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of one task and similar duration, longest first.
+
+    A batch generates until its last answer ends: one-word answers are not kept waiting by a transcript.
+    """
+    tasks: dict[str, list[int]] = defaultdict(list)
+    for index in sorted(range(len(samples)), key=lambda i: -(samples[i].duration or 0.0)):
+        tasks[samples[index].task].append(index)
+    for order in tasks.values():
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
 
 
 @torch.no_grad()
@@ -124,7 +130,7 @@ def evaluate_ctc(
     model.eval()
     readings: dict[int, str] = {}
     frames = blanks = peaks = labels = 0
-    for indices in by_length(samples, batch_size):
+    for indices in alike(samples, batch_size):
         texts, path = read_ctc(model, processor, [features(processor, samples[i]) for i in indices])
         readings.update(zip(indices, texts, strict=True))
         frames += int((path >= 0).sum())
@@ -158,7 +164,7 @@ def evaluate(
     samples = [s for s in map(with_duration, samples) if s.task != "transcribe" or normalise(answer_of(s))]
     model.eval()
     answers: dict[int, str] = {}
-    for indices in by_length(samples, batch_size):
+    for indices in alike(samples, batch_size):
         texts = answer(
             model,
             processor,

@@ -17,6 +17,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 # something else runs on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Before triton is imported: where there is no GPU its kernels run in the interpreter, on CPU tensors.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):

@@ -11,7 +11,7 @@ from soundwave.configuration import SoundwaveConfig
 from soundwave.data.collate import features
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.eager import length_mask
-from soundwave.evaluation import answer, by_length, evaluate, evaluate_ctc, normalise, read_ctc, word_error_rate
+from soundwave.evaluation import alike, answer, evaluate, evaluate_ctc, normalise, read_ctc, word_error_rate
 from soundwave.modeling import SoundwaveForConditionalGeneration
 
 # ---------------------------------------------------------------- scores
@@ -80,13 +80,14 @@ def model():
     return SoundwaveForConditionalGeneration.from_backbones(config).eval()
 
 
-def test_batches_go_from_the_longest_to_text_alone_and_hold_every_sample_once(samples):
-    batches = list(by_length(samples, 3))
-    assert [len(batch) for batch in batches] == [3, 3, 2]
-    order = [i for batch in batches for i in batch]
-    assert sorted(order) == list(range(len(samples)))
-    durations = [samples[i].duration or 0 for i in order]
-    assert durations == sorted(durations, reverse=True)
+def test_batches_hold_one_task_the_longest_first_and_every_sample_once(samples):
+    batches = list(alike(samples, 3))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(samples)))
+    assert max(map(len, batches)) <= 3
+    for batch in batches:
+        assert len({samples[i].task for i in batch}) == 1
+        durations = [samples[i].duration or 0 for i in batch]
+        assert durations == sorted(durations, reverse=True)
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +155,12 @@ def test_a_model_that_writes_blanks_alone_has_read_nothing(model, processor, sam
 
 def test_ctc_scores_are_those_of_the_paths_taken_one_by_one(model, processor, samples, blank):
     spoken = [sample for sample in samples if sample.audio is not None]
-    # With the median of the frames' largest logits as its bias, blank wins about half of the frames.
+    # With a bias between two of the frames' largest logits, near the median, blank wins about half of the frames.
     batch = processor.pad_features([features(processor, sample) for sample in spoken])
     hidden, lengths, _ = model.align(**batch)
     rows = hidden[length_mask(lengths, hidden.shape[1])]
-    blank[1].copy_((rows @ model.head_weight.T).amax(-1).median())
+    largest = (rows @ model.head_weight.T).amax(-1).sort().values
+    blank[1].copy_(largest[len(largest) // 2 :][:2].mean())
     report = evaluate_ctc(model, processor, samples, batch_size=2)
     frames = blanks = peaks = 0
     for sample, row in zip(spoken, report.answers, strict=True):

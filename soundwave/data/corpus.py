@@ -25,7 +25,7 @@ from soundwave.data.manifest import write_manifest
 from soundwave.data.tasks import FORMATS, RATES, phrase
 from soundwave.embedded import Espeak
 
-VERSION = 5  # raise it when the same seed gives other files
+VERSION = 6  # raise it when the same seed gives other files
 
 # eSpeak voice -> its pitch, 0-100. Measured medians: female ones 180-250 Hz, male ones 80-125 Hz.
 FEMALE = {
@@ -44,10 +44,10 @@ MALE = {
 }
 HELD_OUT_FEMALE, HELD_OUT_MALE = {"en+f4": 65}, {"en+m4": 55}
 PITCH_JITTER = 4
-WORDS_PER_MINUTE = {"slow": 115, "normal": 160, "fast": 215}
+WORDS_PER_MINUTE = {"slow": 105, "normal": 165, "fast": 255}
 RATE_JITTER = 0.05
 RARE_WORD_CANDIDATES = 16  # commands among which the one with the rarest word is taken
-TAIL = 0.1  # seconds of silence kept at the end: eSpeak adds 0.3 and more, which every step would pay for
+TAIL = 0.2  # seconds of silence kept at the end, room for CTC's labels: eSpeak adds 0.3 and more, paid at every step
 
 # Utterances as (commands, codes, questions) for training, the test and the unseen voices; `asked`: how many of the
 # test's serve transcription, and how many each other task.
