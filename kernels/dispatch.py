@@ -38,7 +38,7 @@ def resolve_impl(impl: str, device: torch.device) -> str:
 
 
 def ranged(name: str) -> Callable[[Function], Function]:
-    """Decorator: an NVTX range round each call. For the bodies of registered operations, which compilers do not trace."""
+    """Decorator: an NVTX range round each call. For bodies of registered operations, which no compiler traces."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)

@@ -41,6 +41,8 @@ class SoundwaveConfig(PretrainedConfig):
         quantization: "nf4" (4-bit, double quantisation, through bitsandbytes) or None.
         spec_augment_time_masks, spec_augment_time_width: number of time masks, their largest width (10 ms frames).
         spec_augment_mel_masks, spec_augment_mel_width: number of frequency masks and their largest width in mel bins.
+        implementation: "fused" (`soundwave.fused`) or "eager" (`soundwave.eager`, plain PyTorch); the same parameters.
+        exact: the fused CTC computes its gradient over all columns instead of skipping those that carry nothing.
         stage: the last training stage that this model has seen; 0 is untrained.
     """
 
@@ -72,6 +74,8 @@ class SoundwaveConfig(PretrainedConfig):
         spec_augment_time_width: int = 10,
         spec_augment_mel_masks: int = 2,
         spec_augment_mel_width: int = 10,
+        implementation: str = "fused",
+        exact: bool = False,
         stage: int = 0,
         config_version: int = CONFIG_VERSION,
         **kwargs: Any,
@@ -106,6 +110,8 @@ class SoundwaveConfig(PretrainedConfig):
         self.spec_augment_time_width = spec_augment_time_width
         self.spec_augment_mel_masks = spec_augment_mel_masks
         self.spec_augment_mel_width = spec_augment_mel_width
+        self.implementation = _one_of("implementation", implementation, ("fused", "eager"))
+        self.exact = exact
         self.stage = stage
         self.config_version = config_version
         super().__init__(**kwargs)

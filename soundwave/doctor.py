@@ -2,9 +2,9 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
 from soundwave import embedded
+from soundwave.attention import choose_attention
 from soundwave.hardware import pick_device, pick_dtype
 
 REQUIRED = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "soundfile", "soxr")
@@ -33,7 +33,7 @@ def findings() -> list[tuple[str, str, str]]:
         ("dtype", str(dtype).removeprefix("torch."), dtype_reason),
         ("quantization", quantization, f"{quantization_reason}; change with quantization="),
         ("implementation", "torch", "the adapters and losses run as plain PyTorch (soundwave.eager)"),
-        ("attention", "torch scaled_dot_product_attention", _attention_reason()),
+        ("attention", *choose_attention(device=device, dtype=dtype)),
     ]
     for name in (embedded.WHISPER, embedded.LANGUAGE_MODEL):
         folder = embedded.folder_of(name)
@@ -46,9 +46,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _attention_reason() -> str:
-    if find_spec("flash_attn") is None:
-        return "torch picks its own FlashAttention where the tensors allow it"
-    return "flash-attn is installed, but the padded adapters call torch's own kernels"

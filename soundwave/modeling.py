@@ -18,10 +18,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, WhisperModel
 from transformers.utils import ModelOutput
 
-from soundwave import eager, embedded
+from soundwave import eager, embedded, fused
 from soundwave.configuration import SoundwaveConfig
 
 WEIGHTS_FILE = "model.safetensors"
+# By `SoundwaveConfig.implementation`: where the operations and the adapters are taken from.
+OPERATIONS, ADAPTERS = {"fused": fused.functional, "eager": eager}, {"fused": fused, "eager": eager}
 
 
 @dataclass
@@ -64,8 +66,9 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        self.alignment = eager.AlignmentAdapter(config)
-        self.shrinking = eager.ShrinkingAdapter(config)
+        adapters = ADAPTERS[config.implementation]
+        self.alignment = adapters.AlignmentAdapter(config)
+        self.shrinking = adapters.ShrinkingAdapter(config)
         self.blank_weight = nn.Parameter(torch.zeros(config.hidden_size))
         self.blank_bias = nn.Parameter(torch.zeros(()))
         self.post_init()
@@ -223,6 +226,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         """The backbones' dtype, in which products run; float32 has no autocast."""
         return self.audio_tower.conv1.weight.dtype
 
+    @property
+    def _operations(self) -> Any:
+        return OPERATIONS[self.config.implementation]
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
@@ -277,7 +284,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             target_lengths = (ctc_labels != eager.IGNORE_INDEX).sum(1)
             targets = ctc_labels.masked_fill(ctc_labels == eager.IGNORE_INDEX, 0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and targets is not None):
-            ctc = eager.linear_ctc_loss(
+            ctc = self._operations.linear_ctc_loss(
                 hidden,
                 self.head_weight,
                 targets,
@@ -288,6 +295,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 blank_bias=self.blank_bias,
                 reduction="none",
                 zero_infinity=True,
+                **({"exact": self.config.exact} if self.config.implementation == "fused" else {}),
             )
         if targets is not None:
             per_label = ctc.loss / target_lengths.clamp(min=1)
@@ -328,11 +336,11 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 torch.zeros(1, dtype=torch.int32),
             )
         else:
-            peaks = eager.ctc_peaks(
+            peaks = self._operations.ctc_peaks(
                 ctc.path, lengths, blank=self.blank, keep=self.config.keep, scores=ctc.path_log_prob
             )
             speech, cu_seqlens = self.shrinking(hidden, lengths, peaks), peaks.cu_seqlens
-        embeddings, mask, labels = eager.splice(
+        embeddings, mask, labels = self._operations.splice(
             embeddings,
             input_ids,
             attention_mask,

@@ -13,7 +13,9 @@ def error(value: Tensor, truth: Tensor) -> float:
     return float((value - truth).masked_fill(same, 0.0).norm())
 
 
-def assert_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype, name: str) -> tuple[float, float]:
+def assert_as_accurate(
+    ours: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype, name: str
+) -> tuple[float, float]:
     """At most twice eager's error, plus 4 ulp of `dtype` times the norm of the truth; returns (ours, eager's error).
 
     `truth` is the fp64 result; `eager` the plain PyTorch result in `dtype`.

@@ -14,7 +14,7 @@ from soundwave.data import corpus, grammar, tasks
 from soundwave.data.manifest import read_manifest
 from soundwave.embedded import Espeak
 
-STAGES = ("stage1", "stage2", "stage3")
+STAGES = ("stage1", "labels", "stage2", "stage3")
 TESTS = ("test", "test_voices")
 
 
@@ -127,6 +127,7 @@ def test_manifest_is_read_by_the_library(tiny, name):
     ("name", "expected"),
     [
         ("stage1", {"transcribe"}),
+        ("labels", {"transcribe"}),
         ("stage2", {"transcribe", "voice", "rate", "qa"}),
         ("stage3", {"transcribe", "voice", "rate", "intent", "question", "qa"}),
         ("test", {"transcribe", "voice", "rate", "intent", "question"}),
@@ -142,9 +143,13 @@ def test_transcripts_are_words_without_punctuation_and_only_names_have_capitals(
     assert texts and all(re.fullmatch(r"(I|[a-z]+)( [A-Z]?[a-z]+| I)*", text) for text in texts)
 
 
-def test_ctc_writes_voice_and_rate_after_the_words_in_stage_two_alone(tiny):
-    heard = [row for row in rows(tiny, "stage2") if "text" in row]
+@pytest.mark.parametrize("name", ["labels", "stage2"])
+def test_ctc_writes_voice_and_rate_after_the_words(tiny, name):
+    heard = [row for row in rows(tiny, name) if "text" in row]
     assert heard and all(row["ctc_text"] == f"{row['text']} {row['sex']} {row['rate']}" for row in heard)
+
+
+def test_ctc_writes_the_words_alone_elsewhere(tiny):
     assert not any("ctc_text" in row for row in rows(tiny, "stage1", "stage3", *TESTS))
 
 

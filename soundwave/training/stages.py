@@ -59,6 +59,8 @@ class StageConfig(BaseModel):
     quantization: Literal["auto", "nf4", "none"] = Field("auto", description="auto: nf4 on CUDA, none on the CPU")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of the frozen backbones")
     spec_augment: bool = True
+    implementation: Literal["fused", "eager"] = Field("fused", description="eager: plain PyTorch")
+    exact: bool = Field(False, description="the fused CTC skips no column of its gradient")
 
     seed: int = 0
     log_steps: Positive = 10
@@ -217,6 +219,7 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
     dtype = pick_dtype(device.type)[0] if config.dtype == "auto" else getattr(torch, config.dtype)
     quantization = {"auto": "nf4" if device.type == "cuda" else None, "nf4": "nf4", "none": None}[config.quantization]
     changes: dict[str, Any] = {"quantization": quantization, "ctc_weight": config.ctc_weight}
+    changes |= {"implementation": config.implementation, "exact": config.exact}
     for masks in ("spec_augment_time_masks", "spec_augment_mel_masks"):  # a model keeps those of its last stage
         changes[masks] = getattr(SoundwaveConfig(), masks) if config.spec_augment else 0
     if config.stage == 1:
@@ -239,6 +242,9 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
             config.model, dtype=dtype, language_model=config.stage > 1, **changes
         )
     model.config.stage = max(model.config.stage, config.stage)
+    if device.type == "cpu" and model.language_model is not None:
+        # Torch's flash attention on the CPU takes ten times as long backward over a few dozen tokens (docs/log.md).
+        model.language_model.set_attn_implementation("eager")
     return model
 
 

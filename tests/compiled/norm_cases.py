@@ -32,13 +32,14 @@ def cases(arch, Case):
                 config.num_warps,
                 divisible_by_16=(*forward, *aligned),
             )
-            yield Case(
-                label,
-                _add_layer_norm_bwd_kernel,
-                {name: f"*{dtype}" for name, dtype in backward.items()} | sizes | {"N": "i32"},
-                shared
-                | {"HAS_RESIDUAL": not has_sum, "HAS_DSUM": has_sum, "STORE_DX": True}
-                | {"STORE_DRESIDUAL": has_index, "STORE_DPARAMS": True},
-                config.num_warps,
-                divisible_by_16=(*backward, *aligned),
-            )
+            for rows, params in [(True, True)] if config.together else [(True, False), (False, True)]:
+                yield Case(
+                    f"{label}, gradients of {'both' if config.together else 'rows' if rows else 'parameters'}",
+                    _add_layer_norm_bwd_kernel,
+                    {name: f"*{dtype}" for name, dtype in backward.items()} | sizes | {"N": "i32"},
+                    shared
+                    | {"HAS_RESIDUAL": not has_sum, "HAS_DSUM": has_sum, "STORE_DX": rows}
+                    | {"STORE_DRESIDUAL": rows and has_index, "STORE_DPARAMS": params},
+                    config.num_warps,
+                    divisible_by_16=(*backward, *aligned),
+                )

@@ -1,0 +1,108 @@
+"""What the CTC operations need to know of their targets: are they valid, can they be aligned, which labels occur.
+
+B utterances, U labels of the longest target, S labels of all.
+"""
+
+import torch
+from soundwave.kernels.checks import raise_pending, report
+from soundwave.kernels.dispatch import ranged
+from torch import Tensor
+
+
+def before(lengths: Tensor, size: int) -> Tensor:
+    """True where a position is before its row's length: bool [B, size]."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def feasible(targets: Tensor, input_lengths: Tensor, target_lengths: Tensor) -> Tensor:
+    """Whether each utterance can be aligned at all: bool [B], `T >= U + adjacent repeats`. `targets` int [B, U]."""
+    lengths = target_lengths.to(targets.device)
+    repeats = (targets[:, 1:] == targets[:, :-1]) & before(lengths - 1, max(targets.shape[1] - 1, 0))
+    return input_lengths.to(targets.device) >= lengths + repeats.sum(1)
+
+
+def distinct_labels(targets: Tensor, target_lengths: Tensor, blank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct labels of each utterance, and where they stand in it.
+
+    Returns:
+        labels int64 [B, U + 1]: `blank`, the distinct labels in rising order, then `blank` again as padding.
+        order int64 [B, U]: the positions, those of one label side by side; padding last.
+        column int64 [B, U]: of each position in `order`, its label's place in `labels`.
+    """
+    batch, size = targets.shape
+    past = torch.iinfo(torch.int64).max
+    valid = before(target_lengths.to(targets.device), size)
+    ordered, order = targets.to(torch.int64).masked_fill(~valid, past).sort(dim=1, stable=True)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    column = new.cumsum(1)
+    labels = torch.full((batch, size + 1), blank, dtype=torch.int64, device=targets.device)
+    return labels.scatter_(1, column, ordered.masked_fill(ordered == past, blank)), order, column
+
+
+def check_targets(
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    *,
+    frames: int,
+    classes: int,
+    blank: int,
+    device: torch.device,
+    validate: bool,
+    frames_of: str = "log_probs",
+    classes_of: str = "classes of log_probs",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Lengths within their tensors, labels within the classes, no label blank; `targets` int [B, U].
+
+    Returns:
+        targets and both lengths on `device`; and None if all three were on the CPU, else bool [B], the utterances with
+        something wrong, whose lengths then are 0, so that nothing is read out of bounds.
+
+    Raises:
+        ValueError: at once if all three are on the CPU or with `validate`, else later (see `checks`).
+    """
+    raise_pending()
+    size, given = targets.shape[1], (targets, input_lengths, target_lengths)
+    late = any(tensor.is_cuda for tensor in given)
+    targets, input_lengths, target_lengths = (tensor.to(device) if late else tensor for tensor in given)
+    # One table of everything, or a GPU would be given some fifty small operations: the lengths, then the labels.
+    values = torch.cat([input_lengths[:, None], target_lengths[:, None], targets], 1)
+    column = torch.arange(-2, size, device=values.device)
+    limit = torch.where(column >= 0, classes - 1, torch.where(column == -1, size, frames))
+    wrong = (values < 0) | (values > limit) | (values == blank) & (column >= 0)
+    wrong &= column < target_lengths.clamp(min=0)[:, None]
+
+    def message(row: int, column: int, value: int) -> str:
+        if column < 2:
+            name, limit, of = (
+                ("input_lengths", frames, f"frames of {frames_of}"),
+                ("target_lengths", size, "columns of targets"),
+            )[column]
+            return f"{name}[{row}] = {value}, but it must be 0 to {limit}, the {of}"
+        what = "that is the blank" if value == blank else f"it must be 0 to {classes - 1}, one of the {classes_of}"
+        return f"targets[{row}, {column - 2}] = {value}, but {what}"
+
+    report(values, wrong, message, validate)
+    if not late:
+        return *(tensor.to(device) for tensor in given), None
+    wrong = wrong.any(1)
+    return targets, input_lengths.masked_fill(wrong, 0), target_lengths.masked_fill(wrong, 0), wrong
+
+
+@torch.library.custom_op("soundwave::ctc_pad_targets", mutates_args=())
+@ranged("soundwave.ctc_pad_targets")
+def pad_targets(targets: Tensor, target_lengths: Tensor) -> Tensor:
+    """Concatenated targets [S] -> [B, U], padded with -1. Lengths on CUDA cost a synchronisation: U comes from them."""
+    lengths = target_lengths.cpu().to(torch.int64)
+    report(lengths, lengths < 0, "target_lengths[{place}] = {value}, but it must be 0 or more")
+    if int(lengths.sum()) != targets.shape[0]:
+        raise ValueError(f"targets has {targets.shape[0]} labels, but target_lengths adds up to {int(lengths.sum())}")
+    valid = before(lengths, int(lengths.max()) if lengths.numel() else 0)
+    places = torch.zeros(valid.shape, dtype=torch.int64).masked_scatter_(valid, torch.arange(targets.shape[0]))
+    return targets[places.to(targets.device)].masked_fill_(~valid.to(targets.device), -1)
+
+
+@pad_targets.register_fake
+def _(targets, target_lengths):
+    return targets.new_empty(target_lengths.shape[0], torch.library.get_ctx().new_dynamic_size())

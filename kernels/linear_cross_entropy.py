@@ -1,0 +1,211 @@
+"""Cross-entropy of `softmax(hidden @ weight.T)` without the logits, its gradients formed in the forward pass.
+
+    loss[n] = log_sum - (z[n, target] - top)        dH = P W - off · W_target        dW = Pᵀ H - scatter(off · H)
+
+with P 0 at the row's target, and off = sum of P = 1 - p[target], exact also where the model is sure. The target's logit
+is a product of its own in fp32; the others come in chunks of rows (see vocab_rows). The gradients are those of the
+rows' own losses; backward multiplies them by what comes from above. For dW, a sum over rows, that has to be one number:
+with reduction "none" it is computed in backward.
+
+Shapes    hidden [N, D], weight [V, D], target int [N] -> scalar, or [N]. A row that is ignored costs nothing.
+Numerics  products in `product_dtype`; targets, softmax and sums in fp32 (fp64 if hidden or weight is).
+Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it is trained (8 with reduction "none").
+          Memory: one chunk of logits, dH, and for a trained head dW in fp32.       Bitwise deterministic.
+"""
+
+import torch
+from soundwave.kernels.checks import raise_pending, report
+from soundwave.kernels.dispatch import ranged
+from soundwave.kernels.linear_ctc_path import sum_dtype, without_autocast
+from soundwave.kernels.vocab_rows import RowStats, add_weight_gradient, probabilities_times_weight, vocab_chunks
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+TARGET_ROWS = 1024  # whose targets' rows of the head are gathered at once
+
+
+def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """loss [N]"""
+    return torch.nn.functional.cross_entropy(hidden @ weight.t(), target, ignore_index=ignore_index, reduction="none")
+
+
+@without_autocast
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    product_dtype: torch.dtype,
+    exact: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    impl: str,
+    validate: bool,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses [N], 0 where ignored; dH of each; dW of their sum, weighted by `upstream` [N]; how many rows count."""
+    columns, dtype = weight.shape[0], sum_dtype(hidden, weight)
+    kept = target != ignore_index
+    wrong = kept & ((target < 0) | (target >= columns))
+    message = f"target[{{place}}] = {{value}}, but it must be ignore_index or 0 to {columns - 1}, a row of weight"
+    raise_pending()
+    report(target, wrong, message, validate)
+    place = (kept & ~wrong).nonzero()[:, 0]
+    rows, ids = hidden[place], target[place].to(torch.int64)[:, None]
+    own = rows.new_empty(len(rows), 1, dtype=dtype)
+    for h, t, out in zip(*(x.split(TARGET_ROWS) for x in (rows, ids[:, 0], own)), strict=True):
+        torch.sum(h.to(dtype) * weight[t].to(dtype), 1, keepdim=True, out=out)
+    share = sign = own.new_ones(len(rows))
+    greatest = own.new_ones(())
+    if upstream is not None and len(rows):
+        of_row = upstream[place].to(dtype)
+        greatest = of_row.abs().amax().clamp(min=torch.finfo(dtype).tiny)
+        share, sign = of_row.abs() / greatest, of_row.sign()
+    dhidden = torch.zeros_like(hidden) if need_hidden else hidden.new_zeros(0)
+    dweight = own.new_zeros(weight.shape if need_weight else 0)
+    stats = RowStats.empty(len(rows), own)
+    rows, products_weight = rows.to(product_dtype), weight.to(product_dtype)
+    group = torch.arange(len(rows), device=hidden.device)
+    scale = share if need_hidden or need_weight else None
+    for start, stop, p in vocab_chunks(rows, products_weight, own, ids, group, scale, stats, impl):
+        off = stats.off[start:stop, None]
+        if need_hidden:
+            product, _, _ = probabilities_times_weight(p, products_weight, off[:, 0], exact)
+            product.addcmul_(off, weight[ids[start:stop, 0]].to(dtype), value=-1)
+            dhidden[place[start:stop]] = product.to(hidden.dtype)
+        if need_weight:
+            p.scatter_(1, ids[start:stop], (-off * share[start:stop, None]).to(p.dtype))
+            add_weight_gradient(dweight, p, rows[start:stop] * sign[start:stop, None].to(product_dtype))
+    dweight *= greatest
+    losses = own.new_zeros(len(hidden))
+    losses[place] = stats.log_sum + (torch.maximum(stats.top, own[:, 0]) - own[:, 0])
+    losses.masked_fill_(wrong, torch.nan)
+    return losses, dhidden, dweight, kept.sum()
+
+
+@torch.library.custom_op("soundwave::linear_cross_entropy_fwd", mutates_args=())
+@ranged("soundwave.linear_cross_entropy_fwd")
+def _linear_cross_entropy_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    product_dtype: torch.dtype,
+    impl: str,
+    reduction: str,
+    exact: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    validate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss; dH, dW (without, for reduction "none") and what reduction multiplies them with."""
+    need_weight = need_weight and reduction != "none"
+    losses, dhidden, dweight, count = _run(
+        hidden, weight, target, ignore_index, product_dtype, exact, need_hidden, need_weight, impl, validate
+    )
+    scale = 1 / count.to(losses.dtype) if reduction == "mean" else losses.new_ones(())
+    # As torch: the mean of no row at all is NaN.
+    loss = losses if reduction == "none" else losses.sum() / count if reduction == "mean" else losses.sum()
+    return loss, dhidden, dweight, scale
+
+
+@_linear_cross_entropy_fwd.register_fake
+def _(
+    hidden, weight, target, ignore_index, product_dtype, impl, reduction, exact, need_hidden, need_weight, validate
+):  # fmt: skip
+    loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=sum_dtype(hidden, weight))
+    dweight = loss.new_empty(weight.shape if need_weight and reduction != "none" else 0)
+    return loss, hidden.new_empty(hidden.shape if need_hidden else 0), dweight, loss.new_empty(())
+
+
+@torch.library.custom_op("soundwave::linear_cross_entropy_dweight", mutates_args=())
+@ranged("soundwave.linear_cross_entropy_dweight")
+def _linear_cross_entropy_dweight(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    product_dtype: torch.dtype,
+    impl: str,
+    grad: Tensor,
+) -> Tensor:
+    """dW for reduction "none", whose sum over rows cannot be formed before `grad` [N] is known."""
+    _, _, dweight, _ = _run(hidden, weight, target, ignore_index, product_dtype, True, False, True, impl, False, grad)
+    return dweight
+
+
+@_linear_cross_entropy_dweight.register_fake
+def _(hidden, weight, *_):
+    return weight.new_empty(weight.shape, dtype=sum_dtype(hidden, weight))
+
+
+@torch.library.custom_op("soundwave::linear_cross_entropy_bwd", mutates_args=())
+@ranged("soundwave.linear_cross_entropy_bwd")
+def _linear_cross_entropy_bwd(grad: Tensor, dhidden: Tensor, dweight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight, empty where the forward pass left them out."""
+    raise_pending()
+    grad = grad * scale
+    rows, weight = torch.empty_like(dhidden), torch.empty_like(dweight)
+    if dhidden.dim() == 2:
+        torch.mul(dhidden, grad.expand(len(dhidden))[:, None], out=rows)
+    if dweight.dim() == 2:
+        torch.mul(dweight, grad, out=weight)
+    return rows, weight
+
+
+@_linear_cross_entropy_bwd.register_fake
+def _(grad, dhidden, dweight, scale):
+    return torch.empty_like(dhidden), torch.empty_like(dweight)
+
+
+def _save(ctx, inputs, output):
+    ctx.settings, reduction = inputs[3:6], inputs[6]
+    ctx.need_hidden, ctx.need_weight = inputs[8:10]
+    ctx.again = ctx.need_weight and reduction == "none"
+    ctx.weight_dtype = inputs[1].dtype
+    ctx.save_for_backward(*output[1:], *(inputs[:3] if ctx.again else ()))
+    ctx.mark_non_differentiable(output[3])  # but not dH and dW: through them a second derivative is noticed
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 11
+    dhidden, dweight = _linear_cross_entropy_bwd(grad, *ctx.saved_tensors[:3])
+    if ctx.again:
+        dweight = _linear_cross_entropy_dweight(*ctx.saved_tensors[3:], *ctx.settings, grad)
+    dweight = dweight.to(ctx.weight_dtype) if ctx.need_weight else None
+    return dhidden if ctx.need_hidden else None, dweight, *[None] * 9
+
+
+def _backward_twice(ctx, *_):
+    raise RuntimeError("linear_cross_entropy has no second derivative: its gradient cannot be differentiated")
+
+
+_linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
+_linear_cross_entropy_bwd.register_autograd(_backward_twice)
+_linear_cross_entropy_dweight.register_autograd(_backward_twice)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int,
+    product_dtype: torch.dtype,
+    impl: str,
+    reduction: str,
+    exact: bool,
+    validate: bool,
+) -> Tensor:
+    """The loss of hidden [N, D] for target [N]: scalar, or [N]. `impl` "triton" or "torch".
+
+    Raises:
+        ValueError: a target that is no row of `weight`, as `checks.report` has it.
+    """
+    on = torch.is_grad_enabled()
+    return _linear_cross_entropy_fwd(
+        hidden, weight, target, ignore_index, product_dtype, impl, reduction, exact, on and hidden.requires_grad,
+        on and weight.requires_grad, validate,
+    )[0]  # fmt: skip

@@ -1,0 +1,352 @@
+"""Shrinking attention: each kept frame attends to its own utterance's frames, packed, forward and backward.
+
+    S = scale · Q Kᵀ      P = softmax(S)      O = P V      within one utterance and one head
+    D = rowsum(dO ∘ O)    dS = P ∘ (dO Vᵀ - D)
+    dQ = scale · dS K     dK = scale · dSᵀ Q     dV = Pᵀ dO
+
+Shapes    query [K, H, E], key and value [N, H, E] -> [K, H, E]; cu_seqlens_q and cu_seqlens_k int32 [B + 1] bound the
+          utterances. A query without keys gives 0 and has no gradient, keys without queries have gradient 0.
+Numerics  products in the tensors' dtype with fp32 sums; softmax, its log-sum-exp (saved, [H, K]) and D in fp32. With
+          Triton P and dS are rounded to the dtype for the products that follow. float64 with torch only.
+Cost      4·E operations for each query, key and head forward, 10·E backward. Neither S nor P is stored. Deterministic:
+          one program writes a tile of dQ, or of dK and dV; no atomics.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from soundwave.kernels.dispatch import ranged, resolve_impl
+from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
+from torch import Tensor
+
+MAX_E = 256  # one row of a head in registers
+LOG2E = tl.constexpr(1.4426950408889634)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Tile(NamedTuple):
+    """Queries and keys of one step, and launch settings."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 2
+
+
+class Config(NamedTuple):
+    fwd: Tile
+    dq: Tile
+    dkv: Tile
+
+
+def _config(head_size: int, dtype: torch.dtype, arch: int) -> Config:
+    """The largest tiles found to compile without spills, within 99 KB (128 KB where `arch`, e.g. 86, has more).
+
+    sm_90 to sm_11x multiply by whole warp groups, 64 rows at a time. Small heads leave room for as many on every card;
+    at 128 the others spill with them. In fp32 the products are made of single multiplications, whose operands take
+    registers.
+    """
+    block_e = triton.next_power_of_2(head_size)
+    if dtype == torch.float32:
+        if block_e > 128:
+            return Config(Tile(16, 16, 4), Tile(16, 16, 4), Tile(16, 16, 4))
+        return Config(Tile(16, 32, 8), Tile(16, 32, 4), Tile(32 if block_e <= 64 else 16, 32, 8))
+    if block_e > 128:
+        return Config(Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8))
+    block_m = 64 if 90 <= arch < 120 or block_e <= 64 else 32
+    return Config(Tile(block_m, 64, 4), Tile(block_m, 64, 4), Tile(64, 64, 8))
+
+
+def shrink_attention_ref(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+) -> Tensor:
+    """The definition, one utterance after the other."""
+    parts = []
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(bounds_q) - 1):
+        q = query[bounds_q[b] : bounds_q[b + 1]]
+        k, v = (x[bounds_k[b] : bounds_k[b + 1]] for x in (key, value))
+        scores = torch.einsum("mhe,nhe->hmn", q, k) * scale
+        parts.append(torch.einsum("hmn,nhe->mhe", scores.softmax(-1), v))
+    return torch.cat(parts) if parts else torch.zeros_like(query)
+
+
+@triton.jit
+def _bounds(CU_SEQLENS, b, B, ROWS, MAX):
+    """First row and number of rows of utterance b, never past ROWS, and whether all this can be right."""
+    start = tl.load(CU_SEQLENS + b)
+    end = tl.load(CU_SEQLENS + b + 1)
+    right = (tl.load(CU_SEQLENS) == 0) & (tl.load(CU_SEQLENS + B) == ROWS) & (start <= end)
+    right = right & (start >= 0) & (end <= ROWS) & (end - start <= MAX)
+    start = tl.minimum(tl.maximum(start, 0), ROWS)
+    end = tl.minimum(tl.maximum(end, start), ROWS)
+    return start.to(tl.int64), (end - start).to(tl.int32), right
+
+
+@triton.jit
+def _rows(X, start, position, size, stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Tile [position, BLOCK_E] of one head's rows from `start` on; 0 past `size` rows."""
+    column = tl.arange(0, BLOCK_E)
+    at = X + (start + position)[:, None] * stride + column[None, :]
+    inside = (position < size)[:, None]
+    if E != BLOCK_E:
+        inside = inside & (column < E)[None, :]
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_rows(X, x, start, position, size, stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    column = tl.arange(0, BLOCK_E)
+    at = X + (start + position)[:, None] * stride + column[None, :]
+    inside = (position < size)[:, None]
+    if E != BLOCK_E:
+        inside = inside & (column < E)[None, :]
+    tl.store(at, x.to(X.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _shrink_attention_fwd_kernel(
+    Q, K, V, OUT, LSE, CU_Q, CU_K, SCALE, B, H, ROWS_Q, ROWS_K, MAX_Q, MAX_K,
+    Q_ROW, Q_HEAD, K_ROW, K_HEAD, V_ROW, V_HEAD,
+    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head. Programs that share keys and values are neighbours."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(MAX_Q, BLOCK_M)
+    tile, head, b = pid % tiles, (pid // tiles % H).to(tl.int64), (pid // tiles // H).to(tl.int64)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_start, q_size, q_right = _bounds(CU_Q, b, B, ROWS_Q, MAX_Q)
+    k_start, k_size, k_right = _bounds(CU_K, b, B, ROWS_K, MAX_K)
+    if tile * BLOCK_M >= q_size:
+        return
+    q = _rows(Q + head * Q_HEAD, q_start, m, q_size, Q_ROW, E, BLOCK_E)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
+    for first in range(0, k_size, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        k = _rows(K + head * K_HEAD, k_start, n, k_size, K_ROW, E, BLOCK_E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * LOG2E)
+        s = tl.where((n < k_size)[None, :], s, float("-inf"))
+        before = highest
+        highest = tl.maximum(before, tl.max(s, 1))
+        p = tl.exp2(s - highest[:, None])
+        shrink = tl.exp2(before - highest)
+        total = total * shrink + tl.sum(p, 1)
+        v = _rows(V + head * V_HEAD, k_start, n, k_size, V_ROW, E, BLOCK_E)
+        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+    total = tl.where(k_size == 0, 1.0, total)
+    out = tl.where(q_right & k_right, out / total[:, None], float("nan"))  # wrong bounds must not pass unseen
+    _store_rows(OUT + head * E, out, q_start, m, q_size, H * E, E, BLOCK_E)
+    tl.store(LSE + head * ROWS_Q + q_start + m, highest / LOG2E + tl.log(total), mask=m < q_size)
+
+
+@triton.jit
+def _shrink_attention_dq_kernel(
+    Q, K, V, OUT, DOUT, LSE, DELTA, DQ, CU_Q, CU_K, SCALE, B, H, ROWS_Q, ROWS_K, MAX_Q, MAX_K,
+    Q_ROW, Q_HEAD, K_ROW, K_HEAD, V_ROW, V_HEAD,
+    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries; D of its rows for the other kernel."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(MAX_Q, BLOCK_M)
+    tile, head, b = pid % tiles, (pid // tiles % H).to(tl.int64), (pid // tiles // H).to(tl.int64)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_start, q_size, _ = _bounds(CU_Q, b, B, ROWS_Q, MAX_Q)
+    k_start, k_size, _ = _bounds(CU_K, b, B, ROWS_K, MAX_K)
+    if tile * BLOCK_M >= q_size:
+        return
+    q = _rows(Q + head * Q_HEAD, q_start, m, q_size, Q_ROW, E, BLOCK_E)
+    dout = _rows(DOUT + head * E, q_start, m, q_size, H * E, E, BLOCK_E)
+    out = _rows(OUT + head * E, q_start, m, q_size, H * E, E, BLOCK_E)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    lse = tl.load(LSE + head * ROWS_Q + q_start + m, mask=m < q_size, other=0.0)
+    tl.store(DELTA + head * ROWS_Q + q_start + m, delta, mask=m < q_size)
+    dq = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
+    for first in range(0, k_size, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        k = _rows(K + head * K_HEAD, k_start, n, k_size, K_ROW, E, BLOCK_E)
+        v = _rows(V + head * V_HEAD, k_start, n, k_size, V_ROW, E, BLOCK_E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
+        p = tl.where((n < k_size)[None, :], tl.exp2((s - lse[:, None]) * LOG2E), 0.0)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    _store_rows(DQ + head * E, dq * SCALE, q_start, m, q_size, H * E, E, BLOCK_E)
+
+
+@triton.jit
+def _shrink_attention_dkv_kernel(
+    Q, K, V, DOUT, LSE, DELTA, DK, DV, CU_Q, CU_K, SCALE, B, H, ROWS_Q, ROWS_K, MAX_Q, MAX_K,
+    Q_ROW, Q_HEAD, K_ROW, K_HEAD, V_ROW, V_HEAD,
+    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys, over all queries of its utterance; the tiles of S are transposed."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(MAX_K, BLOCK_N)
+    tile, head, b = pid % tiles, (pid // tiles % H).to(tl.int64), (pid // tiles // H).to(tl.int64)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_start, q_size, _ = _bounds(CU_Q, b, B, ROWS_Q, MAX_Q)
+    k_start, k_size, _ = _bounds(CU_K, b, B, ROWS_K, MAX_K)
+    if tile * BLOCK_N >= k_size:
+        return
+    k = _rows(K + head * K_HEAD, k_start, n, k_size, K_ROW, E, BLOCK_E)
+    v = _rows(V + head * V_HEAD, k_start, n, k_size, V_ROW, E, BLOCK_E)
+    dk = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)
+    for first in range(0, q_size, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        q = _rows(Q + head * Q_HEAD, q_start, m, q_size, Q_ROW, E, BLOCK_E)
+        lse = tl.load(LSE + head * ROWS_Q + q_start + m, mask=m < q_size, other=0.0)
+        # Queries past the last have q = 0 and lse = 0, so P = 1, and meet rows of dO that are 0.
+        p = tl.exp2((tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE - lse[None, :]) * LOG2E)
+        dout = _rows(DOUT + head * E, q_start, m, q_size, H * E, E, BLOCK_E)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        delta = tl.load(DELTA + head * ROWS_Q + q_start + m, mask=m < q_size, other=0.0)
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    _store_rows(DK + head * E, dk * SCALE, k_start, n, k_size, H * E, E, BLOCK_E)
+    _store_rows(DV + head * E, dv, k_start, n, k_size, H * E, E, BLOCK_E)
+
+
+def _launch(kernel, tile: Tile, over_keys: bool, tensors, query, key, value, cu_seqlens, longest, scale):
+    """`tensors` are the kernel's arguments before the bounds; one program a tile of queries (or keys), and head."""
+    (rows_q, heads, size), batch = query.shape, cu_seqlens[0].numel() - 1
+    tiles = triton.cdiv(longest[1], tile.block_n) if over_keys else triton.cdiv(longest[0], tile.block_m)
+    strides = (stride for tensor in (query, key, value) for stride in tensor.stride()[:2])
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if tiles * heads * batch:
+        kernel[(tiles * heads * batch,)](
+            *tensors, *cu_seqlens, scale, batch, heads, rows_q, key.shape[0], *longest, *strides,
+            E=size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_E=max(triton.next_power_of_2(size), 16),
+            PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+
+def _settings(query: Tensor) -> Config:
+    arch = torch.cuda.get_device_capability(query.device) if query.is_cuda else (8, 0)  # the interpreter
+    return _config(query.shape[2], query.dtype, 10 * arch[0] + arch[1])
+
+
+def _check_bounds(name: str, cu_seqlens: Tensor, rows: int, longest: int) -> None:
+    batch = cu_seqlens.numel() - 1
+    if rows > batch * longest:
+        raise ValueError(f"max_seqlen_{name} = {longest}, but {batch} utterances have {rows} rows")
+    if cu_seqlens.device.type != "cpu":
+        return
+    bounds, sizes = cu_seqlens.tolist(), cu_seqlens.diff()
+    if bounds[0] != 0 or bounds[-1] != rows or (sizes < 0).any():
+        raise ValueError(f"cu_seqlens_{name} = {bounds}, but it must rise from 0 to {rows}, the packed rows")
+    if batch and int(sizes.max()) > longest:
+        raise ValueError(f"max_seqlen_{name} = {longest}, but an utterance has {int(sizes.max())} rows")
+
+
+@torch.library.custom_op("soundwave::shrink_attention_fwd", mutates_args=())
+@ranged("soundwave.shrink_attention")
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, scale: float, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """O [K, H, E] and the log-sum-exp of S [H, K]."""
+    _check_bounds("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
+    _check_bounds("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
+    cu_seqlens, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    if impl == "torch":
+        with torch.autocast(query.device.type, enabled=False):
+            return padded_attention(query, key, value, *cu_seqlens, *longest, scale)
+    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[1::-1], dtype=torch.float32)
+    tensors, tile = (query, key, value, out, lse), _settings(query).fwd
+    _launch(_shrink_attention_fwd_kernel, tile, False, tensors, query, key, value, cu_seqlens, longest, scale)
+    return out, lse
+
+
+@_forward.register_fake
+def _(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, impl):
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[1::-1], dtype=wide)
+
+
+@torch.library.custom_op("soundwave::shrink_attention_bwd", mutates_args=())
+@ranged("soundwave.shrink_attention.backward")
+def _backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, scale: float,
+    need_dkv: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dQ, dK and dV; the last two are empty where they are not needed."""
+    cu_seqlens, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    if impl == "torch":
+        with torch.autocast(query.device.type, enabled=False):
+            dq, dk, dv = padded_attention_backward(dout, query, key, value, out, lse, *cu_seqlens, *longest, scale)
+        return (dq, dk, dv) if need_dkv else (dq, key.new_empty(0), value.new_empty(0))
+    dout, delta, dq = dout.contiguous(), torch.empty_like(lse), query.new_empty(query.shape)
+    dk, dv = (x.new_empty(x.shape if need_dkv else (0,)) for x in (key, value))
+    config, rest = _settings(query), (query, key, value, cu_seqlens, longest, scale)
+    tensors = (query, key, value, out, dout, lse, delta, dq)
+    _launch(_shrink_attention_dq_kernel, config.dq, False, tensors, *rest)
+    tensors = (query, key, value, dout, lse, delta, dk, dv)
+    if need_dkv:
+        _launch(_shrink_attention_dkv_kernel, config.dkv, True, tensors, *rest)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, need_dkv, impl):
+    return query.new_empty(query.shape), *(x.new_empty(x.shape if need_dkv else (0,)) for x in (key, value))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dout, _):
+    query, key, value, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    gradients = _backward(
+        dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.scale,
+        need[1] or need[2], ctx.impl,
+    )  # fmt: skip
+    return *(gradient if needed else None for gradient, needed in zip(gradients, need, strict=True)), *[None] * 6
+
+
+def _no_double_backward(ctx, *_):
+    raise RuntimeError("shrink_attention has a first derivative only: its backward cannot be differentiated again")
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+_backward.register_autograd(_no_double_backward)
+
+
+def shrink_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, scale: float | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """[K, H, E]: attention of packed queries to the packed keys of the same utterance; 0 where it has none.
+
+    Args:
+        query: [K, H, E]; key, value: [N, H, E], of one dtype. Any strides whose last is 1 are read in place.
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], rising from 0 to K and to N.
+        max_seqlen_q, max_seqlen_k: at least the longest utterance of each.
+        scale: of the products before the softmax; None is 1 / sqrt(E).
+        impl: "auto", "triton" (fp32, bf16, fp16; E up to 256) or "torch".
+
+    Raises:
+        ValueError: what `impl` cannot do, and bounds that do not fit where they are on the CPU. On CUDA, where reading
+            them would wait for the device, what they concern is NaN instead.
+    """
+    impl = resolve_impl(impl, query.device)
+    size = query.shape[2]
+    if impl == "triton" and (query.dtype not in DTYPES or size > MAX_E):
+        raise ValueError(
+            f"query is {query.dtype} with heads of {size}, but impl='triton' takes float32, bfloat16 and float16 and "
+            f"heads of at most {MAX_E}; impl='torch' takes all"
+        )
+    query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+    cu_seqlens_q, cu_seqlens_k = (x.to(query.device) for x in (cu_seqlens_q, cu_seqlens_k))
+    scale = size**-0.5 if scale is None else scale
+    return _forward(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, impl)[0]

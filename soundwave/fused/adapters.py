@@ -1,0 +1,173 @@
+"""The adapters on the fused operations: packed rows inside, the parameters and calls of `soundwave.eager`'s.
+
+Dimension letters: B utterances, T frames of the longest, N packed rows, D width of the language model, E width of the
+encoder, H heads, K kept frames of all utterances together.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from soundwave import eager
+from soundwave.attention import attend
+from soundwave.fused.functional import add_layer_norm, shrink_attention
+from soundwave.kernels.dispatch import ranged
+from soundwave.kernels.shrink_projection import shrink_projection
+
+
+class AlignmentAdapter(eager.AlignmentAdapter):
+    """`eager.AlignmentAdapter` over packed rows: frames past a length cost nothing.
+
+    Attention goes through `soundwave.attention`; where each frame attends to itself alone (`config.attend = "self"`)
+    none is computed, for softmax over one key is 1. Each residual sum is made with the LayerNorm after it.
+
+    Differences from eager: rows past a length are 0 in the result, not what the layer makes of padding; dropout draws
+    numbers for valid rows only, so other ones where there is padding.
+
+    Args:
+        config: as for eager.
+        impl: of residual + LayerNorm, "auto", "triton" or "torch".
+        attention: "auto", "flash_attn", "varlen" or "sdpa".
+    """
+
+    def __init__(self, config: Any, impl: str = "auto", attention: str = "auto"):
+        super().__init__(config)
+        self.impl, self.attention = impl, attention
+
+    def extra_repr(self) -> str:
+        return f"impl={self.impl!r}, attention={self.attention!r}"
+
+    @ranged("soundwave.AlignmentAdapter")
+    def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """`frames` [B, T_enc, E], `lengths` int [B] -> hidden [B, ceil(T_enc / stack), D] and its lengths.
+
+        A last group that is not full is filled with zero frames. Lengths on CUDA cost one wait for the device.
+
+        Raises:
+            ValueError: frames or lengths of another shape; a length that is negative or beyond T_enc.
+        """
+        if frames.dim() != 3 or frames.shape[2] * self.frame_stack != self.projector.in_features:
+            wanted = f"[B, T_enc, {self.projector.in_features // self.frame_stack}]"
+            raise ValueError(f"frames has shape {list(frames.shape)}, but it must be {wanted}")
+        if lengths.shape != frames.shape[:1] or lengths.is_floating_point():
+            raise ValueError(
+                f"lengths is {lengths.dtype} of shape {list(lengths.shape)}, but it must be int [{frames.shape[0]}]"
+            )
+        batch, size, _ = frames.shape
+        stack, out_size = self.frame_stack, -(-size // self.frame_stack)
+        counts = (lengths + stack - 1) // stack
+        some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
+        least, most, valid, rows = torch.stack([some.min(), some.max(), lengths.sum(), counts.sum()]).tolist()
+        if least < 0 or most > size:
+            raise ValueError(f"lengths go from {least} to {most}, but each must be 0 to {size}, the frames given")
+        count = counts.to(frames.device)
+        cu_seqlens = F.pad(count.cumsum(0), (1, 0)).to(torch.int32)
+        utterance = torch.repeat_interleave(torch.arange(batch, device=frames.device), count, output_size=rows)
+        within = torch.arange(rows, device=frames.device) - cu_seqlens[utterance]
+        if rows * stack == valid == batch * size:  # no padding anywhere
+            packed = frames.reshape(rows, stack * frames.shape[2])
+        else:
+            packed = self._gather(frames, lengths, utterance, within, rows * stack > valid)
+        hidden = self._layer(packed, cu_seqlens, -(-most // stack))
+        if rows < batch * out_size:
+            place = utterance * out_size + within
+            hidden = hidden.new_zeros(batch * out_size, hidden.shape[1]).index_copy(0, place, hidden)
+        return hidden.view(batch, out_size, hidden.shape[1]), counts
+
+    def _gather(self, frames: Tensor, lengths: Tensor, utterance: Tensor, within: Tensor, ragged: bool) -> Tensor:
+        """Frames of each packed row side by side [N, stack·E]; with `ragged` some rows end in zero frames."""
+        size = frames.shape[1]
+        time = within[:, None] * self.frame_stack + torch.arange(self.frame_stack, device=frames.device)
+        frame = (utterance[:, None] * size + time).clamp(max=frames.shape[0] * size - 1)
+        packed = frames.flatten(0, 1).index_select(0, frame.flatten()).view(*frame.shape, frames.shape[2])
+        if ragged:
+            end = lengths.to(frames.device)[utterance]
+            packed = packed.masked_fill((time >= end[:, None])[..., None], 0.0)
+        return packed.flatten(1)
+
+    def _layer(self, packed: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """Projection, Transformer layer and last norm of packed rows [N, stack·E] -> [N, D]."""
+        layer, attention = self.layer, self.layer.self_attn
+        residual = self.projector(packed)
+        width = residual.shape[1]
+        normed = layer.norm1(residual)
+        if attention.attend == "self":
+            attended = F.linear(normed, attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :])
+        else:
+            qkv = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias)
+            query, key, value = qkv.view(-1, 3, attention.num_heads, width // attention.num_heads).unbind(1)
+            bounds = (cu_seqlens, cu_seqlens, longest, longest)
+            attended = attend(query, key, value, *bounds, impl=self.attention).flatten(1)
+        normed, residual = add_layer_norm(
+            layer.dropout(attention.out_proj(attended)), residual, layer.norm2.weight, layer.norm2.bias,
+            layer.norm2.eps, return_sum=True, impl=self.impl,
+        )  # fmt: skip
+        update = layer.dropout(layer.linear2(layer.dropout(F.relu(layer.linear1(normed)))))
+        if update.is_cuda and torch.is_autocast_enabled("cuda"):
+            update = update.float()  # autocast's LayerNorm gives float32 there
+        norm = self.out_norm
+        return add_layer_norm(update, residual, norm.weight, norm.bias, norm.eps, impl=self.impl)
+
+
+class ShrinkingAdapter(eager.ShrinkingAdapter):
+    """`eager.ShrinkingAdapter` over packed rows: frames past a length cost nothing.
+
+    The kept rows x' = x[index] are not stored on CUDA: the query product reads them where they stand, and so does
+    residual + LayerNorm. Attention is packed, too.
+
+    Args:
+        config: as for eager.
+        impl: of projection, attention and residual + LayerNorm: "auto", "triton" or "torch".
+    """
+
+    def __init__(self, config: Any, impl: str = "auto"):
+        super().__init__(config)
+        self.impl = impl
+
+    def extra_repr(self) -> str:
+        return f"keys={self.keys!r}, impl={self.impl!r}"
+
+    @ranged("soundwave.ShrinkingAdapter")
+    def forward(self, hidden: Tensor, lengths: Tensor, peaks: eager.Peaks) -> Tensor:
+        """`hidden` [B, T, D], `lengths` int [B], `peaks` of the same frames -> [K, D], packed.
+
+        Lengths on CUDA cost one wait for the device, unless `config.keys` is "kept".
+
+        Raises:
+            ValueError: hidden or lengths of another shape; a length that is negative or beyond T; peaks that are not
+                rows of hidden, which on CUDA give NaN instead.
+        """
+        width, index, impl = self.in_proj_weight.shape[1], peaks.index, self.impl
+        if hidden.dim() != 3 or hidden.shape[2] != width:
+            raise ValueError(f"hidden has shape {list(hidden.shape)}, but it must be [B, T, {width}]")
+        if lengths.shape != hidden.shape[:1] or lengths.is_floating_point():
+            raise ValueError(
+                f"lengths is {lengths.dtype} of shape {list(lengths.shape)}, but it must be int [{hidden.shape[0]}]"
+            )
+        x, norm, kept = hidden.reshape(-1, width), self.norm, self.keys == "kept"
+        cu_seqlens, longest = peaks.cu_seqlens, peaks.max_seqlen
+        rows, cu_seqlens_k, longest_k = (None, cu_seqlens, longest) if kept else _valid_rows(lengths, hidden)
+        projected = shrink_projection(x, index, rows, self.in_proj_weight, self.in_proj_bias, kept=kept, impl=impl)
+        query, key, value = (part.unflatten(1, (self.num_heads, -1)) for part in projected)
+        attended = shrink_attention(query, key, value, cu_seqlens, cu_seqlens_k, longest, longest_k, impl=impl)
+        update = self.out_proj(attended.flatten(1))
+        if update.is_cuda and torch.is_autocast_enabled("cuda"):
+            update = update.float()  # autocast's LayerNorm gives float32 there
+        return add_layer_norm(update, x, norm.weight, norm.bias, norm.eps, residual_index=index, impl=impl)
+
+
+def _valid_rows(lengths: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor, int]:
+    """Which of the B·T rows are valid (None: all), their bounds int32 [B + 1] and the longest length."""
+    (batch, size, _), device = hidden.shape, hidden.device
+    some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
+    least, longest, rows = torch.stack([some.min(), some.max(), lengths.sum()]).tolist()
+    if least < 0 or longest > size:
+        raise ValueError(f"lengths go from {least} to {longest}, but each must be 0 to {size}, the frames of hidden")
+    lengths = lengths.to(device)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    if rows == batch * size:
+        return None, cu_seqlens, longest
+    first = torch.arange(batch, device=device) * size - cu_seqlens[:-1]
+    return torch.arange(rows, device=device) + first.repeat_interleave(lengths, output_size=rows), cu_seqlens, longest

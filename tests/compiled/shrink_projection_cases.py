@@ -1,0 +1,53 @@
+"""The row-indexed product: forward, gradient of the weight, gradient of x; in bf16, mixed and fp32."""
+
+import itertools
+
+import torch
+import triton.language as tl
+from soundwave.kernels import shrink_projection as op
+
+# dtypes of x and of the weight, and the precision of products (which counts for fp32 only)
+USES = {
+    "bf16": (torch.bfloat16, torch.bfloat16, "ieee"),
+    "fp32 x, bf16 weight": (torch.float32, torch.bfloat16, "ieee"),
+    "fp32": (torch.float32, torch.float32, "ieee"),
+    "tf32": (torch.float32, torch.float32, "tf32"),
+}
+POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+# Strides that are 1, of A and B; dtypes of A, B and C as indices into those of x and of the weight.
+GATHERS = {"a": (("A_R", "B_R"), (0, 1, 1)), "b": (("A_I", "B_J"), (1, 0, 1)), "c": (("A_R", "B_J"), (1, 1, 0))}
+
+
+def cases(arch, Case):
+    for use, (x, weight, precision) in USES.items():
+        for gather, aligned in itertools.product(GATHERS, (True, False)):
+            ones, dtypes = GATHERS[gather]
+            config = op._config(weight, aligned, arch)
+            a, b, c = (POINTER[(x, weight)[i]] for i in dtypes)
+            pointers = {"A": a, "B": b, "BIAS": POINTER[weight], "INDEX": "*i64", "C": c}
+            sizes = {name: "i32" for name in ("SIZE_I", "SIZE_J", "SIZE_R", "ROWS", "A_I", "A_R", "B_R", "B_J", "C_I")}
+            constexprs = {
+                "GATHER": gather,
+                "DTYPE": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[weight],
+                "PRECISION": precision,
+                "GROUP": op.GROUP,
+                "BLOCK_I": config.block_i,
+                "BLOCK_J": config.block_j,
+                "BLOCK_R": config.block_r,
+            }
+            signature = pointers | {name: kind for name, kind in sizes.items() if name not in ones}
+            # Kept rows are any number; the widths are multiples of 16 in the models, and may not be.
+            widths = {
+                "a": ("SIZE_J", "SIZE_R", "A_I", "B_J"),
+                "b": ("SIZE_I", "SIZE_J", "A_R", "B_R"),
+                "c": ("SIZE_J", "SIZE_R", "A_I", "B_R"),
+            }
+            yield Case(
+                f"{use}, rows of {gather}, {'aligned' if aligned else 'any'} widths",
+                op._gather_matmul_kernel,
+                signature,
+                constexprs | {name: 1 for name in ones},
+                config.num_warps,
+                config.num_stages,
+                (*pointers, *widths[gather], "C_I") if aligned else tuple(pointers),
+            )

@@ -1,0 +1,677 @@
+"""CTC over a vocabulary without its logits: against the plain operations in fp64, and what it must not do."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from soundwave.kernels import linear_ctc, vocab_rows
+from soundwave.kernels.linear_ctc_path import Head
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from soundwave import eager, fused
+from soundwave.fused.functional import linear_ctc_loss, linear_ctc_path
+from tests.accuracy import assert_as_accurate, assert_rms
+
+FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+WHERE = [
+    pytest.param("cpu", "torch", id="cpu-torch"),
+    pytest.param("cpu", "triton", id="interpreter"),
+    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
+    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
+]
+everywhere = pytest.mark.parametrize(("device", "impl"), WHERE)
+not_interpreted = pytest.mark.parametrize(("device", "impl"), [WHERE[0], *WHERE[2:]])  # which truncates to bfloat16
+EVERY_DRAW = settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+GRADIENTS = ("hidden", "weight", "blank_weight", "blank_bias")
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(batch, frames, rows, width, labels, *, blank=0, kinds=None, sharpness=1.0, seed=0, full=False):
+    """The arguments of `linear_ctc_loss` in fp64; `blank` = `rows` is the extra row. Few `kinds` of labels repeat."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=FP64)
+
+    kinds = min(kinds or rows, rows)
+    targets = torch.randint(kinds, (batch, labels), generator=generator)
+    if blank < rows:
+        targets = (targets % max(rows - 1, 1)) + (targets % max(rows - 1, 1) >= blank)
+    input_lengths = torch.randint(1, frames + 1, (batch,), generator=generator)
+    target_lengths = torch.randint(labels + 1, (batch,), generator=generator)
+    if full:
+        input_lengths[:], target_lengths[:] = frames, labels
+    targets = targets.masked_fill(torch.arange(labels) >= target_lengths[:, None], -100)
+    case = {
+        "hidden": randn(batch, frames, width),
+        "weight": randn(rows, width) * sharpness * width**-0.5,
+        "targets": targets,
+        "input_lengths": input_lengths,
+        "target_lengths": target_lengths,
+        "blank": blank,
+    }
+    if blank == rows:
+        case |= {"blank_weight": randn(width) * width**-0.5, "blank_bias": torch.tensor(float(rows), dtype=FP64).log()}
+    return case
+
+
+def to(case, dtype, device="cpu", trained=GRADIENTS, blank_dtype=None):
+    """Leaves of their own in `dtype`; the extra blank's stay fp32 beside half types."""
+    kinds = dict.fromkeys(GRADIENTS, dtype) | dict.fromkeys(GRADIENTS[2:], torch.promote_types(dtype, FP32))
+    out = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in case.items()}
+    for name in GRADIENTS:
+        if name in out:
+            out[name] = out[name].detach().to(kinds[name], copy=True).requires_grad_(name in trained)
+    return out
+
+
+def run(function, case, upstream=None, **settings):
+    """(output, gradients by name) of the loss times `upstream`."""
+    out = function(**case, **settings)
+    loss = out.loss if upstream is None else out.loss * upstream.to(out.loss)
+    loss.sum().backward()
+    return out, {name: case[name].grad for name in GRADIENTS if name in case and case[name].requires_grad}
+
+
+def check(case, dtype, *, device="cpu", impl="torch", reduction="none", trained=GRADIENTS, exact=True, seed=0):
+    """Asserts the accuracy of loss and gradients; returns for each (our error, eager's) over the norm of the truth."""
+    rounded = to(case, dtype, device)  # the truth is that of the inputs as rounded
+    upstream = None
+    if reduction == "none":
+        generator = torch.Generator().manual_seed(seed)
+        upstream = torch.randn(case["hidden"].shape[0], generator=generator, dtype=FP64).to(device)
+    common = {"reduction": reduction, "zero_infinity": True}
+    true_out, truth = run(eager.linear_ctc_loss, to(rounded, FP64, device, trained), upstream, **common)
+    eager_out, theirs = run(eager.linear_ctc_loss, to(rounded, dtype, device, trained), upstream, **common)
+    out, ours = run(linear_ctc_loss, to(rounded, dtype, device, trained), upstream, exact=exact, impl=impl, **common)
+    assert ours.keys() == truth.keys()
+    inside = torch.promote_types(dtype, FP32)
+    assert out.loss.dtype == out.path_log_prob.dtype == inside
+    pairs = {"loss": assert_as_accurate(out.loss, eager_out.loss, true_out.loss, inside, "loss")}
+    # The logits of both are rounded to `dtype`.
+    assert_as_accurate(out.path_log_prob, eager_out.path_log_prob, true_out.path_log_prob, dtype, "path_log_prob")
+    for name in truth:
+        kind = rounded[name].dtype
+        assert ours[name].dtype == kind and ours[name].shape == rounded[name].shape
+        pairs[name] = assert_as_accurate(ours[name], theirs[name], truth[name], kind, name)
+    norms = {"loss": true_out.loss} | truth
+    return {name: tuple(x / (float(norms[name].norm()) or 1.0) for x in pair) for name, pair in pairs.items()}
+
+
+# ---- accuracy
+
+
+def draws(frames, rows, labels):
+    return {
+        "batch": st.integers(1, 5),
+        "frames": st.integers(1, frames),
+        "rows": st.sampled_from([2, 3, 7, 63, 100, 1000, 5000]).filter(lambda n: n <= rows),
+        "width": st.sampled_from([1, 7, 16]),
+        "labels": st.integers(0, labels),
+        "kinds": st.sampled_from([1, 2, None]),
+        "place": st.sampled_from(["first", "middle", "last", "extra"]),
+        "sharpness": st.sampled_from([0.1, 1.0, 10.0]),
+        "reduction": st.sampled_from(["mean", "sum", "none"]),
+        "trained": st.sampled_from([GRADIENTS, ("hidden", *GRADIENTS[2:]), ("weight",)]),
+        "seed": st.integers(0, 10**6),
+    }
+
+
+def check_draw(dtype, impl, batch, frames, rows, width, labels, kinds, place, sharpness, reduction, trained, seed):
+    blank = {"first": 0, "middle": rows // 2, "last": rows - 1, "extra": rows}[place]
+    case = make(batch, frames, rows, width, labels, blank=blank, kinds=kinds, sharpness=sharpness, seed=seed)
+    check(case, dtype, impl=impl, reduction=reduction, trained=trained, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_as_accurate_as_eager(dtype):
+    @EVERY_DRAW
+    @given(**draws(300, 5000, 120))
+    @example(2, 1, 2, 7, 1, None, "first", 1.0, "mean", GRADIENTS, 0)
+    @example(5, 300, 5000, 7, 120, None, "extra", 1.0, "none", GRADIENTS, 0)
+    def every_draw(**draw):
+        check_draw(dtype, "torch", **draw)
+
+    every_draw()
+
+
+@settings(EVERY_DRAW, max_examples=12)
+@given(**draws(12, 63, 7))
+def test_interpreter_is_as_accurate_as_eager(**draw):
+    check_draw(FP32, "triton", **draw)
+
+
+@not_interpreted
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rms_error_is_at_most_eagers(device, impl, dtype, reduction):
+    cases = [make(3, 40, 500, 32, 7, blank=blank, seed=seed) for seed in range(4) for blank in (0, 500)]
+    errors = [check(case, dtype, device=device, impl=impl, reduction=reduction) for case in cases]
+    for name in ("loss", *GRADIENTS):
+        pairs = [found[name] for found in errors if name in found]
+        kind = FP32 if name in ("loss", "blank_weight", "blank_bias") else dtype
+        assert_rms(pairs, torch.finfo(kind).eps, name)
+
+
+@not_interpreted
+@pytest.mark.parametrize("probability", [0.46, 0.9993, 0.999997])
+@pytest.mark.parametrize("place", ["row", "extra"])
+def test_a_blank_that_is_sure(device, impl, probability, place):
+    rows = 5000
+    case = make(2, 150, rows, 64, 9, blank=rows if place == "extra" else 0, seed=3, full=True)
+    if place == "extra":
+        case["blank_weight"] *= 0.1
+        logits = case["hidden"] @ case["weight"].t()
+        wanted = logits.logsumexp(-1).mean() + torch.tensor(probability / (1 - probability)).log()
+        case["blank_bias"] = wanted - (case["hidden"] @ case["blank_weight"]).mean()
+    else:  # frames lean towards the blank's row as far as it takes
+        weight = case["weight"]
+        weight[0] *= 8 / weight[0].norm()
+        logits = case["hidden"] @ weight.t()
+        wanted = logits[..., 1:].logsumexp(-1) + torch.tensor(probability / (1 - probability), dtype=FP64).log()
+        case["hidden"] += ((wanted - logits[..., 0]) / weight[0].square().sum())[..., None] * weight[0]
+        found = (case["hidden"] @ weight.t()).softmax(-1)[..., 0]
+        assert 1 / 3 < float((1 - found).mean()) / (1 - probability) < 3
+    check(case, BF16, device=device, impl=impl, trained=("hidden", *GRADIENTS[2:]))
+
+
+@everywhere
+@pytest.mark.parametrize("blank", [0, 40])
+def test_fp64_gives_fp64(device, impl, blank):
+    case = make(2, 9, 40, 5, 3, blank=blank)
+    check(case, FP64, device=device, impl=impl)
+
+
+# ---- skipping columns
+
+
+def peaky(frames=200, rows=4000, width=64, labels=7):
+    """Each frame knows its label, or blank, and has 20 others that it might be."""
+    case = make(2, frames, rows, width, labels, blank=rows, seed=5, full=True)
+    generator = torch.Generator().manual_seed(0)
+    weight = case["weight"]
+    planted = torch.randint(rows, (2, frames), generator=generator)
+    planted[:, torch.linspace(1, frames - 2, labels).long()] = case["targets"]
+    others = torch.randint(60, (2, frames, 20), generator=generator)
+    strengths = 6 + 2 * torch.rand(2, frames, 20, 1, generator=generator, dtype=FP64)
+    case["hidden"] = 14 * weight[planted] + (weight[others] * strengths).sum(2)
+    case["blank_bias"] = torch.tensor(14.0, dtype=FP64)
+    return case
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_the_error_of_skipping_is_within_its_certificate(device, impl, dtype):
+    if device == "cpu" and impl == "triton" and dtype == BF16:
+        pytest.skip("the interpreter truncates to bfloat16")
+    case = peaky(frames=40 if impl == "triton" and device == "cpu" else 200)
+    trained = ("hidden", "blank_weight")
+    out, skipping = run(linear_ctc_loss, to(case, dtype, device, trained), reduction="sum", impl=impl)
+    whole, exact = run(linear_ctc_loss, to(case, dtype, device, trained), reduction="sum", impl=impl, exact=True)
+    assert 0 < out.active_share < vocab_rows.MOST_ACTIVE and whole.active_share == 1 and whole.error_bound == 0
+    error = (skipping["hidden"] - exact["hidden"]).float().norm() / skipping["hidden"].float().norm()
+    assert 0 < error <= out.error_bound + torch.finfo(dtype).eps
+    assert torch.equal(out.loss, whole.loss) and torch.equal(out.path, whole.path)
+    assert torch.equal(skipping["blank_weight"], exact["blank_weight"])
+
+
+def test_columns_are_skipped_by_the_tail_rule():
+    """The largest power of two whose tail stays within 5 % of the off-label mass, over the rows of a chunk."""
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(8):
+        logits = torch.randn(37, 999, generator=generator, dtype=FP64) * 1.5
+        logits[torch.arange(37)[:, None], torch.randint(100, (37, 5), generator=generator)] += 3 + seed
+        mass = torch.rand(37, 1, generator=generator, dtype=FP64)
+        p = logits.softmax(-1) * mass
+        weight = torch.randn(999, 6, generator=generator, dtype=FP64)
+        for j in range(vocab_rows.BINS):
+            tail = p.masked_fill(p > 2.0**-j, 0.0).sum(1)
+            if tail.norm() <= 0.05 * mass.norm():
+                break
+        active = p.amax(0) > 2.0**-j
+        if active.float().mean() > 0.25:
+            active, tail = torch.ones_like(active), torch.zeros(())
+        product, share, lost = vocab_rows.probabilities_times_weight(p, weight, mass[:, 0], exact=False)
+        assert share == active.double().mean()
+        torch.testing.assert_close(lost, tail.double().square().sum())
+        torch.testing.assert_close(product, p[:, active] @ weight[active])
+        assert (product - p @ weight).norm() <= vocab_rows.longest_row(weight, FP64) * lost.sqrt() + 1e-12
+
+
+def test_flat_rows_skip_nothing():
+    case = make(2, 50, 3000, 16, 5, sharpness=0.1)
+    out, _ = run(linear_ctc_loss, to(case, FP32))
+    assert out.active_share == 1 and out.error_bound == 0
+
+
+def test_a_trained_head_gets_its_whole_gradient():
+    """Skipping shortens the gradient of hidden only: rows of the head that are rarely likely still get theirs."""
+    case = peaky()
+    _, skipping = run(linear_ctc_loss, to(case, FP32), reduction="mean")
+    _, exact = run(linear_ctc_loss, to(case, FP32), reduction="mean", exact=True)
+    assert not torch.equal(skipping["hidden"], exact["hidden"])
+    assert torch.equal(skipping["weight"], exact["weight"])
+
+
+# ---- paths
+
+
+@everywhere
+@pytest.mark.parametrize("blank", [0, 30, 63])
+def test_path_is_the_argmax(device, impl, blank):
+    case = to(make(3, 17, 63, 8, 4, blank=blank), FP64, device)
+    theirs = eager.linear_ctc_loss(**case)
+    out = linear_ctc_loss(**case, impl=impl)
+    head = {name: case[name] for name in ("hidden", "weight", "blank", "blank_weight", "blank_bias") if name in case}
+    alone = linear_ctc_path(lengths=case["input_lengths"], **head, impl=impl)
+    no_targets = linear_ctc_loss(**case | {"targets": None, "target_lengths": None}, impl=impl)
+    assert no_targets.loss is None
+    for path, log_prob in (out[1:3], alone, no_targets[1:3]):
+        assert path.dtype == torch.int64 and not log_prob.requires_grad
+        assert torch.equal(path, theirs.path)
+        torch.testing.assert_close(log_prob, theirs.path_log_prob)
+
+
+@everywhere
+@pytest.mark.parametrize("blank", [0, 2, 5])
+def test_ties_go_to_the_lowest_id(device, impl, blank):
+    """Rows 1, 3 and 4 are the same, and so are label and other columns."""
+    weight = torch.tensor([[0.0], [1.0], [0.0], [1.0], [1.0]])
+    extra = {"blank_weight": torch.tensor([1.0])} if blank == 5 else {}
+    hidden = torch.ones(3, 4, 1)
+    targets = torch.tensor([[3], [4], [1]])
+    lengths = torch.tensor([4, 3, 2]), torch.tensor([1, 1, 1])
+    case = {"hidden": hidden, "weight": weight, **extra}
+    case = {name: x.to(device) for name, x in case.items()}
+    out = linear_ctc_loss(
+        **case, targets=targets, input_lengths=lengths[0], target_lengths=lengths[1], blank=blank, impl=impl
+    )
+    expected = [[1, 1, 1, 1], [1, 1, 1, -1], [1, 1, -1, -1]]
+    assert out.path.tolist() == expected
+    negative = linear_ctc_path(-case["hidden"], *[weight.to(device)], lengths[0], blank=0, impl=impl)[0]
+    assert negative.tolist() == [[0, 0, 0, 0], [0, 0, 0, -1], [0, 0, -1, -1]]
+
+
+# ---- losses and reductions
+
+
+@everywhere
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("zero_infinity", [False, True])
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32], ids=["float16", "bfloat16", "float32"])
+def test_what_cannot_be_aligned(device, impl, reduction, zero_infinity, dtype):
+    """Too short for its repeats, one frame for two labels, no frame at all: inf or 0, gradient 0, never NaN."""
+    case = make(4, 7, 20, 8, 3, blank=20, full=True)
+    case["targets"] = torch.tensor([[1, 1, 1], [2, 3, 0], [4, 5, 6], [7, 8, 9]])
+    case["target_lengths"] = torch.tensor([3, 2, 1, 3])
+    case["input_lengths"] = torch.tensor([4, 1, 0, 7])
+    ours, theirs = to(case, dtype, device), to(case, FP32, device)
+    out, gradients = run(linear_ctc_loss, ours, reduction=reduction, zero_infinity=zero_infinity, impl=impl)
+    expected = eager.linear_ctc_loss(**theirs, reduction=reduction, zero_infinity=zero_infinity).loss
+    torch.testing.assert_close(out.loss, expected, rtol=0.05, atol=0.05)
+    assert all(x.isfinite().all() for x in gradients.values())
+    assert not gradients["hidden"][:3].any() and gradients["hidden"][3].any()
+
+
+@everywhere
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_empty_targets_and_frames(device, impl, reduction):
+    """No frame and no label: 0. No label: the blank's. All lengths 0, no column of targets, no frame, no utterance."""
+    case = to(make(3, 5, 20, 8, 2, blank=20), FP32, device)
+    case |= {"target_lengths": torch.tensor([0, 0, 2]), "input_lengths": torch.tensor([0, 5, 4])}
+    case["targets"] = torch.tensor([[-100, -100], [-100, -100], [1, 2]], device=device)
+    theirs = eager.linear_ctc_loss(**case, reduction=reduction)
+    out, gradients = run(linear_ctc_loss, case, reduction=reduction, impl=impl)
+    torch.testing.assert_close(out.loss, theirs.loss)
+    assert not gradients["hidden"][0].any() and gradients["hidden"][1].any()
+    for batch, frames in ((3, 5), (3, 0), (0, 5), (0, 0)):
+        empty = make(max(batch, 1), max(frames, 1), 20, 8, 0, blank=20)
+        empty |= {"hidden": empty["hidden"][:batch, :frames], "targets": empty["targets"][:batch]}
+        empty |= {
+            "target_lengths": empty["target_lengths"][:batch],
+            "input_lengths": torch.zeros(batch, dtype=torch.int64),
+        }
+        empty = to(empty, FP32, device)
+        out, gradients = run(linear_ctc_loss, empty, reduction=reduction, impl=impl)
+        assert out.path.shape == (batch, frames) and not out.loss.any()
+        assert out.loss.shape == ((batch,) if reduction == "none" else ())
+        assert all(not x.any() for x in gradients.values())
+
+
+@everywhere
+def test_every_form_of_the_arguments_gives_the_same(device, impl):
+    """Concatenated and int32 targets, lengths as lists and on any device, views of any strides."""
+    case = make(3, 9, 21, 6, 4, blank=21, seed=1)
+    one, gradients = run(linear_ctc_loss, to(case, FP32, device), reduction="sum", impl=impl)
+    valid = torch.arange(4) < case["target_lengths"][:, None]
+    changes = {
+        "concatenated": {"targets": case["targets"][valid]},
+        "int32": {name: case[name].int() for name in ("targets", "input_lengths", "target_lengths")},
+        "lists": {name: case[name].tolist() for name in ("input_lengths", "target_lengths")},
+        "targets on the CPU": {"targets": case["targets"].cpu()},
+        "lengths on the device": {name: case[name].to(device) for name in ("input_lengths", "target_lengths")},
+    }
+    for change in changes.values():
+        again, found = run(linear_ctc_loss, to(case, FP32, device) | change, reduction="sum", impl=impl)
+        assert torch.equal(again.loss, one.loss) and torch.equal(again.path, one.path)
+        assert all(torch.equal(found[name], gradients[name]) for name in GRADIENTS)
+    leaf = to(case, FP32, device)
+    views = leaf | {
+        "hidden": leaf["hidden"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
+        "weight": leaf["weight"].detach().t().contiguous().t().requires_grad_(),
+        "blank_weight": leaf["blank_weight"].detach().repeat(2, 1).t().contiguous().t()[0].requires_grad_(),
+    }
+    assert not views["hidden"].is_contiguous() and not views["weight"].is_contiguous()
+    again, found = run(linear_ctc_loss, views, reduction="sum", impl=impl)
+    torch.testing.assert_close(again.loss, one.loss)
+    for name in GRADIENTS:
+        torch.testing.assert_close(found[name], gradients[name])
+
+
+@everywhere
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_frames_past_a_length_may_hold_anything(device, impl, junk):
+    case = to(make(3, 9, 21, 6, 2, seed=1), FP32, device)
+    case["input_lengths"] = torch.tensor([9, 4, 1])
+    one, gradients = run(linear_ctc_loss, case, impl=impl)
+    past = torch.arange(9, device=device) >= case["input_lengths"].to(device)[:, None]
+    dirty = to(case, FP32, device)
+    dirty["hidden"] = case["hidden"].detach().masked_fill(past[..., None], junk).requires_grad_()
+    again, found = run(linear_ctc_loss, dirty, impl=impl)
+    assert torch.equal(again.loss, one.loss) and torch.equal(again.path, one.path)
+    assert all(torch.equal(found[name], gradients[name]) for name in found)
+    assert not found["hidden"][past].any()
+
+
+@everywhere
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("exact", [False, True])
+def test_nan_and_inf_in_hidden_are_that_utterances_own(device, impl, value, exact):
+    case = to(make(3, 9, 200, 6, 2, blank=200, full=True), FP32, device, ("hidden", "blank_bias"))
+    clean, gradients = run(linear_ctc_loss, case, reduction="none", exact=True, impl=impl)
+    dirty = to(case, FP32, device, ("hidden",))
+    with torch.no_grad():
+        dirty["hidden"][1, 4, 0] = value
+    out, found = run(linear_ctc_loss, dirty, reduction="none", exact=exact, impl=impl)
+    assert out.loss[1].isnan() and torch.equal(out.loss[::2], clean.loss[::2])
+    assert found["hidden"][1].isnan().any() and torch.equal(found["hidden"][::2], gradients["hidden"][::2])
+    assert ((out.path >= 0) & (out.path <= 200)).all()
+
+
+@not_interpreted
+def test_autocast_is_as_eagers(device, impl):
+    """fp32 states and a bf16 head: the product in bf16, the rest in fp32, gradients in the dtypes of their tensors."""
+    case = to(make(3, 20, 300, 16, 5, blank=300), FP32, device)
+    case["weight"] = case["weight"].detach().to(BF16).requires_grad_()
+    truth = to({name: x for name, x in case.items()}, FP64, device)
+    with torch.autocast(device, dtype=BF16):
+        theirs = run(eager.linear_ctc_loss, {n: _leaf(x) for n, x in case.items()}, reduction="sum")
+        ours = run(linear_ctc_loss, {n: _leaf(x) for n, x in case.items()}, reduction="sum", exact=True, impl=impl)
+    exact = run(eager.linear_ctc_loss, truth, reduction="sum")
+    assert_as_accurate(ours[0].loss, theirs[0].loss, exact[0].loss, FP32, "loss")
+    for name in GRADIENTS:
+        assert ours[1][name].dtype == case[name].dtype
+        assert_as_accurate(ours[1][name], theirs[1][name], exact[1][name], BF16, name)
+
+
+def _leaf(x):
+    return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+
+# ---- what is computed, and how much of it
+
+
+@everywhere
+@pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("blank_weight",), ("blank_bias",), ()], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_only_the_gradients_that_are_wanted(device, impl, trained, reduction):
+    case = to(make(2, 9, 30, 6, 2, blank=30), FP32, device, trained)
+    out = linear_ctc_loss(**case, reduction=reduction, impl=impl)
+    assert out.loss.requires_grad == bool(trained)
+    assert not out.path_log_prob.requires_grad and not out.active_share.requires_grad
+    if trained:
+        out.loss.sum().backward()
+    assert {name for name in GRADIENTS if case[name].grad is not None} == set(trained)
+
+
+class Allocations(TorchDispatchMode):
+    """The products, and the elements of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.itemsize)
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.products.append(tuple(args[-1].shape))
+        return out
+
+
+@pytest.mark.parametrize("need", [(True, False, True), (True, True, True), (False, False, False)], ids=str)
+@pytest.mark.parametrize("exact", [False, True])
+def test_no_tensor_of_all_rows_and_columns(need, exact):
+    case = make(4, 250, 20000, 8, 7, blank=20000, full=True)
+    case = to(case, FP32, trained=())
+    head = Head(case["weight"], 20000, case["blank_weight"], case["blank_bias"])
+    with Allocations() as seen:
+        linear_ctc._run(
+            case["hidden"], head, case["targets"], case["input_lengths"], case["target_lengths"], FP32, "sum", False,
+            exact, need, "torch", False,
+        )  # fmt: skip
+    assert seen.largest <= vocab_rows.CHUNK_ROWS_CPU * 20000
+    # Without a gradient the head is multiplied once: by the rows, and never by probabilities.
+    wide = [shape for shape in seen.products if 8 in shape and max(shape) > 100]
+    assert any(need) or all(shape[0] == 8 for shape in wide)
+
+
+MEMORY = """
+import json, resource, sys, torch
+from soundwave import eager
+from soundwave.fused.functional import linear_ctc_loss
+which, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+torch.manual_seed(0)
+hidden = torch.randn(4, 250, 64).to(dtype).requires_grad_()
+weight = (torch.randn(128256, 64) / 8).to(dtype)
+targets = torch.randint(1, 128256, (4, 12))
+lengths = torch.full((4,), 250), torch.full((4,), 12)
+torch.mm(hidden[0].detach(), weight[:64].t())
+linear_ctc_loss(hidden[:1, :4], weight[:100], targets[:1, :2] % 99 + 1, lengths[0][:1] // 100, lengths[1][:1] // 6, blank=0)
+eager.linear_ctc_loss(hidden[:1, :4], weight[:100], targets[:1, :2] % 99 + 1, lengths[0][:1] // 100, lengths[1][:1] // 6, blank=0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+function = eager.linear_ctc_loss if which == "eager" else linear_ctc_loss
+function(hidden, weight, targets, *lengths, blank=0).loss.backward()
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_memory_is_an_eighth_of_eagers(dtype):
+    added = {}
+    for which in ("eager", "fused"):
+        done = subprocess.run([sys.executable, "-c", MEMORY, which, dtype], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        added[which] = json.loads(done.stdout)
+    print(
+        f"\npeak memory added at V = 128256, {dtype}: {added['eager'] >> 10} MB eager, {added['fused'] >> 10} MB fused"
+    )
+    assert added["fused"] <= added["eager"] / 8
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_bitwise_equal_over_20_runs(device, impl, dtype, reduction):
+    interpreted = device == "cpu" and impl == "triton"
+    case = make(3, 6 if interpreted else 150, 33 if interpreted else 2000, 16, 9, kinds=3, blank=5)
+    case["targets"] = torch.where(case["targets"] >= 0, case["targets"] % 3, -100)
+    case |= {"weight": case["weight"] * 3}
+    first = None
+    for _ in range(20):
+        out, gradients = run(linear_ctc_loss, to(case, dtype, device), reduction=reduction, impl=impl)
+        values = [*out, *gradients.values()]
+        first = first or values
+        assert all(torch.equal(a, b) for a, b in zip(first, values, strict=True))
+
+
+# ---- bad input
+
+
+def small(device="cpu"):
+    return to(make(2, 7, 20, 6, 3, blank=20, full=True), FP32, device)
+
+
+BAD = {
+    "reduction": (lambda c: {"reduction": "average"}, "reduction = 'average'"),
+    "impl": (lambda c: {"impl": "cuda"}, "impl = 'cuda'"),
+    "blank without its row": (lambda c: {"blank_weight": None, "blank_bias": None}, "blank = 20"),
+    "blank past the head": (lambda c: {"blank": 21}, "blank = 21"),
+    "negative blank": (lambda c: {"blank": -1}, "blank = -1"),
+    "bias for a row of the head": (lambda c: {"blank": 0, "blank_weight": None}, "blank_bias"),
+    "hidden of rank 2": (lambda c: {"hidden": c["hidden"][0]}, r"hidden has shape \[7, 6\]"),
+    "integer hidden": (lambda c: {"hidden": c["hidden"].detach().long()}, "hidden is torch.int64"),
+    "quantized weight": (lambda c: {"weight": c["weight"].detach().to(torch.uint8)}, "weight is torch.uint8"),
+    "another width": (lambda c: {"weight": c["weight"][:, :5]}, r"weight has shape \[20, 5\]"),
+    "a head without rows": (lambda c: {"weight": c["weight"][:0]}, r"weight has shape \[0, 6\]"),
+    "another blank width": (lambda c: {"blank_weight": c["blank_weight"][:5]}, r"blank_weight has shape \[5\]"),
+    "a bias for each": (lambda c: {"blank_bias": c["blank_weight"]}, r"blank_bias has shape \[6\]"),
+    "another device": (lambda c: {"weight": c["weight"].to("meta")}, "weight is on meta"),
+    "floating targets": (lambda c: {"targets": c["targets"].float()}, "targets is torch.float32"),
+    "targets of another batch": (lambda c: {"targets": c["targets"][:1]}, r"targets has shape \[1, 3\]"),
+    "floating lengths": (lambda c: {"input_lengths": torch.ones(2)}, "input_lengths is torch.float32"),
+    "lengths of another batch": (lambda c: {"target_lengths": torch.ones(3).long()}, r"target_lengths has shape \[3\]"),
+    "no target lengths": (lambda c: {"target_lengths": None}, "target_lengths = None"),
+    "a label past the head": (lambda c: {"targets": c["targets"].fill_(21)}, r"targets\[0, 0\] = 21"),
+    "a label that is blank": (lambda c: {"targets": c["targets"].fill_(20)}, r"targets\[0, 0\] = 20"),
+    "a negative label": (lambda c: {"targets": c["targets"].fill_(-1)}, r"targets\[0, 0\] = -1"),
+    "more frames than there are": (lambda c: {"input_lengths": torch.tensor([7, 8])}, r"input_lengths\[1\] = 8"),
+    "fewer than none": (lambda c: {"input_lengths": torch.tensor([-1, 7])}, r"input_lengths\[0\] = -1"),
+    "more labels than there are": (lambda c: {"target_lengths": torch.tensor([3, 4])}, r"target_lengths\[1\] = 4"),
+    "too few concatenated": (lambda c: {"targets": c["targets"].flatten()[:5]}, "targets has 5 labels"),
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_what_does_not_fit_is_named(change):
+    change, message = change
+    case = small()
+    with pytest.raises(ValueError, match=message):
+        linear_ctc_loss(**case | change(case))
+
+
+def test_a_path_past_its_frames_is_named():
+    case = small()
+    with pytest.raises(ValueError, match=r"lengths\[1\] = 8"):
+        linear_ctc_path(case["hidden"], case["weight"], torch.tensor([7, 8]), blank=0)
+
+
+@pytest.mark.gpu
+def test_a_bad_label_on_cuda_is_named_later():
+    case = small("cuda")
+    case["targets"] = case["targets"].clone()
+    case["targets"][1, 2] = 77
+    out = linear_ctc_loss(**case, reduction="none")
+    assert out.loss[0].isfinite() and out.loss[1].isnan()
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match=r"targets\[1, 2\] = 77"):
+        out.loss.sum().backward()
+    with pytest.raises(ValueError, match=r"targets\[1, 2\] = 77"):
+        linear_ctc_loss(**case, validate=True)
+
+
+@everywhere
+def test_a_second_derivative_raises(device, impl):
+    case = to(make(2, 7, 20, 6, 3, blank=20, full=True), FP32, device)
+    loss = linear_ctc_loss(**case, impl=impl).loss
+    (gradient,) = torch.autograd.grad(loss, case["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+def test_offsets_beyond_int32():
+    """A head and states that are views with strides past 2^31 elements, and V times the rows past 2^31."""
+    hidden = torch.randn(1, 1, 4).expand(2, 3, 4)
+    weight = torch.zeros(1).expand(2**31 + 5).as_strided((3, 4), (0, 1))
+    out = linear_ctc_loss(hidden, weight, torch.tensor([[1], [2]]), [3, 3], [1, 1], blank=0)
+    assert out.loss.isfinite()
+
+
+# ---- registration
+
+
+def arguments(case, reduction="none", impl="torch", need=(True, True, True)):
+    tensors = [case[name] for name in ("hidden", "weight", "blank_weight", "blank_bias")]
+    tensors += [case[name] for name in ("targets", "input_lengths", "target_lengths")]
+    return (*tensors, 20, FP32, impl, reduction, False, True, *need, False)
+
+
+@everywhere
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_registration(device, impl, reduction):
+    case = small(device)
+    given = arguments(case, reduction, impl)
+    torch.library.opcheck(torch.ops.soundwave.linear_ctc_fwd.default, given)
+    out = torch.ops.soundwave.linear_ctc_fwd(*given)
+    grad = torch.ones_like(out[0]).detach()
+    torch.library.opcheck(torch.ops.soundwave.linear_ctc_bwd.default, (grad, *(x.detach() for x in out[5:])))
+    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in given[:10]]
+    grad = torch.ones(2, device=device)
+    torch.library.opcheck(torch.ops.soundwave.linear_ctc_dweight.default, (*plain, grad))
+    path = (*plain[:4], plain[5], 20, FP32, impl, False)
+    torch.library.opcheck(torch.ops.soundwave.linear_ctc_path.default, path)
+
+
+@everywhere
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_as_one_graph(device, impl, backend, reduction):
+    def function(hidden, weight, blank_weight, blank_bias, targets, input_lengths, target_lengths):
+        with torch.autocast(device, dtype=FP16 if device == "cuda" else BF16, enabled=False):
+            out = linear_ctc_loss(
+                hidden * 1.0, weight, targets, input_lengths, target_lengths, blank=20, blank_weight=blank_weight,
+                blank_bias=blank_bias, reduction=reduction, impl=impl,
+            )  # fmt: skip
+        return out.loss.sum() * 2, out.path
+
+    tensors = ("hidden", "weight", "blank_weight", "blank_bias", "targets", "input_lengths", "target_lengths")
+    one, two = small(device), small(device)
+    expected, path = function(*(one[name] for name in tensors))
+    expected.backward()
+    torch._dynamo.reset()
+    found, compiled_path = torch.compile(function, backend=backend, fullgraph=True)(*(two[name] for name in tensors))
+    found.backward()
+    assert torch.equal(found, expected) and torch.equal(path, compiled_path)
+    assert all(torch.equal(one[name].grad, two[name].grad) for name in GRADIENTS)
+
+
+def test_the_definition():
+    case = make(2, 9, 30, 5, 3)
+    names = ("hidden", "weight", "targets", "input_lengths", "target_lengths", "blank")
+    ours = linear_ctc.linear_ctc_ref(*(case[name] for name in names))
+    torch.testing.assert_close(ours, eager.linear_ctc_loss(**case, reduction="none").loss)
+
+
+def test_the_module_is_the_function():
+    case = small()
+    module = fused.LinearCTCLoss(20, reduction="sum", zero_infinity=True)
+    names = ("hidden", "weight", "targets", "input_lengths", "target_lengths", "blank_weight", "blank_bias")
+    loss = module(*(case[name] for name in names))
+    assert torch.equal(loss, linear_ctc_loss(**case, reduction="sum", zero_infinity=True).loss)
+    assert "blank=20, reduction='sum'" in repr(module)
+    assert not list(module.parameters()) and F.relu(loss) == loss
