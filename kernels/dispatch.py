@@ -22,7 +22,7 @@ def interpreted() -> bool:
 
 
 def resolve_impl(impl: str, device: torch.device) -> str:
-    """"triton" or "torch": what `impl` means for tensors on `device`.
+    """What `impl` means for tensors on `device`: "triton" or "torch".
 
     Raises:
         ValueError: `impl` is none of "auto", "triton" and "torch"; or it is "triton" for tensors that are not on CUDA,

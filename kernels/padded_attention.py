@@ -35,13 +35,13 @@ def _bias(cu_seqlens: Tensor, longest: int, dtype: torch.dtype) -> Tensor | None
     return torch.zeros(missing.shape, dtype=dtype, device=sizes.device).masked_fill_(missing, -torch.inf)[:, None, None]
 
 
-def padded_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    """O [K, H, E] and the log-sum-exp of S [H, K]."""
+def padded_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, flash):
+    """O [K, H, E] and the log-sum-exp of S [H, K]; with `flash` by torch's flash attention for the CPU."""
     wide, rows = torch.promote_types(query.dtype, torch.float32), query.shape[0]
     if not rows or not key.shape[0]:
         return query.new_zeros(query.shape), query.new_zeros(query.shape[1::-1], dtype=wide)
     q, k, v = (_pad(query, cu_seqlens_q, max_seqlen_q), *(_pad(x, cu_seqlens_k, max_seqlen_k) for x in (key, value)))
-    if q.device.type == "cpu":
+    if flash:
         bias = _bias(cu_seqlens_k, max_seqlen_k, q.dtype)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     else:
@@ -53,14 +53,14 @@ def padded_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q
 
 
 def padded_attention_backward(
-    dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale
+    dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, flash
 ):
     """dQ, dK and dV."""
     if not query.shape[0] or not key.shape[0]:
         return tuple(x.new_zeros(x.shape) for x in (query, key, value))
     dout, q, out, lse = (_pad(x, cu_seqlens_q, max_seqlen_q) for x in (dout, query, out, lse.t()[..., None]))
     k, v = (_pad(x, cu_seqlens_k, max_seqlen_k) for x in (key, value))
-    if q.device.type == "cpu":
+    if flash:
         bias = _bias(cu_seqlens_k, max_seqlen_k, q.dtype)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse.squeeze(3), 0.0, False, attn_mask=bias, scale=scale

@@ -7,7 +7,8 @@
 Shapes    query [K, H, E], key and value [N, H, E] -> [K, H, E]; cu_seqlens_q and cu_seqlens_k int32 [B + 1] bound the
           utterances. A query without keys gives 0 and has no gradient, keys without queries have gradient 0.
 Numerics  products in the tensors' dtype with fp32 sums; softmax, its log-sum-exp (saved, [H, K]) and D in fp32. With
-          Triton P and dS are rounded to the dtype for the products that follow. float64 with torch only.
+          Triton P and dS are rounded to the dtype for the products that follow, and S is in units of log 2, rounded
+          alike in forward and backward. float64 with torch only.
 Cost      4·E operations for each query, key and head forward, 10·E backward. Neither S nor P is stored. Deterministic:
           one program writes a tile of dQ, or of dK and dV; no atomics.
 """
@@ -140,7 +141,7 @@ def _shrink_attention_fwd_kernel(
     total = tl.where(k_size == 0, 1.0, total)
     out = tl.where(q_right & k_right, out / total[:, None], float("nan"))  # wrong bounds must not pass unseen
     _store_rows(OUT + head * E, out, q_start, m, q_size, H * E, E, BLOCK_E)
-    tl.store(LSE + head * ROWS_Q + q_start + m, highest / LOG2E + tl.log(total), mask=m < q_size)
+    tl.store(LSE + head * ROWS_Q + q_start + m, highest + tl.log2(total), mask=m < q_size)
 
 
 @triton.jit
@@ -169,8 +170,8 @@ def _shrink_attention_dq_kernel(
         n = first + tl.arange(0, BLOCK_N)
         k = _rows(K + head * K_HEAD, k_start, n, k_size, K_ROW, E, BLOCK_E)
         v = _rows(V + head * V_HEAD, k_start, n, k_size, V_ROW, E, BLOCK_E)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
-        p = tl.where((n < k_size)[None, :], tl.exp2((s - lse[:, None]) * LOG2E), 0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * LOG2E)
+        p = tl.where((n < k_size)[None, :], tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -201,7 +202,7 @@ def _shrink_attention_dkv_kernel(
         q = _rows(Q + head * Q_HEAD, q_start, m, q_size, Q_ROW, E, BLOCK_E)
         lse = tl.load(LSE + head * ROWS_Q + q_start + m, mask=m < q_size, other=0.0)
         # Queries past the last have q = 0 and lse = 0, so P = 1, and meet rows of dO that are 0.
-        p = tl.exp2((tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE - lse[None, :]) * LOG2E)
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (SCALE * LOG2E) - lse[None, :])
         dout = _rows(DOUT + head * E, q_start, m, q_size, H * E, E, BLOCK_E)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         delta = tl.load(DELTA + head * ROWS_Q + q_start + m, mask=m < q_size, other=0.0)
@@ -249,13 +250,13 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, scale: float, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """O [K, H, E] and the log-sum-exp of S [H, K]."""
+    """O [K, H, E] and the log-sum-exp of S [H, K], with Triton of base 2."""
     _check_bounds("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
     _check_bounds("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
     cu_seqlens, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     if impl == "torch":
         with torch.autocast(query.device.type, enabled=False):
-            return padded_attention(query, key, value, *cu_seqlens, *longest, scale)
+            return padded_attention(query, key, value, *cu_seqlens, *longest, scale, query.device.type == "cpu")
     out, lse = query.new_empty(query.shape), query.new_empty(query.shape[1::-1], dtype=torch.float32)
     tensors, tile = (query, key, value, out, lse), _settings(query).fwd
     _launch(_shrink_attention_fwd_kernel, tile, False, tensors, query, key, value, cu_seqlens, longest, scale)
@@ -279,7 +280,9 @@ def _backward(
     cu_seqlens, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     if impl == "torch":
         with torch.autocast(query.device.type, enabled=False):
-            dq, dk, dv = padded_attention_backward(dout, query, key, value, out, lse, *cu_seqlens, *longest, scale)
+            dq, dk, dv = padded_attention_backward(
+                dout, query, key, value, out, lse, *cu_seqlens, *longest, scale, query.device.type == "cpu"
+            )
         return (dq, dk, dv) if need_dkv else (dq, key.new_empty(0), value.new_empty(0))
     dout, delta, dq = dout.contiguous(), torch.empty_like(lse), query.new_empty(query.shape)
     dk, dv = (x.new_empty(x.shape if need_dkv else (0,)) for x in (key, value))

@@ -257,14 +257,13 @@ def probabilities_times_weight(p: Tensor, weight: Tensor, off: Tensor, exact: bo
         peak = p.amax(0).to(off.dtype)
         # Column v is in bin j where 2^-(j + 1) < its maximum <= 2^-j.
         bins = peak.log2_().neg_().floor_().nan_to_num_(0.0, BINS - 1, 0).clamp_(0, BINS - 1).to(torch.int64)
-        one_hot = p.new_zeros(columns, BINS).scatter_(1, bins[:, None], 1.0)
-        skipped = torch.mm(p, one_hot).to(off.dtype).flip(1).cumsum(1).flip(1)  # [n, j]: in columns of maximum <= 2^-j
+        below = bins[:, None] >= torch.arange(BINS, device=p.device)  # [v, j]: its maximum is at most 2^-j
+        skipped = _mm(p, below.to(p.dtype), None, off.dtype)  # [n, j]: mass in these columns
         limit = SKIPPED_MASS * off.norm()
-        active = one_hot.sum(0, dtype=torch.float32).cumsum(0)
-        too_much, *active = torch.cat([(skipped.norm(dim=0) > limit).sum()[None], active]).tolist()
+        too_much, *inactive = torch.cat([(skipped.norm(dim=0) > limit).sum()[None], below.sum(0)]).tolist()
         # The tail also holds the small entries of active columns; these are few, so they are looked at one by one.
-        for j in range(max(int(too_much), 1), BINS):
-            if active[j - 1] > MOST_ACTIVE * columns:
+        for j in range(max(too_much, 1), BINS):
+            if columns - inactive[j] > MOST_ACTIVE * columns:
                 break
             kept = (bins < j).nonzero()[:, 0]
             p_kept = _columns(p, kept)
@@ -295,6 +294,7 @@ def add_weight_gradient(dweight: Tensor, p: Tensor, hidden: Tensor) -> None:
 
 def longest_row(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The greatest 2-norm of a row of `weight`."""
-    step = max(1, BLOCK_BYTES_CPU // (weight.shape[1] * dtype.itemsize)) if weight.device.type == "cpu" else 8192
-    squares = [block.to(dtype, copy=True).square_().sum(1).amax() for block in weight.split(step)]
-    return torch.stack(squares).amax().sqrt()
+    on_cpu = weight.device.type == "cpu"  # where the norm of bf16 is slow
+    step = max(1, BLOCK_BYTES_CPU // (weight.shape[1] * dtype.itemsize)) if on_cpu else len(weight)
+    blocks = (block.to(dtype) if on_cpu else block for block in weight.split(step))
+    return torch.stack([torch.linalg.vector_norm(block, dim=1, dtype=dtype).amax() for block in blocks]).amax()

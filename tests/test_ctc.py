@@ -133,13 +133,13 @@ def test_dtypes(device, impl, dtype):
     """Half types are read as they are, and give a float32 loss and a gradient of their own dtype."""
     if device == "cpu" and impl == "triton" and dtype == BF16:
         pytest.skip("the interpreter truncates to bfloat16")
-    logits, targets, *lengths = make(20, 3, 7, 5, dtype=FP32, device=device)
+    logits, targets, *lengths = make(15, 3, 7, 5, device=device)
     check(logits.log_softmax(-1).to(dtype), targets, *lengths, 0, impl)
 
 
 @everywhere
 def test_rms_error_is_at_most_torchs(device, impl):
-    count, frames, width = (60, 100, 40) if (device, impl) != ("cpu", "triton") else (8, 25, 7)
+    count, frames, width = (60, 100, 40) if (device, impl) != ("cpu", "triton") else (6, 14, 5)
     pairs = []
     for seed in range(count):
         logits, targets, *lengths = make(frames, 3, 50, width, device=device, seed=seed, full=seed % 2 == 0)
@@ -163,12 +163,12 @@ def test_long_and_wide(device, impl):
 @everywhere
 def test_a_short_target_in_a_wide_batch(device, impl):
     """States that an utterance does not have take no part in the renormalisation of those it has."""
-    logits, targets, input_lengths, target_lengths = make(150, 2, 50, 40, device=device, full=True)
+    logits, targets, input_lengths, target_lengths = make(80, 2, 50, 40, device=device, full=True)
     target_lengths[1] = 2
     check(logits.log_softmax(-1), targets, input_lengths, target_lengths, 0, impl)
 
 
-BLOCKS = [(1, 40), (31, 40), (32, 40), (33, 40), (70, 90)]
+BLOCKS = [(31, 35), (32, 36), (70, 75)]
 
 
 @pytest.mark.parametrize(("width", "frames"), BLOCKS)
@@ -182,8 +182,8 @@ def test_blocks_of_states(width, frames, monkeypatch):
     check(logits.log_softmax(-1), targets, *lengths, 0, "triton")
 
 
-@pytest.mark.parametrize("width", [1023, 1024, 1100])
-def test_more_than_1024_labels_without_gradient(width):
+def test_more_than_1024_labels_without_gradient():
+    width = 1100
     logits, targets, *lengths = make(width + 20, 1, 2000, width, full=True)
     with torch.no_grad():
         log_probs = logits.log_softmax(-1)
@@ -214,8 +214,9 @@ def test_gradient_is_that_of_the_stated_input(device, impl, reduction, zero_infi
     def loss(log_probs):
         return ctc_loss(log_probs, targets, input_lengths, target_lengths, 0, reduction, zero_infinity, impl=impl)
 
-    assert torch.autograd.gradcheck(loss, logits.log_softmax(-1).requires_grad_())
-    assert torch.autograd.gradcheck(loss, logits.requires_grad_())
+    fast = (device, impl) == ("cpu", "triton")  # one direction of them all, where a call takes long
+    for inputs, function in ((logits.log_softmax(-1), loss), (logits, lambda logits: loss(logits.log_softmax(-1)))):
+        assert torch.autograd.gradcheck(function, inputs.detach().requires_grad_(), fast_mode=fast)
 
 
 @everywhere
@@ -235,7 +236,7 @@ def test_gradient_of_the_logits_is_torchs(device, impl):
 def test_bitwise_equal_over_20_runs(device, impl):
     if (device, impl) == ("cuda", "torch"):
         pytest.skip("torch's own loss adds with atomics there")
-    logits, targets, *lengths = make(12, 3, 6, 5, kinds=2, device=device)
+    logits, targets, *lengths = make(7, 2, 6, 4, kinds=2, device=device)
 
     def once():
         log_probs = logits.log_softmax(-1).requires_grad_()
@@ -250,11 +251,10 @@ def test_bitwise_equal_over_20_runs(device, impl):
 
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("case", ["too short", "no frames", "all -inf", "a label -inf", "the lowest number"])
-def test_zero_infinity_leaves_no_nan(device, impl, dtype, reduction, case):
+def test_zero_infinity_leaves_no_nan(device, impl, dtype, case):
     """And without it the loss is inf and its gradient 0, not NaN."""
-    logits, targets, input_lengths, target_lengths = make(6, 2, 5, 3, device=device, full=True)
+    logits, targets, input_lengths, target_lengths = make(5, 2, 5, 3, device=device, full=True)
     log_probs = logits.log_softmax(-1).to(dtype)
     label = int(targets[0, 1])
     if case in ("too short", "no frames"):
@@ -267,13 +267,13 @@ def test_zero_infinity_leaves_no_nan(device, impl, dtype, reduction, case):
         log_probs[:, 0, label] = torch.finfo(dtype).min
     log_probs.requires_grad_()
     for zero_infinity in (True, False):
-        loss = ctc_loss(log_probs, targets, input_lengths, target_lengths, 0, reduction, zero_infinity, impl=impl)
-        found = torch.autograd.grad(loss.sum(), log_probs)[0]
+        loss = ctc_loss(log_probs, targets, input_lengths, target_lengths, 0, "mean", zero_infinity, impl=impl)
+        found = torch.autograd.grad(loss, log_probs)[0]
         assert not loss.isnan().any()
         assert found.isfinite().all()
         assert (found[:, 1] != 0).any()
         if case != "the lowest number":  # its sum is finite in some dtypes
-            assert loss.isfinite().all() == zero_infinity
+            assert loss.isfinite() == zero_infinity
             assert (found[:, 0] == 0).all()
 
 
@@ -327,7 +327,7 @@ def test_one_utterance_without_a_batch(device, impl):
 
 @everywhere
 def test_every_form_of_targets_and_lengths_gives_the_same(device, impl):
-    logits, targets, *lengths = make(20, 3, 6, 5, device=device)
+    logits, targets, *lengths = make(8, 3, 6, 5, device=device)
     log_probs = logits.log_softmax(-1)
     wanted = ctc_loss(log_probs, targets, *lengths, impl=impl)
     labels = concatenated(targets, lengths[1])

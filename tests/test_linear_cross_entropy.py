@@ -107,9 +107,8 @@ def test_dtypes(device, impl, reduction, trained, dtype):
 @reductions
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["float32", "bfloat16", "float16"])
 def test_rms_error_is_at_most_that_of_the_plain_operations(device, impl, reduction, dtype):
-    errors = [
-        check(make(300, 700, 32, seed=seed, dtype=dtype, device=device), reduction, impl=impl) for seed in range(5)
-    ]
+    draws = [make(200, 700, 16, seed=seed, dtype=dtype, device=device) for seed in range(4)]
+    errors = [check(given, reduction, impl=impl) for given in draws]
     for name in ("loss", "hidden", "weight"):
         assert_rms([found[name] for found in errors], torch.finfo(FP32 if name == "loss" else dtype).eps, name)
 
@@ -118,9 +117,9 @@ def test_rms_error_is_at_most_that_of_the_plain_operations(device, impl, reducti
 def test_a_target_that_is_sure(device, impl):
     hidden, weight, target = make(200, 3000, 64, dtype=FP64, device=device)
     weight *= 4
-    hidden = hidden * 0.1 + 1.3 * weight[target]
+    hidden = hidden * 0.1 + 2 * weight[target]
     given = hidden.to(BF16), weight.to(BF16), target
-    assert (F.linear(*given[:2]).double().softmax(-1).gather(1, target[:, None])).mean() > 0.9999
+    assert (hidden @ weight.t()).softmax(-1).gather(1, target[:, None]).mean() > 0.9999
     check(given, "none", impl=impl)
 
 

@@ -6,5 +6,3 @@ from soundwave.fused.adapters import ShrinkingAdapter as ShrinkingAdapter
 from soundwave.fused.losses import CTCLoss as CTCLoss
 from soundwave.fused.losses import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from soundwave.fused.losses import LinearCTCLoss as LinearCTCLoss
-from soundwave.fused.losses import LinearCrossEntropyLoss as LinearCrossEntropyLoss
-from soundwave.fused.losses import LinearCTCLoss as LinearCTCLoss

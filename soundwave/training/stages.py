@@ -59,6 +59,7 @@ class StageConfig(BaseModel):
     quantization: Literal["auto", "nf4", "none"] = Field("auto", description="auto: nf4 on CUDA, none on the CPU")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of the frozen backbones")
     spec_augment: bool = True
+    adapter_dropout: float | None = Field(None, ge=0, lt=1, description="None: 0.1, or that of the model given")
     implementation: Literal["fused", "eager"] = Field("fused", description="eager: plain PyTorch")
     exact: bool = Field(False, description="the fused CTC skips no column of its gradient")
 
@@ -220,6 +221,8 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
     quantization = {"auto": "nf4" if device.type == "cuda" else None, "nf4": "nf4", "none": None}[config.quantization]
     changes: dict[str, Any] = {"quantization": quantization, "ctc_weight": config.ctc_weight}
     changes |= {"implementation": config.implementation, "exact": config.exact}
+    if config.adapter_dropout is not None:
+        changes["adapter_dropout"] = config.adapter_dropout
     for masks in ("spec_augment_time_masks", "spec_augment_mel_masks"):  # a model keeps those of its last stage
         changes[masks] = getattr(SoundwaveConfig(), masks) if config.spec_augment else 0
     if config.stage == 1:

@@ -1,0 +1,63 @@
+"""Training on the fused modules takes the course that it takes on the eager ones: in fp32, exact, without dropout."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from soundwave.modeling import WEIGHTS_FILE
+from soundwave.training.stages import make_config, train_stage
+
+STEPS = 50
+SAME = {
+    "dtype": "float32",
+    "steps": STEPS,
+    "batch_size": 4,
+    "accumulation": 1,
+    "log_steps": 1,
+    "warmup_steps": 5,
+    "spec_augment": False,
+    "adapter_dropout": 0.0,
+    "exact": True,
+}
+STAGES = {1: {"learning_rate": 1e-3}, 2: {"learning_rate": 3e-4}}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_corpus, small_llm, tmp_path_factory) -> dict[tuple[int, str], tuple[Path, list[dict]]]:
+    """Stages I and II on both implementations; stage II goes on from the eager stage I."""
+    out = tmp_path_factory.mktemp("runs")
+    done = {}
+    for stage, settings in STAGES.items():
+        start = {"model": done[1, "eager"][0]} if stage > 1 else {"language_model": str(small_llm), "lora_rank": 8}
+        for implementation in ("eager", "fused"):
+            config = make_config(
+                stage,
+                train=tiny_corpus / f"stage{stage}.jsonl",
+                out=out / f"{stage}-{implementation}",
+                implementation=implementation,
+                **start,
+                **SAME,
+                **settings,
+            )
+            folder, log, _ = train_stage(config)
+            done[stage, implementation] = folder, log
+    return done
+
+
+@pytest.mark.parametrize(("stage", "loss"), [(1, "ctc_loss"), (2, "ctc_loss"), (2, "lm_loss")])
+def test_losses_agree_at_every_step(runs, stage, loss):
+    eager, fused = ([entry[loss] for entry in runs[stage, name][1]] for name in ("eager", "fused"))
+    assert len(eager) == STEPS
+    assert fused == pytest.approx(eager, rel=1e-3)
+
+
+def test_the_losses_that_agree_have_fallen(runs):
+    losses = [entry["ctc_loss"] for entry in runs[1, "fused"][1]]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_both_save_the_same_parameters(runs, stage):
+    eager, fused = (load_file(runs[stage, name][0] / WEIGHTS_FILE) for name in ("eager", "fused"))
+    assert {name: x.shape for name, x in eager.items()} == {name: x.shape for name, x in fused.items()}

@@ -1,0 +1,388 @@
+"""The shrinking adapter and its projections against eager in fp64 and in the same dtype: every gradient, every use."""
+
+import itertools
+
+import pytest
+import torch
+from soundwave.kernels import shrink_projection as op
+from soundwave.kernels.dispatch import interpreted
+from soundwave.kernels.shrink_projection import _backward, _forward, shrink_projection, shrink_projection_ref
+
+from soundwave import eager
+from soundwave.configuration import SoundwaveConfig
+from soundwave.fused.adapters import ShrinkingAdapter
+from soundwave.fused.functional import ctc_peaks
+from tests.accuracy import assert_as_accurate, assert_rms
+
+FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+WHERE = [
+    pytest.param("cpu", "torch", id="cpu-torch"),
+    pytest.param("cpu", "triton", id="interpreter"),
+    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
+    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
+]
+BOTH = [pytest.param("torch", id="torch"), pytest.param("triton", id="interpreter")]
+KEYS = ["all", "kept"]
+LENGTHS = {"ragged": [9, 1, 33, 0, 7], "full": [33, 33], "one-frame": [1]}
+WIDTH, HEADS, BLANK = 24, 3, 0
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def skip_unless_runnable(device, impl, dtype=FP32):
+    if impl == "triton" and dtype == FP64:
+        pytest.skip("Triton takes float32, bfloat16 and float16")
+    if device == "cpu" and impl == "triton":
+        if not interpreted():
+            pytest.skip("Triton runs on the GPU here, not in its interpreter")
+        if dtype == BF16:
+            pytest.skip("the interpreter multiplies the bits of bfloat16, not its numbers")
+
+
+def make(lengths, keys, width=WIDTH, heads=HEADS, seed=0):
+    """An eager adapter with drawn parameters, hidden, lengths and peaks; in float64, so that each dtype rounds once."""
+    generator = torch.Generator().manual_seed(seed)
+    config = SoundwaveConfig(hidden_size=width, num_attention_heads=heads, keys=keys)
+    adapter = eager.ShrinkingAdapter(config).double()
+    for parameter in adapter.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator, dtype=FP64)
+        parameter.data = drawn * (width**-0.5 if parameter.dim() == 2 else 1.0)
+    size, batch = max(lengths), len(lengths)
+    hidden = torch.randn(batch, size, width, generator=generator, dtype=FP64)
+    path = torch.randint(0, 3, (batch, size), generator=generator)
+    scores = torch.randn(batch, size, generator=generator)
+    lengths = torch.tensor(lengths)
+    return adapter, hidden, lengths, eager.ctc_peaks(path, lengths, blank=BLANK, scores=scores)
+
+
+def fused_of(adapter, keys, impl):
+    width = adapter.in_proj_weight.shape[1]
+    config = SoundwaveConfig(hidden_size=width, num_attention_heads=adapter.num_heads, keys=keys)
+    fused = ShrinkingAdapter(config, impl=impl).to(adapter.in_proj_weight)
+    fused.load_state_dict(adapter.state_dict())
+    return fused
+
+
+def everything(adapter, hidden, lengths, peaks, upstream, autocast=None):
+    """The result and every gradient by name; those of the three projections one by one.
+
+    Their biases stay together: the one of the keys shifts all scores of a query alike, its gradient is but roundings.
+    """
+    hidden = hidden.detach().requires_grad_()
+    with torch.autocast(hidden.device.type, autocast, enabled=autocast is not None):
+        out = adapter(hidden, lengths, peaks)
+    names, parameters = zip(*adapter.named_parameters(), strict=True)
+    dhidden, *gradients = torch.autograd.grad(out, [hidden, *parameters], upstream.to(out))
+    found = {"out": out.detach(), "hidden": dhidden} | dict(zip(names, gradients, strict=True))
+    for name, part in zip("qkv", found.pop("in_proj_weight").chunk(3), strict=True):
+        found[f"weight_{name}"] = part
+    return found
+
+
+def check(problem, keys, impl, dtype, device, autocast=None, hidden_dtype=None):
+    """Asserts dtype and accuracy of everything; (our error, eager's) by name, each over the norm of the truth."""
+    adapter, hidden, lengths, peaks = problem
+    peaks = eager.Peaks(peaks.index.to(device), peaks.cu_seqlens.to(device), peaks.max_seqlen)
+    upstream = torch.randn(peaks.index.numel(), hidden.shape[2], generator=torch.Generator().manual_seed(1))
+    reference = eager.ShrinkingAdapter(
+        SoundwaveConfig(hidden_size=hidden.shape[2], num_attention_heads=adapter.num_heads, keys=keys)
+    ).to(device, dtype)
+    reference.load_state_dict(adapter.state_dict())
+    rounded = hidden.to(device, hidden_dtype or dtype)
+    exact = eager.ShrinkingAdapter(
+        SoundwaveConfig(hidden_size=hidden.shape[2], num_attention_heads=adapter.num_heads, keys=keys)
+    ).to(device, FP64)
+    exact.load_state_dict(reference.state_dict())
+    upstream = upstream.to(autocast or dtype)  # what every one of them can hold
+    found = everything(fused_of(reference, keys, impl), rounded, lengths, peaks, upstream, autocast)
+    theirs = everything(reference, rounded, lengths, peaks, upstream, autocast)
+    truth = everything(exact, rounded.double(), lengths, peaks, upstream)
+    pairs = {}
+    for name, expected in truth.items():
+        assert found[name].dtype == theirs[name].dtype, name
+        got = assert_as_accurate(found[name], theirs[name], expected, autocast or dtype, name)
+        norm = float(expected.norm()) or 1.0
+        pairs[name] = (got[0] / norm, got[1] / norm)
+    return pairs
+
+
+# ---------------------------------------------------------------- accuracy of the module
+
+
+@pytest.mark.parametrize(("device", "impl"), WHERE)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("dtype", [FP32, FP64, FP16], ids=["fp32", "fp64", "fp16"])
+def test_result_and_gradients_are_as_exact_as_eagers(dtype, keys, lengths, device, impl):
+    skip_unless_runnable(device, impl, dtype)
+    check(make(LENGTHS[lengths], keys), keys, impl, dtype, device)
+
+
+@pytest.mark.parametrize(("device", "impl"), WHERE)
+@pytest.mark.parametrize("hidden_dtype", [FP32, BF16], ids=["fp32-hidden", "bf16-hidden"])
+@pytest.mark.parametrize("keys", KEYS)
+def test_under_autocast_too_with_eagers_dtypes(keys, hidden_dtype, device, impl):
+    skip_unless_runnable(device, impl, BF16)
+    check(make(LENGTHS["ragged"], keys), keys, impl, FP32, device, BF16, hidden_dtype)
+
+
+def test_autocast_in_the_interpreter():
+    skip_unless_runnable("cpu", "triton")
+    check(make(LENGTHS["ragged"], "all"), "all", "triton", FP32, "cpu", FP16)
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("autocast", [None, BF16], ids=["fp32", "autocast"])
+def test_over_many_draws_the_error_is_as_small_as_eagers(autocast, keys):
+    pairs = [
+        check(make(lengths, keys, width, 2, seed), keys, "torch", FP32, "cpu", autocast)
+        for seed, (lengths, width) in enumerate(itertools.product(([63, 7, 20], [5, 9], [33]), (8, 50, 126)))
+    ]
+    floor = torch.finfo(autocast or FP32).eps / 4
+    for name in pairs[0]:
+        assert_rms([pair[name] for pair in pairs], floor, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("lengths", ["full", "ragged"])
+def test_at_the_size_of_the_model(lengths, keys):
+    frames = [400] * 4 if lengths == "full" else [400, 31, 250, 1]
+    problem = make(frames, keys, 4096, 32)
+    check(problem, keys, "triton", FP32, "cuda", BF16, BF16)
+
+
+# ---------------------------------------------------------------- the module's behaviour
+
+
+def test_parameters_and_state_are_eagers():
+    config = SoundwaveConfig(hidden_size=WIDTH, num_attention_heads=HEADS)
+    state, expected = ShrinkingAdapter(config).state_dict(), eager.ShrinkingAdapter(config).state_dict()
+    assert {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in expected.items()}
+    assert ShrinkingAdapter(config).impl == "auto"
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize("keys", KEYS)
+def test_what_lies_past_a_length_does_not_matter(keys, impl):
+    skip_unless_runnable("cpu", impl)
+    adapter, hidden, lengths, peaks = make(LENGTHS["ragged"], keys)
+    fused, hidden = fused_of(adapter.float(), keys, impl), hidden.float()
+    expected = fused(hidden, lengths, peaks)
+    past = ~eager.length_mask(lengths, hidden.shape[1])
+    spoilt = hidden.masked_fill(past[..., None], torch.nan).requires_grad_()
+    out = fused(spoilt, lengths, peaks)
+    assert torch.equal(out, expected)
+    (gradient,) = torch.autograd.grad(out.square().sum(), spoilt)
+    assert not gradient[past].any() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize(("batch", "size"), [(0, 4), (2, 0), (2, 4)])
+def test_no_valid_frames_at_all(batch, size, keys, impl):
+    skip_unless_runnable("cpu", impl)
+    config = SoundwaveConfig(hidden_size=WIDTH, num_attention_heads=HEADS, keys=keys)
+    adapter, lengths = ShrinkingAdapter(config, impl=impl), torch.zeros(batch, dtype=torch.int64)
+    path = torch.zeros(batch, size, dtype=torch.int64)
+    peaks = ctc_peaks(path, lengths, blank=BLANK, keep="runs", impl=impl)
+    hidden = torch.randn(batch, size, WIDTH, requires_grad=True)
+    out = adapter(hidden, lengths, peaks)
+    assert out.shape == (0, WIDTH)
+    out.sum().backward()
+    assert not hidden.grad.any() and not adapter.in_proj_weight.grad.any()
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize("keys", KEYS)
+def test_a_frozen_adapter_passes_the_gradient_of_hidden_on(keys, impl):
+    skip_unless_runnable("cpu", impl)
+    adapter, hidden, lengths, peaks = make(LENGTHS["ragged"], keys)
+    fused, hidden = fused_of(adapter.float(), keys, impl), hidden.float().requires_grad_()
+    (expected,) = torch.autograd.grad(fused(hidden, lengths, peaks).square().sum(), hidden)
+    fused.requires_grad_(False)
+    (found,) = torch.autograd.grad(fused(hidden, lengths, peaks).square().sum(), hidden)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize("keys", KEYS)
+def test_frozen_frames_leave_the_other_gradients_alone(keys, impl):
+    skip_unless_runnable("cpu", impl)
+    adapter, hidden, lengths, peaks = make(LENGTHS["ragged"], keys)
+    fused, hidden = fused_of(adapter.float(), keys, impl), hidden.float()
+    parameters = list(fused.parameters())
+    expected = torch.autograd.grad(fused(hidden.requires_grad_(), lengths, peaks).square().sum(), parameters)
+    found = torch.autograd.grad(fused(hidden.detach(), lengths, peaks).square().sum(), parameters)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("device", "impl"), WHERE)
+@pytest.mark.parametrize("keys", KEYS)
+def test_results_are_bitwise_the_same_every_time(keys, device, impl):
+    skip_unless_runnable(device, impl)
+    adapter, hidden, lengths, peaks = make(LENGTHS["ragged"], keys)
+    peaks = peaks._replace(index=peaks.index.to(device), cu_seqlens=peaks.cu_seqlens.to(device))
+    fused, hidden = fused_of(adapter.float(), keys, impl).to(device), hidden.float().to(device)
+    upstream = torch.randn(peaks.index.numel(), WIDTH, device=device)
+    first = everything(fused, hidden, lengths, peaks, upstream)
+    for _ in range(20 if device == "cuda" or impl == "torch" else 2):
+        again = everything(fused, hidden, lengths, peaks, upstream)
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(2, 5, 7)}, r"hidden has shape \[2, 5, 7\], but it must be \[B, T, 24\]"),
+        ({"hidden": torch.zeros(10, 24)}, r"hidden has shape \[10, 24\], but it must be \[B, T, 24\]"),
+        ({"lengths": torch.tensor([5])}, r"lengths is torch.int64 of shape \[1\], but it must be int \[2\]"),
+        ({"lengths": torch.tensor([5.0, 1.0])}, "lengths is torch.float32 of shape"),
+        ({"lengths": torch.tensor([6, 1])}, "lengths go from 0 to 6, but each must be 0 to 5, the frames of hidden"),
+        ({"lengths": torch.tensor([-1, 1])}, "lengths go from -1 to 1, but each must be 0 to 5"),
+        ({"hidden": torch.zeros(2, 5, 24, dtype=FP16)}, "x is torch.float16, but weight is torch.float32"),
+        (
+            {"peaks": eager.Peaks(torch.tensor([1, 10]), torch.tensor([0, 1, 2], dtype=torch.int32), 1)},
+            r"index\[1\] = 10, but there are 10 rows",
+        ),
+        (
+            {"peaks": eager.Peaks(torch.tensor([6, 1]), torch.tensor([0, 1, 2], dtype=torch.int32), 1)},
+            r"index\[1\] = 1 comes after 6, but index must rise",
+        ),
+        (
+            {"peaks": eager.Peaks(torch.tensor([1, 6]), torch.tensor([0, 1, 3], dtype=torch.int32), 2)},
+            r"cu_seqlens_q = \[0, 1, 3\], but it must rise from 0 to 2",
+        ),
+    ],
+    ids=itertools.count().__next__,
+)
+def test_bad_input_is_named(change, message):
+    adapter = ShrinkingAdapter(SoundwaveConfig(hidden_size=WIDTH, num_attention_heads=HEADS))
+    good = {
+        "hidden": torch.zeros(2, 5, 24),
+        "lengths": torch.tensor([5, 3]),
+        "peaks": eager.Peaks(torch.tensor([1, 6]), torch.tensor([0, 1, 2], dtype=torch.int32), 1),
+    }
+    with pytest.raises(ValueError, match=message):
+        adapter(**(good | change))
+
+
+# ---------------------------------------------------------------- the projections alone
+
+
+def projections(rows_of_x, kept, width, dtype=FP32, all_rows=False, device="cpu"):
+    """x, weight and bias, and which rows are kept and valid."""
+    generator = torch.Generator().manual_seed(rows_of_x)
+    drawn = [
+        torch.randn(*shape, generator=generator, dtype=FP64).to(device, dtype).requires_grad_()
+        for shape in ((rows_of_x, width), (3 * width, width), (3 * width,))
+    ]
+    index = torch.randperm(rows_of_x, generator=generator)[:kept].sort().values.to(device)
+    rows = torch.arange(0, rows_of_x, 1 + (rows_of_x > 1), device=device)
+    return drawn, index, None if all_rows else rows
+
+
+@pytest.mark.parametrize(("device", "impl"), WHERE)
+@pytest.mark.parametrize("all_rows", [False, True], ids=["some-rows", "all-rows"])
+@pytest.mark.parametrize("joint", [False, True], ids=["queries", "kept"])
+@pytest.mark.parametrize(("rows", "kept", "width"), [(1, 1, 7), (7, 0, 16), (63, 7, 24), (200, 100, 70)])
+@pytest.mark.parametrize("dtype", [FP32, FP64, BF16, FP16], ids=["fp32", "fp64", "bf16", "fp16"])
+def test_projections_are_as_exact_as_eagers(dtype, rows, kept, width, joint, all_rows, device, impl):
+    skip_unless_runnable(device, impl, dtype)
+    (x, weight, bias), index, some = projections(rows, kept, width, dtype, all_rows, device)
+
+    def run(function, *tensors):
+        out = function(*tensors)
+        generator = torch.Generator().manual_seed(2)
+        upstream = [torch.randn(part.shape, generator=generator).to(device, dtype).to(part.dtype) for part in out]
+        return [*(part.detach() for part in out), *torch.autograd.grad(out, tensors, upstream)]
+
+    def reference(x, weight, bias):
+        return shrink_projection_ref(x, index, index if joint else some, weight, bias)
+
+    found = run(lambda *t: shrink_projection(t[0], index, some, *t[1:], kept=joint, impl=impl), x, weight, bias)
+    theirs = run(reference, x, weight, bias)
+    truth = run(reference, *(t.detach().double().requires_grad_() for t in (x, weight, bias)))
+    for name, a, b, c in zip(("q", "k", "v", "dx", "dweight", "dbias"), found, theirs, truth, strict=True):
+        assert a.dtype == dtype, name
+        assert_as_accurate(a, b, c, dtype, name)
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize("wanted", range(3), ids=["x", "weight", "bias"])
+@pytest.mark.parametrize("joint", [False, True], ids=["queries", "kept"])
+def test_a_single_gradient_is_the_one_of_all_together(joint, wanted, impl):
+    skip_unless_runnable("cpu", impl)
+    tensors, index, rows = projections(33, 7, 16)
+
+    def loss():
+        return sum(
+            part.square().sum()
+            for part in shrink_projection(tensors[0], index, rows, *tensors[1:], kept=joint, impl=impl)
+        )
+
+    together = torch.autograd.grad(loss(), tensors)
+    for place, tensor in enumerate(tensors):
+        tensor.requires_grad_(place == wanted)
+    (alone,) = torch.autograd.grad(loss(), tensors[wanted])
+    assert torch.equal(alone, together[wanted])
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize("joint", [False, True], ids=["queries", "kept"])
+@pytest.mark.parametrize("all_rows", [False, True], ids=["some-rows", "all-rows"])
+def test_opcheck(all_rows, joint, impl):
+    skip_unless_runnable("cpu", impl)
+    (x, weight, bias), index, rows = projections(9, 4, 16, all_rows=all_rows)
+    rows = None if joint else rows
+    torch.library.opcheck(_forward, (x, index, rows, weight, bias, joint, impl))
+    q, k, v = (
+        None if joint and n else part.detach()
+        for n, part in enumerate(_forward(x, index, rows, weight, bias, joint, impl))
+    )
+    for need in ((True, True, True), (True, False, False), (False, True, False)):
+        torch.library.opcheck(_backward, (q, k, v, x.detach(), index, rows, weight.detach(), *need, impl))
+
+
+def test_projections_compile_as_one_graph_for_any_number_of_rows():
+    def function(x, index, rows, weight, bias):
+        return shrink_projection(x, index, rows, weight, bias)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in (9, 33):
+        (x, weight, bias), index, rows = projections(size, 5, 16)
+        found, expected = (f(x, index, rows, weight, bias) for f in (compiled, function))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        gradients = [torch.autograd.grad([part.sum() for part in out], (x, weight, bias)) for out in (found, expected)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("impl", BOTH)
+def test_a_second_derivative_is_refused(impl):
+    skip_unless_runnable("cpu", impl)
+    (x, weight, bias), index, rows = projections(9, 4, 16)
+    q, _, _ = shrink_projection(x, index, rows, weight, bias, impl=impl)
+    (gradient,) = torch.autograd.grad(q.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="shrink_projection has a first derivative only"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_in_triton_a_row_that_does_not_exist_is_nan_and_touches_no_other(device):
+    skip_unless_runnable(device, "triton")
+    (x, weight, bias), _, _ = projections(5, 0, 16, device=device)
+    index = torch.tensor([1, 3, 5, -1], device=device)
+    q, _, _ = shrink_projection(x, index, None, weight, bias, impl="triton")
+    assert q[2:].isnan().all() and not q[:2].isnan().any()
+    dx, dweight = torch.autograd.grad(q[:2].sum(), (x, weight))
+    assert dx[[1, 3]].all() and not dx[[0, 2, 4]].any() and not dweight.isnan().any()
+
+
+def test_settings_take_larger_tiles_only_where_addresses_are_cheap():
+    assert op._config(BF16, True, 86) != op._config(BF16, True, 90)
+    assert op._config(BF16, False, 86) == op._config(FP32, True, 90)
