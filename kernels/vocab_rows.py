@@ -80,7 +80,7 @@ def _max(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vocab_rows_ref(logits: Tensor, own: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """top, index, log_sum, off, and P in the dtype of `own`, in place if it can be; own columns are -inf in `logits`."""
+    """top, index, log_sum, off and P, in place if dtypes allow it; in `logits` the own columns are -inf."""
     x = logits.to(own.dtype)
     top, index = _max(x)
     own_top, own_index = own.max(-1, keepdim=True)

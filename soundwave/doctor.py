@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from soundwave import embedded
 from soundwave.attention import choose_attention
 from soundwave.hardware import pick_device, pick_dtype
+from soundwave.kernels.dispatch import resolve_impl
 
 REQUIRED = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "soundfile", "soxr")
 OPTIONAL = {"flash-attn": "soundwave[flash]", "torchaudio": "soundwave[gpu], for GPU machines only"}
@@ -27,12 +28,13 @@ def findings() -> list[tuple[str, str, str]]:
     ]
     quantization = "nf4" if device.type == "cuda" else "none"
     quantization_reason = "4-bit NF4 through bitsandbytes" if device.type == "cuda" else "a CPU is faster unquantised"
+    implementation = resolve_impl("auto", device)
     rows += [
         ("device", str(device), device_reason),
         ("threads", str(torch.get_num_threads()), "torch.get_num_threads()"),
         ("dtype", str(dtype).removeprefix("torch."), dtype_reason),
         ("quantization", quantization, f"{quantization_reason}; change with quantization="),
-        ("implementation", "torch", "the adapters and losses run as plain PyTorch (soundwave.eager)"),
+        ("implementation", f"fused, {implementation}", "of adapters and losses: Triton on CUDA, else torch"),
         ("attention", *choose_attention(device=device, dtype=dtype)),
     ]
     for name in (embedded.WHISPER, embedded.LANGUAGE_MODEL):

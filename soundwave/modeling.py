@@ -479,7 +479,7 @@ def _load_language_model(folder: str, config: SoundwaveConfig, dtype: torch.dtyp
             # On CPUs with AVX512-BF16 an evaluation would repack the weights, and no gradient passes them afterwards.
             if isinstance(module, bitsandbytes.nn.Linear4bit):
                 module.support_avx512bf16_for_cpu = False
-    # generate() projects a strided view, each row's last token; for that the CPU's product copies the head for every row.
+    # generate() projects a strided view, each row's last token; the CPU's product then copies the head for every row.
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     return model.requires_grad_(False)
 

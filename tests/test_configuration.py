@@ -47,6 +47,7 @@ REFUSED = {
     "keep": "all",
     "keys": "peaks",
     "quantization": "int8",
+    "implementation": "triton",
 }
 
 

@@ -554,6 +554,7 @@ def test_compiles_as_one_graph_with_tensor_lengths(device, impl, backend, form):
     def step(logits, targets, input_lengths, target_lengths):
         return ctc_loss(logits.log_softmax(-1), targets, input_lengths, target_lengths, zero_infinity=True, impl=impl)
 
+    torch.compiler.reset()
     compiled = torch.compile(step, backend=backend, fullgraph=True)
     for seed, frames in enumerate((9, 9, 12)):
         logits, targets, *lengths = make(frames, 3, 7, 3, device=device, seed=seed)
@@ -599,7 +600,7 @@ def test_the_definition_is_torchs():
 
 def test_module_tells_its_settings():
     module = fused.CTCLoss(blank=3, zero_infinity=True)
-    assert repr(module) == "CTCLoss(blank=3, reduction='mean', zero_infinity=True, impl='auto', validate=False)"
+    assert repr(module) == "CTCLoss(blank=3, reduction='mean', zero_infinity=True, impl='auto')"
     assert not module.state_dict()
 
 
@@ -648,8 +649,11 @@ def test_wav2vec2_trains_with_it():
     parameters = [p for p in model.parameters() if p.requires_grad]
     own = model(samples, attention_mask=attention_mask, labels=labels).loss
     torch.testing.assert_close(step(), own)
-    ours, theirs = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (step(), own))
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    ours, theirs = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, allow_unused=True) if g is not None])
+        for loss in (step(), own)
+    )
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
     optimizer = torch.optim.AdamW(parameters, lr=3e-3)
     for _ in range(40):

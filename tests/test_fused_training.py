@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from soundwave.modeling import WEIGHTS_FILE
+from soundwave import eager, fused
+from soundwave.configuration import SoundwaveConfig
+from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
 from soundwave.training.stages import make_config, train_stage
 
 STEPS = 50
@@ -61,3 +63,10 @@ def test_the_losses_that_agree_have_fallen(runs):
 def test_both_save_the_same_parameters(runs, stage):
     eager, fused = (load_file(runs[stage, name][0] / WEIGHTS_FILE) for name in ("eager", "fused"))
     assert {name: x.shape for name, x in eager.items()} == {name: x.shape for name, x in fused.items()}
+
+
+@pytest.mark.parametrize(("name", "adapters"), [("fused", fused), ("eager", eager)])
+def test_the_implementation_named_is_the_one_that_is_built(name, adapters):
+    model = SoundwaveForConditionalGeneration(SoundwaveConfig(implementation=name))
+    assert type(model.alignment) is adapters.AlignmentAdapter
+    assert type(model.shrinking) is adapters.ShrinkingAdapter

@@ -202,7 +202,8 @@ def test_with_the_sum_y_is_the_norm_of_the_rounded_sum(impl):
     y, total = add_layer_norm(*tensors, return_sum=True, impl=impl)
     assert total.dtype == y.dtype == FP16 and torch.equal(total, (2 * total).round() / 2)
     expected = torch.nn.functional.layer_norm(total.float(), (100,), *tensors[2:], EPS)
-    torch.testing.assert_close(y, expected.to(FP16))
+    # The mean is 700, known to 2^-24 of itself; the norm of the unrounded sum is some 0.1 away.
+    torch.testing.assert_close(y, expected.to(FP16), rtol=1e-3, atol=4 * 700 * 2**-24)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
