@@ -41,6 +41,7 @@ from soundwave.kernels.vocab_rows import (
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
+LN2 = 0.6931471805599453
 
 
 def linear_ctc_ref(
@@ -77,6 +78,14 @@ def _alphabet(targets: Tensor, target_lengths: Tensor, blank: int) -> tuple[Tens
 def _scale(nll: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:
     """`nll` [B] as the reduction weighs it, before any sum."""
     return nll / (target_lengths.clamp(min=1) * len(nll)) if reduction == "mean" else nll
+
+
+def _label_gradient(log_probs: Tensor, gamma: Tensor, stats: RowStats) -> Tensor:
+    """P_labels - gamma [N, C] of `log_probs` [N, C], that of a label which is close to 1 from all others of its row."""
+    gradient = log_probs.exp().sub_(gamma)
+    top, at = log_probs.max(1, keepdim=True)
+    others = gradient.scatter(1, at, 0.0).sum(1, keepdim=True) + stats.off[:, None]
+    return gradient.scatter_(1, at, torch.where(top > -LN2, -others, gradient.gather(1, at)))
 
 
 @without_autocast
@@ -138,17 +147,15 @@ def _run(
             add_weight_gradient(dweight, p, rows[start:stop] * row_sign[start:stop])
 
     path, path_log_prob = best(own, labels, stats, packed, hidden)
-    top, top_at = own.max(1, keepdim=True)
-    log_probs = (own - torch.maximum(top, stats.top[:, None])) - stats.log_sum[:, None]
+    top = torch.maximum(own.amax(1), stats.top)
+    log_probs = (own - top[:, None]) - stats.log_sum[:, None]
     nll, gamma = ctc_lattice(
         packed.pad(log_probs, hidden).transpose(0, 1), column, input_lengths, target_lengths,
         blank=0, impl=impl, need_gamma=any(need),
     )  # fmt: skip
     if any(need):
-        gradient = log_probs.exp_() - gamma.transpose(0, 1).flatten(0, 1)[packed.place]
-        others = gradient.scatter(1, top_at, 0.0).sum(1) + stats.off
-        of_top = torch.where(top[:, 0] >= stats.top, -others, gradient.gather(1, top_at)[:, 0])
-        gradient = gradient.scatter_(1, top_at, of_top[:, None]) * fits[packed.utterance, None]
+        gradient = _label_gradient(log_probs, gamma.transpose(0, 1).flatten(0, 1)[packed.place], stats)
+        gradient.masked_fill_(~fits[packed.utterance, None], 0.0)
         first = head.size - len(weight)  # of the columns that are rows of the head: all, or all but the extra blank
         for b, g in enumerate(packed.utterances(gradient)):
             h, dh = hidden[b, : len(g)].to(dtype), dhidden[b, : len(g)] if need_hidden else None
