@@ -14,6 +14,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 
+@torch.compiler.assume_constant_result  # or it could not be traced
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (`TRITON_INTERPRET=1`), on CPU tensors too."""
     import triton

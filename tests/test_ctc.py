@@ -151,9 +151,10 @@ def test_rms_error_is_at_most_torchs(device, impl):
 @everywhere
 def test_long_and_wide(device, impl):
     """750 frames of uniform logits over 128 257 classes, 80 labels: posteriors within 1e-4 of fp64."""
-    log_probs = torch.full((750, 1, 81), -torch.tensor(128257.0, dtype=FP64).log().item(), dtype=FP64, device=device)
+    frames = 120 if (device, impl) == ("cpu", "triton") else 750  # the interpreter takes half a minute for 750
+    log_probs = torch.full((frames, 1, 81), -torch.tensor(128257.0, dtype=FP64).log().item(), dtype=FP64, device=device)
     targets = torch.arange(1, 81, device=device)[None]
-    lengths = torch.tensor([750], device=device), torch.tensor([80], device=device)
+    lengths = torch.tensor([frames], device=device), torch.tensor([80], device=device)
     truth = ctc_lattice(log_probs, targets, *lengths, blank=0, impl="torch", need_gamma=True)
     found = ctc_lattice(log_probs.float(), targets, *lengths, blank=0, impl=impl, need_gamma=True)
     assert (found[1] - truth[1]).abs().max() <= 1e-4
@@ -182,14 +183,12 @@ def test_blocks_of_states(width, frames, monkeypatch):
     check(logits.log_softmax(-1), targets, *lengths, 0, "triton")
 
 
-def test_more_than_1024_labels_without_gradient():
-    width = 1100
-    logits, targets, *lengths = make(width + 20, 1, 2000, width, full=True)
-    with torch.no_grad():
-        log_probs = logits.log_softmax(-1)
-        found = ctc_loss(log_probs, targets, *lengths, reduction="none", impl="triton")
-        exact = ctc_loss(log_probs.double(), targets, *lengths, reduction="none", impl="torch")
-    assert torch.allclose(found.double(), exact, rtol=2e-6)
+@pytest.mark.parametrize("width", [126, 127, 128, 300, 1100])
+def test_short_targets_with_much_padding(width):
+    """Every block of states as it is launched; most of them belong to nobody."""
+    logits, targets, *lengths = make(6, 1, 2000, 4, seed=width, full=True)
+    targets = F.pad(targets, (0, width - 4), value=-100)
+    check(logits.log_softmax(-1), targets, *lengths, 0, "triton")
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ WHERE = [
 ]
 BOTH = [pytest.param("torch", id="torch"), pytest.param("triton", id="interpreter")]
 KEYS = ["all", "kept"]
-LENGTHS = {"ragged": [9, 1, 33, 0, 7], "full": [33, 33], "one-frame": [1]}
+LENGTHS = {"ragged": [9, 1, 33, 0, 7], "full": [33, 33]}
 WIDTH, HEADS, BLANK = 24, 3, 0
 
 
@@ -117,10 +117,28 @@ def check(problem, keys, impl, dtype, device, autocast=None, hidden_dtype=None):
 @pytest.mark.parametrize(("device", "impl"), WHERE)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("keys", KEYS)
-@pytest.mark.parametrize("dtype", [FP32, FP64, FP16], ids=["fp32", "fp64", "fp16"])
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=["fp32", "fp16"])
 def test_result_and_gradients_are_as_exact_as_eagers(dtype, keys, lengths, device, impl):
     skip_unless_runnable(device, impl, dtype)
     check(make(LENGTHS[lengths], keys), keys, impl, dtype, device)
+
+
+@pytest.mark.parametrize(("device", "impl"), WHERE)
+@pytest.mark.parametrize("lengths", [[9, 1, 33, 0, 7], [33, 33], [1]], ids=["ragged", "full", "one-frame"])
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=["fp32", "fp64"])
+def test_the_same_numbers_as_eager_to_rounding(dtype, keys, lengths, device, impl):
+    """In fp64 too, where eager is the truth; of one frame, whose scores have no gradient, so all of it is rounding."""
+    skip_unless_runnable(device, impl, dtype)
+    adapter, hidden, lengths, peaks = make(lengths, keys)
+    peaks = peaks._replace(index=peaks.index.to(device), cu_seqlens=peaks.cu_seqlens.to(device))
+    adapter, hidden = adapter.to(device, dtype), hidden.to(device, dtype)
+    upstream = torch.randn(peaks.index.numel(), WIDTH, device=device)
+    expected = everything(adapter, hidden, lengths, peaks, upstream)
+    found = everything(fused_of(adapter, keys, impl), hidden, lengths, peaks, upstream)
+    for name in expected:
+        norm = max(float(expected[name].abs().max()), 1.0)
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=256 * torch.finfo(dtype).eps * norm)
 
 
 @pytest.mark.parametrize(("device", "impl"), WHERE)
