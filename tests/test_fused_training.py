@@ -49,8 +49,10 @@ def runs(tiny_corpus, small_llm, tmp_path_factory) -> dict[tuple[int, str], tupl
 
 @pytest.mark.parametrize(("stage", "loss"), [(1, "ctc_loss"), (2, "ctc_loss"), (2, "lm_loss")])
 def test_losses_agree_at_every_step(runs, stage, loss):
-    eager, fused = ([entry[loss] for entry in runs[stage, name][1]] for name in ("eager", "fused"))
-    assert len(eager) == STEPS
+    eager, fused = (
+        {entry["step"]: entry[loss] for entry in runs[stage, name][1] if loss in entry} for name in ("eager", "fused")
+    )
+    assert len(eager) > STEPS // 2  # a batch of text alone has no CTC
     assert fused == pytest.approx(eager, rel=1e-3)
 
 

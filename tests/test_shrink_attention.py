@@ -140,6 +140,17 @@ def test_very_sure_queries(device, impl):
     check(tensors, where, impl)
 
 
+@pytest.mark.parametrize(("device", "impl"), WHERE)
+def test_scores_so_low_that_their_exponential_is_0(device, impl):
+    """Padding would have a score of 0, and the exponential of its distance to the others overflow."""
+    skip_unless_runnable(device, impl)
+    (query, key, value), where = make([7, 3], [33, 5], 2, 8, device=device)
+    with torch.no_grad():
+        query += 30.0
+        key -= 30.0
+    check([query, key, value], where, impl)
+
+
 @pytest.mark.parametrize("impl", BOTH)
 def test_over_many_draws_the_error_is_as_small_as_torchs_own(impl):
     skip_unless_runnable("cpu", impl)
@@ -171,7 +182,7 @@ def test_at_the_size_of_the_adapter(heads, dtype):
 @pytest.mark.parametrize("keys", [1, 7, 33], ids=lambda n: f"{n}-keys")
 def test_the_torch_path_of_other_devices_computes_the_same(keys):
     """What runs where torch has no flash attention of its own for us: the softmax and its gradient, spelt out."""
-    (query, key, value), where = make([3, 0, 7], [keys, 5, 2 * keys], 2, 8, FP64)
+    (query, key, value), where = make([3, 0, 2, 7], [keys, 5, 0, 2 * keys], 2, 8, FP64)
     upstream = torch.randn(query.shape, dtype=FP64)
     results = []
     for flash in (True, False):

@@ -6,11 +6,15 @@ beside this one has `cases(arch)`: the kernels of one operation with the setting
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,14 +74,19 @@ def all_cases(arch: int) -> Iterator[Case]:
         yield from module.cases(arch, Case)
 
 
-def main(only: str = "") -> None:
+def compile_all(only: str, arch: int) -> list[dict[str, Any]]:
     import triton
 
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for arch in ARCHITECTURES:
-        for case in all_cases(arch):
-            if only in case.kernel.__name__:
-                print(json.dumps(compile_case(case, arch, str(cuobjdump))), flush=True)
+    cuobjdump = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return [compile_case(case, arch, cuobjdump) for case in all_cases(arch) if only in case.kernel.__name__]
+
+
+def main(only: str = "") -> None:
+    # Kernels do not travel between processes, so each worker takes an architecture at a time.
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for rows in pool.map(partial(compile_all, only), ARCHITECTURES):
+            for row in rows:
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
