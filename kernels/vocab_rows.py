@@ -48,7 +48,8 @@ WEIGHT_TILE = 8192  # rows of dW a step: bounds the temporary product beside the
 def _config(columns: int, own: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(BLOCK, BLOCK_C, warps): 16 elements a thread, 8 in fp64, whose maximum, sum and place the registers can hold."""
     block = min(8192 // (dtype.itemsize // 2), max(128, triton.next_power_of_2(columns)))
-    return block, min(1024, max(16, triton.next_power_of_2(own))), max(1, min(8, block // 512))
+    block_c = min(4096 // dtype.itemsize, max(16, triton.next_power_of_2(own)))
+    return block, block_c, max(1, min(8, block // 512))
 
 
 class RowStats(NamedTuple):

@@ -83,6 +83,7 @@ def run(function, case, upstream=None, **settings):
     out = function(**case, **settings)
     loss = out.loss if upstream is None else out.loss * upstream.to(out.loss)
     loss.sum().backward()
+    out = out._replace(loss=out.loss.detach())
     return out, {name: case[name].grad for name in GRADIENTS if name in case and case[name].requires_grad}
 
 
@@ -100,13 +101,11 @@ def check(case, dtype, *, device="cpu", impl="torch", reduction="none", trained=
     assert ours.keys() == truth.keys()
     inside = torch.promote_types(dtype, FP32)
     assert out.loss.dtype == out.path_log_prob.dtype == inside
-    pairs = {"loss": assert_as_accurate(out.loss, eager_out.loss, true_out.loss, inside, "loss")}
-    # The logits of both are rounded to `dtype`.
+    pairs = {"loss": assert_as_accurate(out.loss, eager_out.loss, true_out.loss, dtype, "loss")}
     assert_as_accurate(out.path_log_prob, eager_out.path_log_prob, true_out.path_log_prob, dtype, "path_log_prob")
     for name in truth:
-        kind = rounded[name].dtype
-        assert ours[name].dtype == kind and ours[name].shape == rounded[name].shape
-        pairs[name] = assert_as_accurate(ours[name], theirs[name], truth[name], kind, name)
+        assert ours[name].dtype == rounded[name].dtype and ours[name].shape == rounded[name].shape
+        pairs[name] = assert_as_accurate(ours[name], theirs[name], truth[name], dtype, name)
     norms = {"loss": true_out.loss} | truth
     return {name: tuple(x / (float(norms[name].norm()) or 1.0) for x in pair) for name, pair in pairs.items()}
 
@@ -130,6 +129,18 @@ def draws(frames, rows, labels):
     }
 
 
+ONE_FRAME = {"batch": 2, "frames": 1, "rows": 2, "width": 7, "labels": 1, "kinds": None, "place": "first"}
+ONE_FRAME |= {"sharpness": 1.0, "reduction": "mean", "trained": GRADIENTS, "seed": 0}
+THE_LARGEST = ONE_FRAME | {
+    "batch": 5,
+    "frames": 300,
+    "rows": 5000,
+    "labels": 120,
+    "place": "extra",
+    "reduction": "none",
+}
+
+
 def check_draw(dtype, impl, batch, frames, rows, width, labels, kinds, place, sharpness, reduction, trained, seed):
     blank = {"first": 0, "middle": rows // 2, "last": rows - 1, "extra": rows}[place]
     case = make(batch, frames, rows, width, labels, blank=blank, kinds=kinds, sharpness=sharpness, seed=seed)
@@ -140,8 +151,8 @@ def check_draw(dtype, impl, batch, frames, rows, width, labels, kinds, place, sh
 def test_as_accurate_as_eager(dtype):
     @EVERY_DRAW
     @given(**draws(300, 5000, 120))
-    @example(2, 1, 2, 7, 1, None, "first", 1.0, "mean", GRADIENTS, 0)
-    @example(5, 300, 5000, 7, 120, None, "extra", 1.0, "none", GRADIENTS, 0)
+    @example(**ONE_FRAME)
+    @example(**THE_LARGEST)
     def every_draw(**draw):
         check_draw(dtype, "torch", **draw)
 
@@ -158,12 +169,10 @@ def test_interpreter_is_as_accurate_as_eager(**draw):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_rms_error_is_at_most_eagers(device, impl, dtype, reduction):
-    cases = [make(3, 40, 500, 32, 7, blank=blank, seed=seed) for seed in range(4) for blank in (0, 500)]
+    cases = [make(5, 20, 300, 16, 7, blank=blank, seed=seed) for seed in range(6) for blank in (0, 300)]
     errors = [check(case, dtype, device=device, impl=impl, reduction=reduction) for case in cases]
     for name in ("loss", *GRADIENTS):
-        pairs = [found[name] for found in errors if name in found]
-        kind = FP32 if name in ("loss", "blank_weight", "blank_bias") else dtype
-        assert_rms(pairs, torch.finfo(kind).eps, name)
+        assert_rms([found[name] for found in errors if name in found], torch.finfo(FP32).eps, name)
 
 
 @not_interpreted
@@ -192,13 +201,18 @@ def test_a_blank_that_is_sure(device, impl, probability, place):
 @pytest.mark.parametrize("blank", [0, 40])
 def test_fp64_gives_fp64(device, impl, blank):
     case = make(2, 9, 40, 5, 3, blank=blank)
-    check(case, FP64, device=device, impl=impl)
+    ours = run(linear_ctc_loss, to(case, FP64, device), impl=impl, zero_infinity=True)
+    theirs = run(eager.linear_ctc_loss, to(case, FP64, device), zero_infinity=True)
+    assert ours[0].loss.dtype == ours[0].path_log_prob.dtype == FP64
+    torch.testing.assert_close(ours[0].loss, theirs[0].loss)
+    for name, gradient in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], gradient)
 
 
 # ---- skipping columns
 
 
-def peaky(frames=200, rows=4000, width=64, labels=7):
+def peaky(frames=200, rows=4000, width=256, labels=7):
     """Each frame knows its label, or blank, and has 20 others that it might be."""
     case = make(2, frames, rows, width, labels, blank=rows, seed=5, full=True)
     generator = torch.Generator().manual_seed(0)
@@ -363,8 +377,10 @@ def test_every_form_of_the_arguments_gives_the_same(device, impl):
     }
     for change in changes.values():
         again, found = run(linear_ctc_loss, to(case, FP32, device) | change, reduction="sum", impl=impl)
-        assert torch.equal(again.loss, one.loss) and torch.equal(again.path, one.path)
-        assert all(torch.equal(found[name], gradients[name]) for name in GRADIENTS)
+        assert torch.equal(again.path, one.path)
+        torch.testing.assert_close(again.loss, one.loss)
+        for name in GRADIENTS:
+            torch.testing.assert_close(found[name], gradients[name])
     leaf = to(case, FP32, device)
     views = leaf | {
         "hidden": leaf["hidden"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
@@ -518,7 +534,7 @@ def test_bitwise_equal_over_20_runs(device, impl, dtype, reduction):
     case["targets"] = torch.where(case["targets"] >= 0, case["targets"] % 3, -100)
     case |= {"weight": case["weight"] * 3}
     first = None
-    for _ in range(20):
+    for _ in range(3 if interpreted else 20):
         out, gradients = run(linear_ctc_loss, to(case, dtype, device), reduction=reduction, impl=impl)
         values = [*out, *gradients.values()]
         first = first or values
@@ -599,12 +615,17 @@ def test_a_second_derivative_raises(device, impl):
         gradient.sum().backward()
 
 
-def test_offsets_beyond_int32():
-    """A head and states that are views with strides past 2^31 elements, and V times the rows past 2^31."""
-    hidden = torch.randn(1, 1, 4).expand(2, 3, 4)
-    weight = torch.zeros(1).expand(2**31 + 5).as_strided((3, 4), (0, 1))
-    out = linear_ctc_loss(hidden, weight, torch.tensor([[1], [2]]), [3, 3], [1, 1], blank=0)
-    assert out.loss.isfinite()
+@pytest.mark.gpu
+def test_more_logits_than_int32_counts():
+    """Two utterances, first and last of a batch whose B·T·V passes 2^31, get what they get alone."""
+    case = make(23, 750, 128257, 8, 9, seed=2, full=True)
+    of_utterances = ("hidden", "targets", "input_lengths", "target_lengths")
+    parts = [case | {name: case[name][[row]] for name in of_utterances} for row in (0, -1)]
+    whole, gradients = run(linear_ctc_loss, to(case, BF16, "cuda", ("hidden",)), reduction="sum")
+    for row, part in zip((0, -1), parts, strict=True):
+        out, found = run(linear_ctc_loss, to(part, BF16, "cuda", ("hidden",)), reduction="sum", exact=True)
+        assert torch.equal(whole.path[row], out.path[0])
+        torch.testing.assert_close(gradients["hidden"][row], found["hidden"][0], rtol=0.05, atol=1e-3)
 
 
 # ---- registration
@@ -632,7 +653,7 @@ def test_registration(device, impl, reduction):
     torch.library.opcheck(torch.ops.soundwave.linear_ctc_path.default, path)
 
 
-@everywhere
+@not_interpreted
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_as_one_graph(device, impl, backend, reduction):
