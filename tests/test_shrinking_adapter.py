@@ -11,7 +11,7 @@ from soundwave.kernels.shrink_projection import _backward, _forward, shrink_proj
 from soundwave import eager
 from soundwave.configuration import SoundwaveConfig
 from soundwave.fused.adapters import ShrinkingAdapter
-from soundwave.fused.functional import ctc_peaks
+from soundwave.fused.functional import ctc_peaks, shrink_attention
 from tests.accuracy import assert_as_accurate, assert_rms
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -377,6 +377,28 @@ def test_projections_compile_as_one_graph_for_any_number_of_rows():
         found, expected = (f(x, index, rows, weight, bias) for f in (compiled, function))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         gradients = [torch.autograd.grad([part.sum() for part in out], (x, weight, bias)) for out in (found, expected)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_from_the_path_to_the_attended_frames_all_compiles_as_one_graph():
+    """The number of kept frames and the longest part are sizes that only a run knows."""
+
+    def function(hidden, path, lengths, scores, weight, bias):
+        peaks = ctc_peaks(path, lengths, blank=BLANK, scores=scores)
+        x, bounds = hidden.flatten(0, 1), torch.arange(0, path.numel() + 1, path.shape[1], dtype=torch.int32)
+        q, k, v = (p.unflatten(1, (2, -1)) for p in shrink_projection(x, peaks.index, None, weight, bias))
+        return shrink_attention(q, k, v, peaks.cu_seqlens, bounds, peaks.max_seqlen, path.shape[1]).sin()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    weight, bias = torch.randn(48, 16, requires_grad=True), torch.randn(48)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(3, 9, 16, generator=generator, requires_grad=True)
+        path, scores = torch.randint(0, 3, (3, 9), generator=generator), torch.randn(3, 9, generator=generator)
+        arguments = (hidden, path, torch.tensor([9, 9, 9]), scores, weight, bias)
+        found, expected = compiled(*arguments), function(*arguments)
+        assert torch.equal(found, expected)
+        gradients = [torch.autograd.grad(out.sum(), (hidden, weight)) for out in (found, expected)]
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
