@@ -266,7 +266,7 @@ def test_a_second_derivative_raises(device, impl):
         gradient.sum().backward()
 
 
-@everywhere
+@not_interpreted
 @reductions
 def test_registration(device, impl, reduction):
     hidden, weight, target = make(9, 63, 7, ignored=0.3, device=device)

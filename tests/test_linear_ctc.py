@@ -413,7 +413,7 @@ def test_frames_past_a_length_may_hold_anything(device, impl, junk):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("exact", [False, True])
 def test_nan_and_inf_in_hidden_are_that_utterances_own(device, impl, value, exact):
-    case = to(make(3, 9, 200, 6, 2, blank=200, full=True), FP32, device, ("hidden", "blank_bias"))
+    case = to(make(3, 5, 63, 6, 2, blank=63, full=True), FP32, device, ("hidden", "blank_bias"))
     clean, gradients = run(linear_ctc_loss, case, reduction="none", exact=True, impl=impl)
     dirty = to(case, FP32, device, ("hidden",))
     with torch.no_grad():
@@ -421,7 +421,7 @@ def test_nan_and_inf_in_hidden_are_that_utterances_own(device, impl, value, exac
     out, found = run(linear_ctc_loss, dirty, reduction="none", exact=exact, impl=impl)
     assert out.loss[1].isnan() and torch.equal(out.loss[::2], clean.loss[::2])
     assert found["hidden"][1].isnan().any() and torch.equal(found["hidden"][::2], gradients["hidden"][::2])
-    assert ((out.path >= 0) & (out.path <= 200)).all()
+    assert ((out.path >= 0) & (out.path <= 63)).all()
 
 
 @not_interpreted
@@ -501,7 +501,7 @@ from soundwave.fused.functional import linear_ctc_loss
 which, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 torch.manual_seed(0)
 hidden = torch.randn(4, 250, 64).to(dtype).requires_grad_()
-weight = (torch.randn(128256, 64) / 8).to(dtype)
+weight = torch.empty(128256, 64, dtype=dtype).normal_().div_(8)
 targets = torch.randint(1, 128256, (4, 12))
 lengths = torch.full((4,), 250), torch.full((4,), 12)
 first = hidden[:1, :4], weight[:100], targets[:1, :2] % 99 + 1, torch.tensor([4]), torch.tensor([2])
@@ -637,7 +637,7 @@ def arguments(case, reduction="none", impl="torch", need=(True, True, True)):
     return (*tensors, 20, FP32, impl, reduction, False, True, *need, False)
 
 
-@everywhere
+@not_interpreted
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_registration(device, impl, reduction):
     case = small(device)
