@@ -1,0 +1,142 @@
+"""The pass over rows of logits, and the product that skips columns, each by itself against its definition in fp64."""
+
+import pytest
+import torch
+from soundwave.kernels import vocab_rows
+from soundwave.kernels.vocab_rows import RowStats
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+WHERE = [
+    pytest.param("cpu", "torch", id="cpu-torch"),
+    pytest.param("cpu", "triton", id="interpreter"),
+    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
+    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
+]
+everywhere = pytest.mark.parametrize(("device", "impl"), WHERE)
+# Columns, own columns, allocated columns: one and several blocks of both, with and without a tail.
+SHAPES = [(1, 1, 1), (7, 3, 64), (63, 7, 63), (300, 20, 320), (5000, 40, 5056), (9000, 1100, 9024)]
+shapes = pytest.mark.parametrize(("columns", "own", "stride"), SHAPES, ids=[f"V{v}-C{c}" for v, c, _ in SHAPES])
+
+
+def make(columns, own, stride, dtype=FP32, device="cpu", rows=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(rows, stride, generator=generator, dtype=FP64)).to(dtype)
+    acc = torch.promote_types(dtype, FP32)
+    own_logits = (3 * torch.randn(rows, own, generator=generator, dtype=FP64)).to(acc)
+    own_logits[0] -= 30  # never the maximum
+    own_logits[-1, -1] += 30  # always
+    ids = torch.stack([torch.randperm(columns + own, generator=generator)[:own] - own // 2 for _ in range(2)])
+    group = torch.randint(2, (rows,), generator=generator)
+    scale = torch.rand(rows, generator=generator, dtype=FP64).to(acc)
+    return [x.to(device) for x in (logits[:, :columns] if columns == stride else logits, own_logits, ids, group, scale)]
+
+
+def run(logits, own, ids, group, scale, columns, impl):
+    p = logits.clone()[:, :columns]
+    stats = RowStats.empty(len(p), own)
+    vocab_rows.vocab_rows(p, own, ids, group, scale, stats, impl)
+    return p, stats
+
+
+def definition(logits, own, ids, group, scale, columns):
+    z = logits[:, :columns].double().clone()
+    for row, line in enumerate(ids[group].tolist()):
+        z[row, [v for v in line if 0 <= v < columns]] = -torch.inf
+    own = own.double()
+    log_total = torch.cat([z, own], 1).logsumexp(1)
+    p = (z - log_total[:, None]).exp()
+    top, index = z.max(1)
+    return p * scale[:, None].double(), top, index, log_total - torch.maximum(top, own.amax(1)), p.sum(1)
+
+
+@everywhere
+@shapes
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=["float64", "float32", "bfloat16"])
+def test_statistics_and_probabilities(device, impl, columns, own, stride, dtype):
+    given = make(columns, own, stride, dtype, device)
+    p, stats = run(*given, columns, impl)
+    truth, top, index, log_sum, off = definition(*given, columns)
+    # An interpreter that truncates to bfloat16 is off by up to a whole unit in the last place.
+    torch.testing.assert_close(p.double(), truth, rtol=8e-3 if dtype == BF16 else 1e-5, atol=1e-30)
+    assert torch.equal(stats.top.double(), top)
+    found = top.isfinite()  # where all columns are own ones, there is none
+    assert torch.equal(stats.index[found], index[found])
+    tolerance = {"rtol": 1e-12, "atol": 1e-14} if dtype == FP64 else {"rtol": 2e-6, "atol": 1e-6}
+    torch.testing.assert_close(stats.log_sum.double(), log_sum, **tolerance)
+    torch.testing.assert_close(stats.off.double(), off, rtol=tolerance["rtol"] * 10, atol=0)
+
+
+@everywhere
+def test_without_a_scale_only_statistics(device, impl):
+    given = make(300, 20, 320, device=device)
+    _, expected = run(*given, 300, impl)
+    _, stats = run(*given[:-1], None, 300, impl)
+    assert all(torch.equal(a, b) for a, b in zip(stats, expected, strict=True))
+
+
+@everywhere
+@pytest.mark.parametrize("second", [11, 4106, 8999])
+def test_the_lowest_of_equal_columns(device, impl, second):
+    logits = torch.zeros(1, 9000, device=device)
+    logits[0, [10, second]] = 5.0
+    none = torch.full((1, 1), -1, dtype=torch.int64, device=device)
+    group = torch.zeros(1, dtype=torch.int64, device=device)
+    own = torch.zeros(1, 1, device=device)
+    _, stats = run(logits, own, none, group, None, 9000, impl)
+    assert stats.index.item() == 10
+
+
+@everywhere
+@pytest.mark.parametrize("gap", [10.0, 17.0, 25.0, 60.0])
+@pytest.mark.parametrize("equals", [1, 2, 3])
+def test_the_normaliser_of_a_row_that_is_sure(device, impl, gap, equals):
+    """log(1 + rest) keeps all digits of the rest; labels that share the maximum all count."""
+    logits = torch.full((1, 300), -gap, device=device)
+    own = torch.full((1, 5), -gap, device=device)
+    own[0, 1 : 1 + equals] = 0.0
+    none = torch.full((1, 5), -1, dtype=torch.int64, device=device)
+    group = torch.zeros(1, dtype=torch.int64, device=device)
+    _, stats = run(logits, own, none, group, None, 300, impl)
+    rest = (equals - 1) + (305 - equals) * torch.tensor(-gap, dtype=FP64).exp()
+    torch.testing.assert_close(stats.log_sum.cpu().double(), rest.log1p()[None], rtol=2e-6, atol=0)
+
+
+@everywhere
+def test_nan_in_one_row_stays_there(device, impl):
+    given = make(300, 20, 320, device=device)
+    expected, _ = run(*given, 300, impl)
+    given[0][2] = float("nan")
+    p, stats = run(*given, 300, impl)
+    assert stats.off[2].isnan() and 0 <= stats.index[2] < 300
+    others = [0, 1, 3, 4]
+    assert torch.equal(p[others], expected[others])
+
+
+def test_columns_are_skipped_by_the_tail_rule():
+    """The largest power of two whose tail stays within 5 % of the off-label mass, over the rows of a chunk."""
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(8):
+        logits = torch.randn(37, 999, generator=generator, dtype=FP64) * 1.5
+        logits[torch.arange(37)[:, None], torch.randint(100, (37, 5), generator=generator)] += 3 + seed
+        mass = torch.rand(37, 1, generator=generator, dtype=FP64)
+        p = logits.softmax(-1) * mass
+        weight = torch.randn(999, 6, generator=generator, dtype=FP64)
+        for j in range(vocab_rows.BINS):
+            tail = p.masked_fill(p > 2.0**-j, 0.0).sum(1)
+            if tail.norm() <= 0.05 * mass.norm():
+                break
+        active = p.amax(0) > 2.0**-j
+        if active.float().mean() > 0.25:
+            active, tail = torch.ones_like(active), torch.zeros(())
+        product, share, lost = vocab_rows.probabilities_times_weight(p, weight, mass[:, 0], exact=False)
+        assert share == active.double().mean()
+        torch.testing.assert_close(lost, tail.double().square().sum())
+        torch.testing.assert_close(product, p[:, active] @ weight[active])
+        assert (product - p @ weight).norm() <= vocab_rows.longest_row(weight, FP64) * lost.sqrt() + 1e-12
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 1000])
+def test_the_maximum_and_its_place(columns):
+    x = torch.randint(5, (9, columns), generator=torch.Generator().manual_seed(0)).float()
+    top, place = vocab_rows._max(x)
+    assert torch.equal(top, x.amax(1)) and torch.equal(place, (x == top[:, None]).int().argmax(1))
