@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from soundwave import embedded
 from soundwave.configuration import SoundwaveConfig
 from soundwave.data.collate import Collator
-from soundwave.data.manifest import ManifestError, read_manifest, write_manifest
+from soundwave.data.manifest import ManifestError, Sample, read_manifest, write_manifest
 from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
 from soundwave.training.stages import (
     ConfigError,
@@ -181,6 +181,17 @@ def test_temperature_decides_whether_an_epoch_is_every_sample_once(data, tempera
     sampler.set_epoch(30)  # T = 151: both tasks in equal parts, 3 of 6 draws each
     counts = Counter(samples[i].task for batch in sampler for i in batch)
     assert counts == ({"transcribe": 3, "qa": 3} if temperature else {"transcribe": 4, "qa": 2})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_batches_are_of_similar_length_in_what_the_stage_pads(data, stage):
+    settings = {"model": "m"} if stage == 3 else {}
+    config = make_config(stage, train="t", out="o", batch_size=2, temperature=False, **settings)
+    row = read_manifest(data / "stage1.jsonl")[0].model_dump() | {"task": "question", "answer": "yes"}
+    clips = [(short, prompt) for short in (1.0, 3.0) for prompt in ("Why?", "Why? " * 40)]
+    samples = [Sample(**row | {"duration": seconds, "prompt": prompt}) for seconds, prompt in clips]
+    found = {tuple(sorted(batch)) for batch in build_sampler(config, samples)}
+    assert found == ({(0, 1), (2, 3)} if stage == 1 else {(0, 2), (1, 3)})
 
 
 # ---------------------------------------------------------------- steps, logs, resume

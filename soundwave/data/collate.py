@@ -9,6 +9,8 @@ from soundwave.data.manifest import Sample
 from soundwave.processing import SoundwaveProcessor
 
 TRANSCRIBE_PROMPT = "Transcribe the speech."
+CHARACTERS_A_TOKEN = 4  # of English text
+TOKENS_A_SECOND = 5  # 3 kept frames, and as much work as 2 more tokens in the encoder
 
 
 class Collator:
@@ -42,6 +44,12 @@ def with_duration(sample: Sample) -> Sample:
     if sample.audio is None or sample.duration is not None:
         return sample
     return sample.model_copy(update={"duration": seconds_of(sample.audio) - sample.offset})
+
+
+def tokens_of(sample: Sample) -> float:
+    """About how much work a sample is, in tokens of the language model."""
+    characters = len(prompt_of(sample)) + len(answer_of(sample))
+    return characters / CHARACTERS_A_TOKEN + TOKENS_A_SECOND * (sample.duration or 0.0 if sample.audio else 0.0)
 
 
 def features(processor: SoundwaveProcessor, sample: Sample) -> Tensor | None:

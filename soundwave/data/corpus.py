@@ -25,7 +25,7 @@ from soundwave.data.manifest import write_manifest
 from soundwave.data.tasks import FORMATS, RATES, phrase
 from soundwave.embedded import Espeak
 
-VERSION = 10  # raise it when the same seed gives other files
+VERSION = 11  # raise it when the same seed gives other files
 
 # eSpeak voice -> its pitch, 0-100. Measured medians: female ones 180-250 Hz, male ones 80-125 Hz.
 FEMALE = {
@@ -44,7 +44,7 @@ MALE = {
 }
 HELD_OUT_FEMALE, HELD_OUT_MALE = {"en+f4": 65}, {"en+m4": 55}
 PITCH_JITTER = 4
-WORDS_PER_MINUTE = {"slow": 90, "normal": 145, "fast": 225}
+WORDS_PER_MINUTE = {"slow": 90, "normal": 140, "fast": 215}
 RATE_JITTER = 0.04
 RARE_WORD_CANDIDATES = 16  # commands among which the one with the rarest word is taken
 TAIL = 0.2  # seconds of silence kept at the end, room for CTC's labels: eSpeak adds 0.3 and more, paid at every step
@@ -61,8 +61,8 @@ SIZES = {
 STAGES = {
     "stage1": {"transcribe": 1},
     "labels": {"transcribe": 1},
-    "stage2": {"transcribe": 2, "voice": 0.6, "rate": 0.6, "qa": 3},
-    "stage3": {"transcribe": 1.5, "voice": 0.5, "rate": 0.5, "intent": 1.1, "question": 1.5, "qa": 1},
+    "stage2": {"transcribe": 1.4, "voice": 0.8, "rate": 0.8, "qa": 4},
+    "stage3": {"transcribe": 1.25, "voice": 0.5, "rate": 0.5, "intent": 1.1, "question": 1.6, "qa": 1},
 }
 # stage -> format -> weight, among the formats that a task has
 FORMAT_WEIGHTS = {

@@ -11,12 +11,13 @@ import random
 from dataclasses import dataclass
 from itertools import product
 
+from soundwave.data.tasks import CHOICES
+
 QUESTIONS_HELD_OUT = 2  # ways of asking, of eight, that each fact keeps for the test
 COMMANDS_HELD_OUT = 0.25  # share of an intent's sentences
 CODES_HELD_OUT = 0.2
 CODES_COUNT = 1000
 REPEATED = 0.25  # chance that a digit is the one before it: six codes in ten have such a pair
-CHOICES = 4  # options of a question's multiple choice
 
 ROOMS = ("kitchen", "bedroom", "garage", "office")
 GENRES = ("jazz", "rock", "piano", "dance")

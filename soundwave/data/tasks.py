@@ -35,6 +35,7 @@ _ANSWERED_BY = {
     "qa": "answer",
 }
 _OPTIONS = {"voice": SEXES, "rate": RATES, "intent": INTENTS}
+CHOICES = 4  # options at most: every one of them is paid for at every step
 _WANTED = {  # what a prompt says of its format
     "choice": (" Options: {}.", " Choose: {}.", " One of: {}."),
     "natural": (" Use a sentence.", " Answer in a sentence.", " Say it in a sentence."),
@@ -195,7 +196,8 @@ def phrase(task: str, fields: Mapping, rng: random.Random, format: str = "direct
         prompt = prompt.format(fields["question"])
     wanted = rng.choice(_BRIEFLY.get(task, ("",)) if format == "direct" else _WANTED[format])
     if format == "choice":
-        options = list(_OPTIONS.get(task) or fields["options"])
+        wrong = [option for option in _OPTIONS.get(task) or fields["options"] if option != answer]
+        options = [answer, *rng.sample(wrong, min(CHOICES - 1, len(wrong)))]
         rng.shuffle(options)
         wanted = wanted.format(", ".join(options))
     elif format == "natural":

@@ -16,7 +16,7 @@ from transformers import TrainingArguments, set_seed
 
 from soundwave import embedded
 from soundwave.configuration import SoundwaveConfig
-from soundwave.data.collate import Collator, features, with_duration
+from soundwave.data.collate import Collator, features, tokens_of, with_duration
 from soundwave.data.manifest import Sample, read_manifest
 from soundwave.data.sampling import BucketBatchSampler, paper_temperature
 from soundwave.hardware import pick_device, pick_dtype
@@ -252,9 +252,16 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
 
 
 def build_sampler(config: StageConfig, samples: list[Sample]) -> BucketBatchSampler:
-    """The batches of a stage: of similar length, and in stage II drawn at a temperature."""
+    """The batches of a stage: of similar length, and in stage II drawn at a temperature.
+
+    Stage I pads frames. The others also pad what the language model reads, prompts and answers with the kept frames.
+    """
+    if config.stage == 1:
+        lengths = [None if sample.audio is None else sample.duration or 0.0 for sample in samples]
+    else:
+        lengths = [tokens_of(sample) for sample in samples]
     return BucketBatchSampler(
-        [None if sample.audio is None else sample.duration or 0.0 for sample in samples],
+        lengths,
         [sample.task for sample in samples],
         config.batch_size,
         seed=config.seed,
