@@ -26,12 +26,13 @@ Bitwise deterministic: a label's positions are summed by a scan over them in ord
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
 from soundwave.kernels.checks import raise_pending
 from soundwave.kernels.ctc_targets import before, check_targets, distinct_labels, pad_targets
 from soundwave.kernels.ctc_targets import feasible as feasible
 from soundwave.kernels.dispatch import interpreted, ranged
-from torch import Tensor
-from triton.language.extra import libdevice
 
 LN2, LOG2E = 0.6931471805599453, tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # stands in for a maximum of -inf: less it, -inf stays -inf and does not become NaN

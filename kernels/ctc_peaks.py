@@ -15,8 +15,9 @@ Cost      path and scores are read once, 16·B·T bytes are written beside the r
 import torch
 import triton
 import triton.language as tl
-from soundwave.kernels.dispatch import ranged, resolve_impl
 from torch import Tensor
+
+from soundwave.kernels.dispatch import ranged, resolve_impl
 
 MAX_BLOCK_T = 1024  # frames a step: 40 s at 25 Hz. Eight a thread in four warps, one step for what Whisper can hear
 COPY_BLOCK = 1024  # kept frames a program of the second kernel

@@ -4,9 +4,10 @@ B utterances, U labels of the longest target, S labels of all.
 """
 
 import torch
+from torch import Tensor
+
 from soundwave.kernels.checks import raise_pending, report
 from soundwave.kernels.dispatch import ranged
-from torch import Tensor
 
 
 def before(lengths: Tensor, size: int) -> Tensor:

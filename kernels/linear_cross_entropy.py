@@ -14,11 +14,12 @@ Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it
 """
 
 import torch
+from torch import Tensor
+
 from soundwave.kernels.checks import raise_pending, report
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.linear_ctc_path import sum_dtype, without_autocast
 from soundwave.kernels.vocab_rows import RowStats, add_weight_gradient, probabilities_times_weight, vocab_chunks
-from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
 TARGET_ROWS = 1024  # whose targets' rows of the head are gathered at once

@@ -26,6 +26,8 @@ Bitwise deterministic: what is scattered goes to distinct labels.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from soundwave.kernels.checks import raise_pending
 from soundwave.kernels.ctc import ctc_lattice
 from soundwave.kernels.ctc_targets import before, check_targets, distinct_labels, feasible, pad_targets
@@ -38,7 +40,6 @@ from soundwave.kernels.vocab_rows import (
     probabilities_times_weight,
     vocab_chunks,
 )
-from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
 LN2 = 0.6931471805599453

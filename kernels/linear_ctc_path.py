@@ -16,10 +16,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from soundwave.kernels.checks import raise_pending, report
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.vocab_rows import RowStats, vocab_chunks
-from torch import Tensor
 
 
 def linear_ctc_path_ref(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

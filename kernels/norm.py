@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from soundwave.kernels.dispatch import ranged, resolve_impl
 from torch import Tensor
 from torch.nn import functional as F
+
+from soundwave.kernels.dispatch import ranged, resolve_impl
 
 MAX_D = 8192  # one row in registers, 16 elements a thread of 16 warps; the widest stream in use is 8192 (Llama 70B)
 PROGRAMS = 256  # backward: two blocks on each multiprocessor of the larger cards (128 to 132 of them), one wave

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from soundwave.kernels.dispatch import ranged, resolve_impl
 from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
-from torch import Tensor
 
 MAX_E = 256  # one row of a head in registers
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from soundwave.kernels.dispatch import ranged, resolve_impl
 from torch import Tensor
 from torch.nn import functional as F
+
+from soundwave.kernels.dispatch import ranged, resolve_impl
 
 GROUP = 8  # tiles of rows that are done together, so that the tiles of W they share stay in the L2 cache
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -15,8 +15,9 @@ Cost      every row of the result written once and read once, (B·M + K + B·L)�
 import torch
 import triton
 import triton.language as tl
-from soundwave.kernels.dispatch import ranged, resolve_impl
 from torch import Tensor
+
+from soundwave.kernels.dispatch import ranged, resolve_impl
 
 BLOCK_D = 1024  # columns a program: 2 kB of bf16, 16 bytes a thread of four warps
 NUM_WARPS = 4

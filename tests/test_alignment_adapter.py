@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from soundwave.kernels.dispatch import interpreted
 
 from soundwave import eager
 from soundwave.attention import choose_attention
 from soundwave.fused.adapters import AlignmentAdapter
+from soundwave.kernels.dispatch import interpreted
 from tests.accuracy import assert_as_accurate
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16

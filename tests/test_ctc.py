@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from soundwave.kernels import checks, ctc
-from soundwave.kernels.ctc import ctc_lattice, ctc_ref
-from soundwave.kernels.ctc_targets import feasible
 from torch.nn import functional as F
 
 from soundwave import fused
 from soundwave.fused.functional import ctc_loss
+from soundwave.kernels import checks, ctc
+from soundwave.kernels.ctc import ctc_lattice, ctc_ref
+from soundwave.kernels.ctc_targets import feasible
 from tests.accuracy import assert_as_accurate, assert_rms
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from soundwave.kernels.ctc_peaks import COPY_BLOCK, MAX_BLOCK_T, _config, _ctc_peaks, ctc_peaks_ref
-from soundwave.kernels.dispatch import interpreted
 
 from soundwave import eager
 from soundwave.fused.functional import ctc_peaks
+from soundwave.kernels.ctc_peaks import COPY_BLOCK, MAX_BLOCK_T, _config, _ctc_peaks, ctc_peaks_ref
+from soundwave.kernels.dispatch import interpreted
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 WHERE = [

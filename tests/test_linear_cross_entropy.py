@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from soundwave.kernels import linear_cross_entropy as kernel
 from torch.nn import functional as F
 
 from soundwave import fused
 from soundwave.fused.functional import linear_cross_entropy
+from soundwave.kernels import linear_cross_entropy as kernel
 from tests.accuracy import assert_as_accurate, assert_rms
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

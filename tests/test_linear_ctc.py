@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from soundwave.kernels import linear_ctc, vocab_rows
-from soundwave.kernels.linear_ctc_path import Head
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from soundwave import eager, fused
 from soundwave.fused.functional import linear_ctc_loss, linear_ctc_path
+from soundwave.kernels import linear_ctc, vocab_rows
+from soundwave.kernels.linear_ctc_path import Head
 from tests.accuracy import assert_as_accurate, assert_rms
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from soundwave.kernels.dispatch import interpreted
-from soundwave.kernels.norm import MAX_D, PROGRAMS, _config, _forward, add_layer_norm_ref
 
 from soundwave.fused.functional import add_layer_norm
+from soundwave.kernels.dispatch import interpreted
+from soundwave.kernels.norm import MAX_D, PROGRAMS, _config, _forward, add_layer_norm_ref
 from tests.accuracy import assert_as_accurate, assert_rms
 
 EPS = 1e-5

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from soundwave.kernels.dispatch import interpreted
-from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
-from soundwave.kernels.shrink_attention import MAX_E, _backward, _config, _forward, shrink_attention_ref
 from torch.nn import functional as F
 
 from soundwave.fused.functional import shrink_attention
+from soundwave.kernels.dispatch import interpreted
+from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
+from soundwave.kernels.shrink_attention import MAX_E, _backward, _config, _forward, shrink_attention_ref
 from tests.accuracy import assert_as_accurate, assert_rms
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

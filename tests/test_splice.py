@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from soundwave.kernels.dispatch import interpreted
-from soundwave.kernels.splice import _config, _forward, _places, splice_places, splice_rows, splice_rows_ref
 
 from soundwave import eager
 from soundwave.fused.functional import Spliced, splice
+from soundwave.kernels.dispatch import interpreted
+from soundwave.kernels.splice import _config, _forward, _places, splice_places, splice_rows, splice_rows_ref
 
 AUDIO, PAD = 99, 0
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from soundwave.kernels import vocab_rows
 from soundwave.kernels.vocab_rows import RowStats
 

@@ -1,6 +1,7 @@
 """The CTC kernels for targets of every tier, one that takes several blocks, and each dtype of log-probabilities."""
 
 import torch
+
 from soundwave.kernels.ctc import RENORM, _config, _ctc_emit_kernel, _ctc_lattice_kernel, _ctc_posterior_kernel
 
 LENGTHS = {"INPUT_LENGTHS": "*i64", "TARGET_LENGTHS": "*i64"}

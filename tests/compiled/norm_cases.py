@@ -1,6 +1,7 @@
 """Residual + LayerNorm at the widths of the two language models, of odd rows and of the widest, in every use."""
 
 import triton.language as tl
+
 from soundwave.kernels.norm import _add_layer_norm_bwd_kernel, _add_layer_norm_fwd_kernel, _config
 
 # Use: gathered residual, s stored and so read back in backward, dtype of x and of residual.

@@ -2,6 +2,7 @@
 
 import torch
 import triton
+
 from soundwave.kernels import shrink_attention as op
 
 # fp16 compiles as bf16 does. "tf32" counts for fp32 only.

@@ -4,6 +4,7 @@ import itertools
 
 import torch
 import triton.language as tl
+
 from soundwave.kernels import shrink_projection as op
 
 # dtypes of x and of the weight, and the precision of products (which counts for fp32 only)

@@ -1,6 +1,7 @@
 """The pass over rows of logits: small and large vocabularies, few and many own columns, each dtype of the products."""
 
 import torch
+
 from soundwave.kernels.vocab_rows import _config, _vocab_rows_kernel
 
 DTYPES = {"fp16": "fp32", "bf16": "fp32", "fp32": "fp32", "fp64": "fp64"}
