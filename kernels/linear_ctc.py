@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from soundwave.kernels.checks import raise_pending
-from soundwave.kernels.ctc import ctc_lattice
+from soundwave.kernels.ctc_lattice import ctc_lattice
 from soundwave.kernels.ctc_targets import before, check_targets, distinct_labels, feasible, pad_targets
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.linear_ctc_path import Head, Packed, best, label_logits, sum_dtype, without_autocast

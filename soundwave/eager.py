@@ -107,6 +107,18 @@ def _check_labels(targets: Tensor, target_lengths: Tensor, rows: int, blank: int
         raise ValueError(f"targets[{row}, {column}] = {label}, but that {what}")
 
 
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of `softmax(hidden @ weight.T)`: hidden [N, D], weight [V, D], target int [N] -> scalar, or [N].
+
+    The product runs in its own dtype, the rest in float32 (float64 for float64).
+    """
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+
+
 def ctc_peaks(path: Tensor, lengths: Tensor, *, blank: int, keep: str = "peaks", scores: Tensor | None = None) -> Peaks:
     """Frames that stand for a run of equal ids on a CTC path.
 

@@ -398,15 +398,13 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             states = self.language_model.base_model(
                 inputs_embeds=embeddings, attention_mask=mask, use_cache=False
             ).last_hidden_state
-            head = self.language_model.get_output_embeddings()
             if labels is None or not self.training:
-                out.logits = head(states)
+                out.logits = self.language_model.get_output_embeddings()(states)
             if labels is not None:
                 answered = labels[:, 1:] != eager.IGNORE_INDEX
-                wanted = labels[:, 1:][answered]
-                logits = head(states[:, :-1][answered]) if out.logits is None else out.logits[:, :-1][answered]
-                # A batch without answers has loss 0, not the mean of nothing.
-                out.lm_loss = F.cross_entropy(logits.float(), wanted, reduction="sum") / max(wanted.numel(), 1)
+                rows, wanted = states[:, :-1][answered], labels[:, 1:][answered]
+                summed = self._operations.linear_cross_entropy(rows, self.head_weight, wanted, reduction="sum")
+                out.lm_loss = summed / max(wanted.numel(), 1)  # without any answer 0, not the mean of nothing
                 out.loss = out.lm_loss
                 if out.ctc_loss is not None:
                     out.loss = out.lm_loss + self.config.ctc_weight * out.ctc_loss

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from soundwave import fused
 from soundwave.fused.functional import ctc_loss
 from soundwave.kernels import checks, ctc
-from soundwave.kernels.ctc import ctc_lattice, ctc_ref
+from soundwave.kernels.ctc import ctc_ref
+from soundwave.kernels.ctc_lattice import ctc_lattice
 from soundwave.kernels.ctc_targets import feasible
 from tests.accuracy import assert_as_accurate, assert_rms
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from soundwave import fused
+from soundwave.eager import linear_cross_entropy as plain
 from soundwave.fused.functional import linear_cross_entropy
 from soundwave.kernels import linear_cross_entropy as kernel
 from tests.accuracy import assert_as_accurate, assert_rms
@@ -40,12 +40,6 @@ def make(rows, columns, width, *, ignored=0.0, sharpness=1.0, seed=0, dtype=FP32
     target = torch.randint(columns, (rows,), generator=generator)
     target[torch.rand(rows, generator=generator) < ignored] = -100
     return hidden.to(device, dtype), weight.to(device, dtype), target.to(device)
-
-
-def plain(hidden, weight, target, **settings):
-    """As `linear_cross_entropy` is defined: the product in the dtype, the rest in fp32."""
-    logits = F.linear(hidden, weight)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, FP32)), target, **settings)
 
 
 def run(function, given, dtype, trained, reduction, **settings):
@@ -297,7 +291,8 @@ def test_compiles_as_one_graph(device, impl, backend, reduction):
 def test_the_definition_and_the_module():
     hidden, weight, target = make(9, 63, 7, ignored=0.3)
     torch.testing.assert_close(
-        kernel.linear_cross_entropy_ref(hidden, weight, target, -100), plain(hidden, weight, target, reduction="none")
+        kernel.linear_cross_entropy_ref(hidden, weight, target, -100),
+        plain(hidden, weight, target, reduction="none"),
     )
     module = fused.LinearCrossEntropyLoss(reduction="sum")
     assert torch.equal(module(hidden, weight, target), linear_cross_entropy(hidden, weight, target, reduction="sum"))

@@ -2,7 +2,7 @@
 
 import torch
 
-from soundwave.kernels.ctc import RENORM, _config, _ctc_emit_kernel, _ctc_lattice_kernel, _ctc_posterior_kernel
+from soundwave.kernels.ctc_lattice import RENORM, _config, _ctc_emit_kernel, _ctc_lattice_kernel, _ctc_posterior_kernel
 
 LENGTHS = {"INPUT_LENGTHS": "*i64", "TARGET_LENGTHS": "*i64"}
 INPUTS = {"fp16": "fp32", "bf16": "fp32", "fp32": "fp32", "fp64": "fp64"}
