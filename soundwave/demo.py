@@ -41,11 +41,11 @@ class Recipe:
 FULL = Recipe(
     "full",
     {
-        "stage1": {"steps": 200, "batch_size": 28, "learning_rate": 1.5e-3, "warmup_steps": 15},
-        "labels": {"steps": 230, "batch_size": 20, "learning_rate": 1.5e-3, "warmup_steps": 15},
-        "stage2": {"steps": 190, "batch_size": 16, "learning_rate": 7e-4, "warmup_steps": 15, "ctc_weight": 1.0},
+        "stage1": {"steps": 190, "batch_size": 28, "learning_rate": 1.5e-3, "warmup_steps": 15},
+        "labels": {"steps": 215, "batch_size": 20, "learning_rate": 1.5e-3, "warmup_steps": 15},
+        "stage2": {"steps": 175, "batch_size": 16, "learning_rate": 7e-4, "warmup_steps": 15, "ctc_weight": 1.0},
         "stage3": {
-            "steps": 205, "batch_size": 16, "learning_rate": 4e-4, "warmup_steps": 10, "train_shrinking": True
+            "steps": 190, "batch_size": 16, "learning_rate": 4e-4, "warmup_steps": 10, "train_shrinking": True
         },
     },
 )  # fmt: skip
