@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from soundwave import fused
 from soundwave.fused.functional import ctc_loss
-from soundwave.kernels import checks, ctc
+from soundwave.kernels import checks, ctc_lattice
 from soundwave.kernels.ctc import ctc_ref
-from soundwave.kernels.ctc_lattice import ctc_lattice
+from soundwave.kernels.ctc_lattice import ctc_lattice as lattice
 from soundwave.kernels.ctc_targets import feasible
 from tests.accuracy import assert_as_accurate, assert_rms
 
@@ -161,8 +161,8 @@ def test_long_and_wide(device, impl):
     log_probs = torch.full((frames, 1, 81), -torch.tensor(128257.0, dtype=FP64).log().item(), dtype=FP64, device=device)
     targets = torch.arange(1, 81, device=device)[None]
     lengths = torch.tensor([frames], device=device), torch.tensor([80], device=device)
-    truth = ctc_lattice(log_probs, targets, *lengths, blank=0, impl="torch", need_gamma=True)
-    found = ctc_lattice(log_probs.float(), targets, *lengths, blank=0, impl=impl, need_gamma=True)
+    truth = lattice(log_probs, targets, *lengths, blank=0, impl="torch", need_gamma=True)
+    found = lattice(log_probs.float(), targets, *lengths, blank=0, impl=impl, need_gamma=True)
     assert (found[1] - truth[1]).abs().max() <= 1e-4
     assert torch.allclose(found[0].double(), truth[0], rtol=1e-6)
 
@@ -181,7 +181,7 @@ BLOCKS = [(31, 35), (32, 36), (70, 75)]
 @pytest.mark.parametrize(("width", "frames"), BLOCKS)
 def test_blocks_of_states(width, frames, monkeypatch):
     """Targets of more states than a block holds; here blocks of 32, to keep the interpreter's time short."""
-    monkeypatch.setattr(ctc, "LARGEST_BLOCK", 32)
+    monkeypatch.setattr(ctc_lattice, "LARGEST_BLOCK", 32)
     logits, targets, *lengths = make(frames, 2, 4, width, seed=width, full=True)
     targets[:, 2::2] += targets[:, 2::2] == targets[:, 1:-1:2]  # fewer repeats, or nothing could be aligned
     targets = targets.clamp(1, 3)
@@ -587,11 +587,11 @@ def test_the_lattice_alone(device, impl):
     logits, targets, input_lengths, target_lengths = make(12, 4, 6, 4, kinds=2, device=device, full=True)
     input_lengths[1], input_lengths[2] = 7, 1
     args = logits.log_softmax(-1), targets, input_lengths, target_lengths
-    nll, gamma = ctc_lattice(*args, blank=0, impl=impl, need_gamma=True)
+    nll, gamma = lattice(*args, blank=0, impl=impl, need_gamma=True)
     wanted = (torch.arange(12, device=device)[:, None] < input_lengths) & nll.isfinite()
     assert nll.isinf().tolist() == [False, False, True, False]
     torch.testing.assert_close(gamma.sum(2), wanted.float())
-    bare, empty = ctc_lattice(*args, blank=0, impl=impl, need_gamma=False)
+    bare, empty = lattice(*args, blank=0, impl=impl, need_gamma=False)
     assert torch.equal(bare, nll)
     assert not empty.numel()
 
