@@ -27,7 +27,7 @@ STEPS, POINTS, UTTERANCES = 200, (50, 100), 16
 
 def gradient(function, hidden, model, batch, lengths, dtype, **kwargs):
     """d loss / d hidden in float64, and what `function` returned."""
-    hidden = hidden.to(dtype).requires_grad_()
+    hidden = hidden.detach().to(dtype, copy=True).requires_grad_()  # each run has a gradient of its own
     target_lengths = (batch["ctc_labels"] != eager.IGNORE_INDEX).sum(1)
     out = function(
         hidden,
