@@ -38,17 +38,25 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     return impl
 
 
+@functools.cache
+def _annotate() -> Callable[..., Any] | None:
+    """`nvtx.annotate`; None without the package, as on a bare machine with PyTorch: ranges change no result."""
+    try:
+        from nvtx import annotate
+    except ModuleNotFoundError:
+        return None
+    return annotate
+
+
 def ranged(name: str) -> Callable[[Function], Function]:
     """Decorator: an NVTX range round each call, but none in a compiled graph: there its operations have their own."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or (annotate := _annotate()) is None:
                 return function(*args, **kwargs)
-            import nvtx
-
-            with nvtx.annotate(name, domain="soundwave"):
+            with annotate(name, domain="soundwave"):
                 return function(*args, **kwargs)
 
         return call

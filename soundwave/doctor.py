@@ -8,7 +8,7 @@ from soundwave.attention import choose_attention
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.kernels.dispatch import resolve_impl
 
-REQUIRED = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "soundfile", "soxr")
+REQUIRED = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "nvtx", "soundfile", "soxr")
 OPTIONAL = {"flash-attn": "soundwave[flash]", "torchaudio": "soundwave[gpu], for GPU machines only"}
 
 

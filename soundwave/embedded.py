@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import espeakng_loader
 import numpy as np
 from filelock import FileLock
 
@@ -157,6 +156,8 @@ class Espeak:
     _SYNCHRONOUS_RETRIEVAL, _DONT_EXIT, _UTF8, _RATE, _PITCH = 2, 0x8000, 1, 1, 3  # speak_lib.h
 
     def __init__(self) -> None:
+        import espeakng_loader  # here: who brings recordings needs no synthesiser
+
         self._folder = tempfile.TemporaryDirectory()
         self._library = ctypes.CDLL(shutil.copy(espeakng_loader.get_library_path(), self._folder.name))
         self._libc = ctypes.CDLL(None)
