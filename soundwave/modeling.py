@@ -69,6 +69,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         adapters = ADAPTERS[config.implementation]
         self.alignment = adapters.AlignmentAdapter(config)
         self.shrinking = adapters.ShrinkingAdapter(config)
+        # It begins as the norm of the kept frame alone: the LLM learns to read that in half the steps (docs/log.md).
+        nn.init.zeros_(self.shrinking.out_proj.weight)
         self.blank_weight = nn.Parameter(torch.zeros(config.hidden_size))
         self.blank_bias = nn.Parameter(torch.zeros(()))
         self.post_init()
