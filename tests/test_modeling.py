@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, WhisperModel
 
-from soundwave import embedded
+from soundwave import eager, embedded
 from soundwave.configuration import SoundwaveConfig
 from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
@@ -42,7 +42,7 @@ def model(config) -> SoundwaveForConditionalGeneration:
     model = SoundwaveForConditionalGeneration.from_backbones(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_B" in name or name == "blank_weight":
+            if ".lora_B" in name or name in ("blank_weight", "shrinking.out_proj.weight"):
                 parameter.normal_(std=0.02)  # zeros would hide what goes wrong in them
     return model
 
@@ -300,6 +300,14 @@ def test_stage_three_with_the_shrinking_adapter_trains_it_too(model, batch):
     model.train()(**batch | {"ctc_labels": None}).loss.backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == set(trained)
     assert any(name.startswith("shrinking.") for name in trained)
+
+
+def test_a_fresh_shrinking_adapter_is_the_norm_of_the_kept_frames(config):
+    model = SoundwaveForConditionalGeneration(config)
+    hidden = torch.randn(2, 5, config.hidden_size)
+    peaks = eager.Peaks(torch.tensor([1, 3, 7]), torch.tensor([0, 2, 3], dtype=torch.int32), 2)
+    found = model.shrinking(hidden, torch.tensor([5, 4]), peaks)
+    torch.testing.assert_close(found, model.shrinking.norm(hidden.flatten(0, 1)[peaks.index]))
 
 
 def test_the_next_token_loss_reaches_the_alignment_adapter(model, batch):
