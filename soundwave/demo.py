@@ -43,9 +43,9 @@ FULL = Recipe(
     {
         "stage1": {"steps": 190, "batch_size": 28, "learning_rate": 1.5e-3, "warmup_steps": 15},
         "labels": {"steps": 205, "batch_size": 20, "learning_rate": 1.5e-3, "warmup_steps": 15},
-        "stage2": {"steps": 165, "batch_size": 16, "learning_rate": 7e-4, "warmup_steps": 15, "ctc_weight": 1.0},
+        "stage2": {"steps": 190, "batch_size": 16, "learning_rate": 7e-4, "warmup_steps": 15, "ctc_weight": 1.0},
         "stage3": {
-            "steps": 180, "batch_size": 16, "learning_rate": 4e-4, "warmup_steps": 10, "train_shrinking": True
+            "steps": 205, "batch_size": 16, "learning_rate": 4e-4, "warmup_steps": 10, "train_shrinking": True
         },
     },
 )  # fmt: skip
