@@ -22,6 +22,8 @@ def _raise(place: int, value: int, message: Message, shape: torch.Size) -> None:
 
 def raise_pending(wait: bool = False) -> None:
     """Raise what earlier calls on CUDA found, as far as it has arrived; with `wait`, all of it."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return  # while a CUDA graph is captured, no event may be asked
     while _pending and (wait or _pending[0][0].query()):
         event, found, message, shape = _pending.pop(0)
         event.synchronize()

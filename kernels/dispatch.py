@@ -6,6 +6,7 @@ Triton for CUDA tensors and torch elsewhere. Asking for Triton where it cannot r
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,11 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     return impl
 
 
+def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    first = next((x for x in args if isinstance(x, torch.Tensor)), None)
+    return nullcontext() if first is None or not first.is_cuda else torch.cuda.device_of(first)
+
+
 @functools.cache
 def _annotate() -> Callable[..., Any] | None:
     """`nvtx.annotate`; None without the package, as on a bare machine with PyTorch: ranges change no result."""
@@ -48,15 +54,25 @@ def _annotate() -> Callable[..., Any] | None:
     return annotate
 
 
+def input_precision() -> str:
+    """For `tl.dot` of float32: "tf32" where torch's own products may round to it, else "ieee"."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def ranged(name: str) -> Callable[[Function], Function]:
-    """Decorator: an NVTX range round each call, but none in a compiled graph: there its operations have their own."""
+    """Decorator: an NVTX range round each call, with the first tensor's GPU as the current one, where Triton launches.
+
+    Neither in a compiled graph: there the operations in it have their own.
+    """
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or (annotate := _annotate()) is None:
+            if torch.compiler.is_compiling():
                 return function(*args, **kwargs)
-            with annotate(name, domain="soundwave"):
+            annotate = _annotate()
+            range_ = nullcontext() if annotate is None else annotate(name, domain="soundwave")
+            with range_, _device_of(args):
                 return function(*args, **kwargs)
 
         return call

@@ -62,7 +62,7 @@ def _run(
         of_row = upstream[place].to(dtype)
         greatest = of_row.abs().amax().clamp(min=torch.finfo(dtype).tiny)
         share, sign = of_row.abs() / greatest, of_row.sign()
-    dhidden = torch.zeros_like(hidden) if need_hidden else hidden.new_zeros(0)
+    dhidden = hidden.new_zeros(hidden.shape) if need_hidden else hidden.new_zeros(0)
     dweight = own.new_zeros(weight.shape if need_weight else 0)
     stats = RowStats.empty(len(rows), own)
     rows, products_weight = rows.to(product_dtype), weight.to(product_dtype)
@@ -104,8 +104,8 @@ def _linear_cross_entropy_fwd(
     losses, dhidden, dweight, count = _run(
         hidden, weight, target, ignore_index, product_dtype, exact, need_hidden, need_weight, impl, validate
     )
-    scale = 1 / count.to(losses.dtype) if reduction == "mean" else losses.new_ones(())
-    # As torch: the mean of no row at all is NaN.
+    scale = 1 / count.clamp(min=1).to(losses.dtype) if reduction == "mean" else losses.new_ones(())
+    # As torch: the mean of no row at all is NaN, its gradient 0.
     loss = losses if reduction == "none" else losses.sum() / count if reduction == "mean" else losses.sum()
     return loss, dhidden, dweight, scale
 

@@ -120,7 +120,7 @@ def _run(
     greatest = scale.abs().amax() if batch else scale.sum()
     share = scale / greatest.clamp(min=torch.finfo(dtype).tiny)
 
-    packed = Packed.of(input_lengths if given.is_cuda else given, hidden)
+    packed = Packed.of(input_lengths if given.is_cuda else given.clamp(0, size), hidden)
     labels, used, column = _alphabet(targets, target_lengths, head.blank)
     own = label_logits(hidden, head, labels, used, packed)
     rows, weight = packed.pack(hidden).to(product_dtype), head.weight.to(product_dtype)
@@ -154,6 +154,9 @@ def _run(
         packed.pad(log_probs, hidden).transpose(0, 1), column, input_lengths, target_lengths,
         blank=0, impl=impl, need_gamma=any(need),
     )  # fmt: skip
+    lost = fits & (nll == torch.inf)  # it has frames enough, but what it needs has probability 0
+    fits, scale = fits & ~lost, scale.masked_fill(lost, 0.0)
+    greatest = torch.where(lost.any(), torch.nan, greatest)  # dW already holds its P: better none than a wrong one
     if any(need):
         gradient = _label_gradient(log_probs, gamma.transpose(0, 1).flatten(0, 1)[packed.place], stats)
         gradient.masked_fill_(~fits[packed.utterance, None], 0.0)

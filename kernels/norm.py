@@ -168,9 +168,9 @@ def _forward(
             _check_index(residual_index, residual.shape[0])
             residual = residual[residual_index]
         total = x.to(compute) + residual.to(compute)
-        stored = total.to(dtype) if return_sum else x.new_empty(0, dtype=dtype)
+        stored = x.new_empty(x.shape if return_sum else 0, dtype=dtype)
         if return_sum:
-            total = stored.to(compute)
+            total = stored.copy_(total).to(compute)
         y, mean, rstd = torch.native_layer_norm(total, (width,), weight.to(compute), bias.to(compute), eps)
         return y.to(dtype), stored, mean.view(rows), rstd.view(rows)
     x, residual, weight, bias = (tensor.contiguous() for tensor in (x, residual, weight, bias))

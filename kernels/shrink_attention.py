@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from soundwave.kernels.dispatch import ranged, resolve_impl
+from soundwave.kernels.dispatch import input_precision, ranged, resolve_impl
 from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
 
 MAX_E = 256  # one row of a head in registers
@@ -218,12 +218,11 @@ def _launch(kernel, tile: Tile, over_keys: bool, tensors, query, key, value, cu_
     (rows_q, heads, size), batch = query.shape, cu_seqlens[0].numel() - 1
     tiles = triton.cdiv(longest[1], tile.block_n) if over_keys else triton.cdiv(longest[0], tile.block_m)
     strides = (stride for tensor in (query, key, value) for stride in tensor.stride()[:2])
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if tiles * heads * batch:
         kernel[(tiles * heads * batch,)](
             *tensors, *cu_seqlens, scale, batch, heads, rows_q, key.shape[0], *longest, *strides,
             E=size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_E=max(triton.next_power_of_2(size), 16),
-            PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            PRECISION=input_precision(), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
 
@@ -254,11 +253,12 @@ def _forward(
     """O [K, H, E] and the log-sum-exp of S [H, K], with Triton of base 2."""
     _check_bounds("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
     _check_bounds("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
-    cu_seqlens, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    cu_seqlens = cu_seqlens_q.to(query.device), cu_seqlens_k.to(query.device)
+    longest = max_seqlen_q, max_seqlen_k
     if impl == "torch":
         with torch.autocast(query.device.type, enabled=False):
             return padded_attention(query, key, value, *cu_seqlens, *longest, scale, query.device.type == "cpu")
-    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[1::-1], dtype=torch.float32)
+    out, lse = query.new_full(query.shape, torch.nan), query.new_empty(query.shape[1::-1], dtype=torch.float32)
     tensors, tile = (query, key, value, out, lse), _settings(query).fwd
     _launch(_shrink_attention_fwd_kernel, tile, False, tensors, query, key, value, cu_seqlens, longest, scale)
     return out, lse
@@ -278,7 +278,8 @@ def _backward(
     need_dkv: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ, dK and dV; the last two are empty where they are not needed."""
-    cu_seqlens, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    cu_seqlens = cu_seqlens_q.to(query.device), cu_seqlens_k.to(query.device)
+    longest = max_seqlen_q, max_seqlen_k
     if impl == "torch":
         with torch.autocast(query.device.type, enabled=False):
             dq, dk, dv = padded_attention_backward(
@@ -351,6 +352,6 @@ def shrink_attention(
             f"heads of at most {MAX_E}; impl='torch' takes all"
         )
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
-    cu_seqlens_q, cu_seqlens_k = (x.to(query.device) for x in (cu_seqlens_q, cu_seqlens_k))
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     scale = size**-0.5 if scale is None else scale
     return _forward(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, impl)[0]

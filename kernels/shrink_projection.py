@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from soundwave.kernels.dispatch import ranged, resolve_impl
+from soundwave.kernels.dispatch import input_precision, ranged, resolve_impl
 
 GROUP = 8  # tiles of rows that are done together, so that the tiles of W they share stay in the L2 cache
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -116,7 +116,7 @@ def _gather_matmul(gather: str, a: Tensor, b: Tensor, bias: Tensor | None, index
         _gather_matmul_kernel[grid](
             a, b, bias, index, c, size_i, size_j, size_r, rows, *a.stride(), *b.stride(), c.stride(0),
             GATHER=gather, DTYPE=TRITON_DTYPE[dtype], GROUP=GROUP,
-            PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            PRECISION=input_precision(),
             BLOCK_I=config.block_i, BLOCK_J=config.block_j, BLOCK_R=config.block_r,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -152,7 +152,7 @@ def _forward(
             q = F.linear(_take(x, index, weight.dtype), weight[:columns], bias[:columns])
         else:
             q = weight.new_empty(index.shape[0], columns)
-            _gather_matmul("a", x, weight[:columns].t(), bias, index, q)
+            _gather_matmul("a", x, weight[:columns].t(), bias.contiguous(), index.contiguous(), q)
         if kept:
             return q, weight.new_empty(0), weight.new_empty(0)
         context = _take(x, rows, weight.dtype)

@@ -223,7 +223,7 @@ def vocab_chunks(
 
 
 def _tile(x: Tensor, columns: int) -> int:
-    return TILE_CPU if x.device.type == "cpu" and x.dtype != torch.bfloat16 else max(columns, 1)
+    return TILE_CPU if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) else max(columns, 1)
 
 
 def _mm(p: Tensor, weight: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -236,7 +236,7 @@ def _mm(p: Tensor, weight: Tensor, columns: Tensor | None, dtype: torch.dtype) -
         rows = weight[v : v + tile] if columns is None else weight[columns[v : v + tile]]
         if out is not None:
             out.addmm_(p[:, v : v + tile], rows)
-        elif p.is_cuda and p.dtype != dtype:
+        elif p.is_cuda and dtype == torch.float32 != p.dtype:  # all that it sums half types in
             out = torch.mm(p, rows, out_dtype=dtype)
         else:
             out = torch.mm(p[:, v : v + tile], rows).to(dtype)
@@ -287,7 +287,7 @@ def add_weight_gradient(dweight: Tensor, p: Tensor, hidden: Tensor) -> None:
         out, left = dweight[v : v + WEIGHT_TILE], p[:, v : v + WEIGHT_TILE].t()
         if p.dtype == dweight.dtype:
             out.addmm_(left, hidden)
-        elif p.is_cuda:
+        elif p.is_cuda and dweight.dtype == torch.float32:
             out += torch.mm(left, hidden, out_dtype=dweight.dtype)
         else:
             out += torch.mm(left, hidden)

@@ -214,7 +214,7 @@ def _padded(
 ) -> Tensor:
     """`attend` over [B, H, longest, E]; views alone where all utterances are equally long."""
     batch = cu_seqlens_q.numel() - 1
-    same = cu_seqlens_q is cu_seqlens_k
+    same = cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
     cu_seqlens_q, cu_seqlens_k = (bounds.to(query.device, torch.int64) for bounds in (cu_seqlens_q, cu_seqlens_k))
     place_q = place_k = mask = None
     if query.shape[0] != batch * max_seqlen_q:

@@ -297,3 +297,28 @@ def test_the_definition_and_the_module():
     module = fused.LinearCrossEntropyLoss(reduction="sum")
     assert torch.equal(module(hidden, weight, target), linear_cross_entropy(hidden, weight, target, reduction="sum"))
     assert "reduction='sum'" in repr(module)
+
+
+def test_a_batch_without_targets_has_no_gradient_and_no_nan():
+    hidden, weight, target = make(5, 20, 7)
+    hidden.requires_grad_(), weight.requires_grad_()
+    linear_cross_entropy(hidden, weight, torch.full_like(target, -100)).backward()
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("columns", [2048, 2049])
+def test_half_precision_over_more_columns_than_a_tile(columns):
+    hidden, weight, target = make(5, columns, 7, dtype=FP16)
+    hidden.requires_grad_()
+    linear_cross_entropy(hidden, weight, target).backward()
+    expected = hidden.detach().float().requires_grad_()
+    plain(expected, weight.float(), target).backward()
+    torch.testing.assert_close(hidden.grad.float(), expected.grad, rtol=0.02, atol=2e-3)
+
+
+def test_a_transposed_view_compiles():
+    hidden, weight, target = make(7, 20, 7)
+    hidden = hidden.t().detach().requires_grad_()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    compiled(hidden, weight, target).backward()
+    assert hidden.grad.shape == hidden.shape

@@ -680,3 +680,13 @@ def test_the_module_is_the_function():
     assert torch.equal(loss, linear_ctc_loss(**case, reduction="sum", zero_infinity=True).loss)
     assert "blank=20, reduction='sum'" in repr(module)
     assert not list(module.parameters()) and F.relu(loss) == loss
+
+
+def test_what_probability_0_makes_infeasible_has_no_gradient():
+    """Two equal labels need a blank between them, and this one never comes."""
+    case = to(make(2, 6, 20, 7, 2, blank=20, full=True), FP32, trained=("hidden", "blank_weight"))
+    case["targets"][0] = 1
+    with torch.no_grad():
+        case["blank_bias"].fill_(-torch.inf)
+    out, gradients = run(linear_ctc_loss, case, reduction="none", zero_infinity=True)
+    assert out.loss[0] == 0 and not gradients["hidden"][0].any()

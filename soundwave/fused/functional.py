@@ -93,7 +93,8 @@ def ctc_loss(
 def _lengths(name: str, lengths: Tensor | Sequence[int], batch: int, like: Tensor, single: bool) -> Tensor:
     """`lengths` as an integer tensor [B]; of a `single` utterance a number will do."""
     if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, dtype=torch.int64)
+        lengths = torch.tensor(lengths)
+        lengths = lengths if lengths.numel() else lengths.long()
     if lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {lengths.dtype}, but it must be int32 or int64")
     if lengths.shape != (batch,) and not (single and lengths.dim() == 0):
