@@ -11,7 +11,7 @@ from torch import Tensor
 from whisper_normalizer.basic import BasicTextNormalizer
 
 from soundwave.configuration import SoundwaveConfig
-from soundwave.data.collate import answer_of, features, prompt_of, with_duration
+from soundwave.data.collate import answer_of, ctc_text_of, features, prompt_of, with_duration
 from soundwave.data.manifest import Sample
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.modeling import SoundwaveForConditionalGeneration, batch_to
@@ -104,7 +104,7 @@ def answer(
     prompts: Sequence[str],
     audio: Sequence[Tensor | None],
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 256,
 ) -> list[str]:
     """The model's greedy answers to prompts, each about one recording's features [n_mels, T_mel] or none."""
     batch = batch_to(dict(processor(list(prompts), list(audio))), model.device)
@@ -121,12 +121,15 @@ def evaluate_ctc(
     *,
     batch_size: int = 16,
 ) -> Report:
-    """Word error rate of the CTC reading (no language model), and how the blank is used. Samples without audio or text
-    are left out."""
-    samples = [sample for sample in samples if sample.audio is not None and normalise(sample.text or "")]
+    """Word error rate of the CTC reading (no language model), and how the blank is used.
+
+    What CTC should write is a sample's `ctc_text`, else its `text`. Samples without audio or text are left out.
+    """
+    samples = [sample for sample in samples if sample.audio is not None and normalise(ctc_text_of(sample) or "")]
     if not samples:
         raise ValueError("samples holds no recording with a transcript")
     samples = [with_duration(sample) for sample in samples]
+    wanted = [ctc_text_of(sample) for sample in samples]
     model.eval()
     readings: dict[int, str] = {}
     frames = blanks = peaks = labels = 0
@@ -138,14 +141,14 @@ def evaluate_ctc(
         for row in path:
             runs = torch.unique_consecutive(row)
             peaks += int(((runs != model.blank) & (runs >= 0)).sum())
-        labels += sum(len(processor.ctc_ids(samples[i].text)) for i in indices)
+        labels += sum(len(processor.ctc_ids(wanted[i])) for i in indices)
     return Report(
-        wer=word_error_rate([sample.text for sample in samples], [readings[i] for i in range(len(samples))]),
+        wer=word_error_rate(wanted, [readings[i] for i in range(len(samples))]),
         samples={"transcribe": len(samples)},
         blank_share=blanks / frames,
         kept_per_label=peaks / labels,
         compression=frames / max(peaks, 1),
-        answers=[(sample.id, "transcribe", sample.text, readings[i]) for i, sample in enumerate(samples)],
+        answers=[(sample.id, "transcribe", wanted[i], readings[i]) for i, sample in enumerate(samples)],
     )
 
 
@@ -155,7 +158,7 @@ def evaluate(
     samples: Sequence[Sample],
     *,
     batch_size: int = 16,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 256,
 ) -> Report:
     """Word error rate and accuracies of what the language model answers."""
     if not samples:

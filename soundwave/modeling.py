@@ -112,10 +112,21 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         return model.eval()
 
     def add_lora(self) -> None:
-        """Fresh LoRA matrices on the language model (peft), in float32."""
+        """Fresh LoRA matrices on the language model (peft), in float32.
+
+        Raises:
+            ValueError: the language model has none of a name in `lora_target_modules`; peft would leave it out.
+        """
         from peft import LoraConfig
 
         config = self.config
+        there = {name.rpartition(".")[2] for name, _ in self.language_model.named_modules()}
+        missing = [name for name in config.lora_target_modules if name not in there]
+        if missing:
+            raise ValueError(
+                f"lora_target_modules names {missing[0]!r}, which {config.language_model} has not: Soundwave trains "
+                "language models of Llama's layout"
+            )
         self.language_model.add_adapter(
             LoraConfig(
                 r=config.lora_rank,
@@ -206,6 +217,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         self.config.save_pretrained(folder)
         state = {name: parameter.detach().cpu().contiguous() for name, parameter in self.trained_state_dict().items()}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / WEIGHTS_FILE).chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
 
     # ---------------------------------------------------------------- parts
 
