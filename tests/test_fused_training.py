@@ -22,7 +22,7 @@ SAME = {
     "adapter_dropout": 0.0,
     "exact": True,
 }
-STAGES = {1: {"learning_rate": 1e-3}, 2: {"learning_rate": 3e-4}}
+STAGES = {1: {"learning_rate": 5e-4}, 2: {"learning_rate": 3e-4}}
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +23,22 @@ CONVERT = "get a whole copy, or convert it: ffmpeg -i FILE FILE.wav"
 
 
 class AudioError(ValueError):
-    """An audio file that cannot be used. One line: file, what was found, how to mend it."""
+    """An audio file that cannot be used. One line: file, what was found, how to mend it.
+
+    `fault` is the line without the file.
+    """
+
+    def __init__(self, path: str | Path, fault: str):
+        super().__init__(path, fault)
+        self.path, self.fault = path, fault
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)}: {self.fault}"
+
+
+def shown(path: str | Path) -> str:
+    """A path on one line: as it is, or with its unprintable characters escaped."""
+    return str(path) if str(path).isprintable() else ascii(str(path))
 
 
 def load_audio(
@@ -39,47 +56,52 @@ def load_audio(
     Raises AudioError: the file is missing, a folder, empty, not audio, truncated or damaged, holds NaN or
     infinite samples, or ends before offset + duration. (An Ogg file cut short is a whole, shorter file.)
     """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise AudioError(f"{path}: is not a file; name an audio file")
-        if status.st_size == 0:
-            raise AudioError(f"{path}: is empty; record it again")
-        if Path(path).suffix.lower() == ".raw":  # soundfile would want to be told its rate and format
-            raise AudioError(f"{path}: is raw samples without a header; convert it to WAV")
-        with open(path, "rb") as handle, soundfile.SoundFile(handle) as file:
-            rate = file.samplerate
-            audio = _read_part(file, handle, offset, duration)
-    except FileNotFoundError:
-        raise AudioError(f"{path}: does not exist; name an audio file") from None
-    except OSError as error:
-        raise AudioError(f"{path}: cannot be opened ({error.strerror}); name a readable audio file") from None
-    except soundfile.LibsndfileError as error:
-        reason = error.error_string.rstrip(".") or "damaged"
-        raise AudioError(f"{path}: cannot be decoded ({reason}); {CONVERT}") from None
-    except _Fault as fault:
-        raise AudioError(f"{path}: {fault}") from None
+    with _opened(path) as (file, handle):
+        rate = file.samplerate
+        audio = _read_part(file, handle, offset, duration)
     if not np.isfinite(audio).all():
-        raise AudioError(f"{path}: holds NaN or infinite samples; export it again")
+        raise AudioError(path, "holds NaN or infinite samples; export it again")
     audio = audio.mean(axis=1)
     if rate != sampling_rate:
         audio = soxr.resample(audio, rate, sampling_rate)
     if len(audio) == 0:
-        raise AudioError(f"{path}: holds no samples; record it again")
+        raise AudioError(path, "holds no samples; record it again")
     return audio
+
+
+def seconds_of(path: str | Path) -> float:
+    """Length of a recording in seconds, from its header; AudioError if it is no recording."""
+    with _opened(path) as (file, _):
+        _refuse_odd_rate(file)
+        return file.frames / file.samplerate
 
 
 class _Fault(Exception):
     """Fault and mend, without the file's name."""
 
 
-def seconds_of(path: str | Path) -> float:
-    """Length of a recording in seconds, from its header; AudioError if it is no recording."""
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, BinaryIO]]:
+    """The file, to read from; whatever goes wrong with it becomes an AudioError."""
     try:
-        info = soundfile.info(str(path))
-    except (soundfile.SoundFileError, TypeError) as error:
-        raise AudioError(f"{path}: cannot be read as audio ({error}); give WAV, FLAC, Ogg or MP3") from error
-    return info.frames / info.samplerate
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise _Fault("is not a file; name an audio file")
+        if status.st_size == 0:
+            raise _Fault("is empty; record it again")
+        if Path(path).suffix.lower() == ".raw":  # soundfile would want to be told its rate and format
+            raise _Fault("is raw samples without a header; convert it to WAV")
+        with open(path, "rb") as handle, soundfile.SoundFile(handle) as file:
+            yield file, handle
+    except FileNotFoundError:
+        raise AudioError(path, "does not exist; name an audio file") from None
+    except OSError as error:
+        raise AudioError(path, f"cannot be opened ({error.strerror}); name a readable audio file") from None
+    except soundfile.LibsndfileError as error:
+        reason = error.error_string.rstrip(".") or "damaged"
+        raise AudioError(path, f"cannot be decoded ({reason}); {CONVERT}") from None
+    except _Fault as fault:
+        raise AudioError(path, str(fault)) from None
 
 
 def _read_part(file: soundfile.SoundFile, handle: BinaryIO, offset: float, duration: float | None) -> np.ndarray:
@@ -89,8 +111,7 @@ def _read_part(file: soundfile.SoundFile, handle: BinaryIO, offset: float, durat
     if duration is not None and not 0 < duration < math.inf:
         raise _Fault(f"duration = {duration:g}; give seconds above 0, or None")
     rate = file.samplerate
-    if not RATES[0] <= rate <= RATES[1]:
-        raise _Fault(f"its header says {rate} samples a second; {CONVERT}")
+    _refuse_odd_rate(file)
     _refuse_cut_wav(file)
 
     length = file.frames / rate
@@ -114,6 +135,11 @@ def _read_part(file: soundfile.SoundFile, handle: BinaryIO, offset: float, durat
     if duration is None and file.format == "MP3":
         _refuse_misjudged_mp3(handle)
     return np.concatenate(blocks) if blocks else np.empty((0, file.channels), np.float32)
+
+
+def _refuse_odd_rate(file: soundfile.SoundFile) -> None:
+    if not RATES[0] <= file.samplerate <= RATES[1]:
+        raise _Fault(f"its header says {file.samplerate} samples a second; {CONVERT}")
 
 
 def _refuse_cut_wav(file: soundfile.SoundFile) -> None:

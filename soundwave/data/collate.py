@@ -1,16 +1,30 @@
 """Samples to batches: decode the audio, extract features, build prompts and labels."""
 
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from soundwave.data.audio import load_audio, seconds_of
+from soundwave.data.audio import AudioError, load_audio, seconds_of, shown
 from soundwave.data.manifest import Sample
 from soundwave.processing import SoundwaveProcessor
 
 TRANSCRIBE_PROMPT = "Transcribe the speech."
 CHARACTERS_A_TOKEN = 4  # of English text
 TOKENS_A_SECOND = 5  # 3 kept frames, and as much work as 2 more tokens in the encoder
+SILENCE = 2**-15  # full scale is 1; one step of 16 bits, which dithering may leave
+
+
+class LeftOut(NamedTuple):
+    """A sample that is not trained on, and why: its id, its audio file, the fault and how to mend it."""
+
+    sample: str
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.sample}: {shown(self.file)}: {self.reason}"
 
 
 class Collator:
@@ -24,26 +38,92 @@ class Collator:
     def __init__(self, processor: SoundwaveProcessor, stage: int):
         self.processor, self.stage = processor, stage
 
-    def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
+    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
+        return self.collate(samples, [features(self.processor, sample) for sample in samples])
+
+    def collate(self, samples: list[Sample], clips: list[Tensor | None]) -> dict[str, Tensor]:
+        """The batch of samples whose features [n_mels, T_mel] are `clips`; None: text only."""
         if self.stage == 1:
-            clips = [features(self.processor, sample) for sample in samples]
             labels = self.processor.ctc_labels([ctc_text_of(sample) for sample in samples])
             return self.processor.pad_features(clips) | {"ctc_labels": labels}
         return dict(
             self.processor(
                 [prompt_of(sample) for sample in samples],
-                [features(self.processor, sample) for sample in samples],
+                clips,
                 [answer_of(sample) for sample in samples],
                 [ctc_text_of(sample) for sample in samples] if self.stage == 2 else None,
             )
         )
 
 
+class CheckedCollator(Collator):
+    """A Collator that leaves out what cannot be trained on, and names what is in the batch.
+
+    Left out is a sample whose audio cannot be decoded, or is silent although it has a transcript, or is so loud that it
+    has no features, and in stages 1 and 2 one whose transcript needs more frames than its audio has.
+
+    Args:
+        processor, stage: as in Collator.
+        frame_stack: encoder frames (50 Hz) to a frame of CTC, as in SoundwaveConfig.
+    """
+
+    def __init__(self, processor: SoundwaveProcessor, stage: int, *, frame_stack: int = 2):
+        super().__init__(processor, stage)
+        self.frame_stack = frame_stack
+
+    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
+        """-> Collator's tensors, none where every sample was left out; `samples`, `tasks` list[str] of those in the
+        batch; `left_out` list[LeftOut]."""
+        kept, clips, left_out = [], [], []
+        for sample in samples:
+            try:
+                clip = self.clip(sample)
+            except AudioError as error:
+                left_out.append(LeftOut(sample.id, str(sample.audio), error.fault))
+            else:
+                kept.append(sample)
+                clips.append(clip)
+        batch: dict[str, Any] = self.collate(kept, clips) if kept else {}
+        names = {"samples": [sample.id for sample in kept], "tasks": [sample.task for sample in kept]}
+        return batch | names | {"left_out": left_out}
+
+    def clip(self, sample: Sample) -> Tensor | None:
+        """Log-mel features [n_mels, T_mel]; None for text only; AudioError where the sample is to be left out."""
+        if sample.audio is None:
+            return None
+        audio = load_audio(sample.audio, offset=sample.offset, duration=sample.duration)
+        if np.abs(audio).max() <= SILENCE and (sample.text or "").strip():
+            raise AudioError(sample.audio, f"is silent, but its text is {_short(sample.text)}; record it again")
+        clip = self.processor.features(audio)
+        if not clip.isfinite().all():
+            loudest = np.abs(audio).max()
+            raise AudioError(sample.audio, f"has samples up to {loudest:.3g}; export it again with a full scale of 1")
+        text = ctc_text_of(sample)
+        if self.stage < 3 and text and text.strip():
+            ids = self.processor.ctc_ids(text)
+            needed = len(ids) + sum(a == b for a, b in pairwise(ids))
+            frames = -(-clip.shape[1] // (2 * self.frame_stack))
+            if needed > frames:
+                raise AudioError(
+                    sample.audio,
+                    f"has {frames} frames, but its text {_short(text)} needs {needed}; correct the text, or the offset "
+                    "and duration",
+                )
+        return clip
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 40 else repr(text[:40]) + "…"
+
+
 def with_duration(sample: Sample) -> Sample:
     """The sample with the duration that its manifest left out, from the file's header: batches are made by length."""
     if sample.audio is None or sample.duration is not None:
         return sample
-    return sample.model_copy(update={"duration": seconds_of(sample.audio) - sample.offset})
+    try:
+        return sample.model_copy(update={"duration": seconds_of(sample.audio) - sample.offset})
+    except AudioError as error:
+        raise _of_sample(sample, error) from None
 
 
 def tokens_of(sample: Sample) -> float:
@@ -56,7 +136,15 @@ def features(processor: SoundwaveProcessor, sample: Sample) -> Tensor | None:
     """Log-mel features [n_mels, T_mel] of a sample's audio, None for text only."""
     if sample.audio is None:
         return None
-    return processor.features(load_audio(sample.audio, offset=sample.offset, duration=sample.duration))
+    try:
+        return processor.features(load_audio(sample.audio, offset=sample.offset, duration=sample.duration))
+    except AudioError as error:
+        raise _of_sample(sample, error) from None
+
+
+def _of_sample(sample: Sample, error: AudioError) -> AudioError:
+    """The error with the manifest's line before the file."""
+    return AudioError(f"{sample.id}: {shown(sample.audio)}", error.fault)
 
 
 def ctc_text_of(sample: Sample) -> str | None:

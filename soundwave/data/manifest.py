@@ -17,11 +17,13 @@ import difflib
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from soundwave.data.audio import shown
 
 AUDIO_TAG = "<audio>"
 KEYS = (
@@ -39,6 +41,14 @@ WANTED = {
 
 class ManifestError(ValueError):
     """A manifest that cannot be used. One line: file, line number, what was found, how to mend it."""
+
+
+class _AudioMissing(ManifestError):
+    """The line is as it should be, but its audio file is not there to be read."""
+
+    def __init__(self, name: str, fault: str):
+        super().__init__(f"audio_filepath {_show(name)} {fault}")
+        self.name, self.fault = name, fault
 
 
 class Sample(BaseModel):
@@ -67,32 +77,42 @@ class Sample(BaseModel):
     extra: dict[str, Any] = {}
 
 
-def read_manifest(path: str | Path, *, allow_outside: bool = False) -> list[Sample]:
+def read_manifest(
+    path: str | Path, *, allow_outside: bool = False, leave_out: Callable[[str, str, str], None] | None = None
+) -> list[Sample]:
     """Read and check every line; audio files must exist now, not in the third hour of a run.
 
-    `audio_filepath` is relative to the manifest's folder and may not lead out of it unless `allow_outside`: a
-    manifest from somebody else shall name no other files of yours. Symbolic links in the folder are followed:
-    caches and shared disks are made of them.
+    `audio_filepath` is relative to the manifest's folder and may not lead out of it, by a symbolic link either, unless
+    `allow_outside`: a manifest from somebody else shall name no other files of yours.
+
+    leave_out: called with the sample's id, its audio_filepath and the fault for each line whose audio file is
+    missing, empty or unreadable; that line gives no sample. Without it such a line is an error.
 
     Raises ManifestError: the manifest is missing, a folder, empty, binary, not UTF-8, or a line is no sample.
     """
     path = Path(path)
+    samples, lines = [], 0
     try:
         with open(path, "rb") as file:
             _refuse_binary(path, file.peek(4096))
-            samples = [
-                _read_line(path, number, line, allow_outside)
-                for number, line in enumerate(file, start=1)
-                if line.strip() not in (b"", b"\xef\xbb\xbf")
-            ]
+            for number, line in enumerate(file, start=1):
+                if line.strip() in (b"", b"\xef\xbb\xbf"):
+                    continue
+                lines += 1
+                try:
+                    samples.append(_read_line(path, number, line, allow_outside))
+                except _AudioMissing as error:
+                    if leave_out is None:
+                        raise ManifestError(f"{shown(path)}:{number}: {error}") from None
+                    leave_out(f"{path.name}:{number}", error.name, error.fault)
     except FileNotFoundError:
-        raise ManifestError(f"{path}: does not exist; name a manifest (.jsonl)") from None
+        raise ManifestError(f"{shown(path)}: does not exist; name a manifest (.jsonl)") from None
     except IsADirectoryError:
-        raise ManifestError(f"{path}: is a folder; name a manifest (.jsonl) in it") from None
+        raise ManifestError(f"{shown(path)}: is a folder; name a manifest (.jsonl) in it") from None
     except OSError as error:
-        raise ManifestError(f"{path}: cannot be read ({error.strerror}); name a readable manifest") from None
-    if not samples:
-        raise ManifestError(f"{path}: holds no samples; {ONE_OBJECT_A_LINE}")
+        raise ManifestError(f"{shown(path)}: cannot be read ({error.strerror}); name a readable manifest") from None
+    if not lines:
+        raise ManifestError(f"{shown(path)}: holds no samples; {ONE_OBJECT_A_LINE}")
     return samples
 
 
@@ -112,9 +132,9 @@ def write_manifest(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def _refuse_binary(path: Path, head: bytes) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ManifestError(f"{path}: is UTF-16 text; save it as UTF-8")
+        raise ManifestError(f"{shown(path)}: is UTF-16 text; save it as UTF-8")
     if b"\0" in head:
-        raise ManifestError(f"{path}: is a binary file (audio?); {ONE_OBJECT_A_LINE}")
+        raise ManifestError(f"{shown(path)}: is a binary file (audio?); {ONE_OBJECT_A_LINE}")
 
 
 def _read_line(path: Path, number: int, line: bytes, allow_outside: bool) -> Sample:
@@ -132,9 +152,11 @@ def _read_line(path: Path, number: int, line: bytes, allow_outside: bool) -> Sam
         first = error.errors()[0]
         key = first["loc"][0]
         fault = f"{key} = {_show(first['input'])}: {first['msg']}; {WANTED.get(key, 'write a string')}"
+    except _AudioMissing:
+        raise
     except ManifestError as error:
         fault = str(error)
-    raise ManifestError(f"{path}:{number}: {fault}")
+    raise ManifestError(f"{shown(path)}:{number}: {fault}")
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -219,30 +241,42 @@ def _require(row: dict[str, Any]) -> None:
 
 
 def _find_audio(name: Any, folder: Path, allow_outside: bool) -> Path:
-    shown = f"audio_filepath {_show(name)}"
+    named = f"audio_filepath {_show(name)}"
     if not isinstance(name, str):
-        raise ManifestError(f"{shown} is not a string; write a path relative to the manifest's folder")
+        raise ManifestError(f"{named} is not a string; write a path relative to the manifest's folder")
     folder = os.path.abspath(folder)
     audio = os.path.abspath(os.path.join(folder, name))
-    if not allow_outside and os.path.commonpath([folder, audio]) != folder:
-        raise ManifestError(
-            f"{shown} leads out of the manifest's folder; move it in, or permit it: allow_outside=true "
-            "(soundwave evaluate: --allow-outside)"
-        )
+    if not allow_outside:
+        _refuse_outside(named, folder, audio)
     try:
         status = os.stat(audio)
     except FileNotFoundError:
-        raise ManifestError(f"{shown} does not exist; correct it, seen from the manifest's folder") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", error)  # an OSError's own text repeats the path
-        raise ManifestError(f"{shown} cannot be opened ({reason}); name an audio file") from None
+        raise _AudioMissing(name, "does not exist; correct it, seen from the manifest's folder") from None
+    except ValueError as error:  # a null byte
+        raise ManifestError(f"{named} cannot be opened ({error}); name an audio file") from None
+    except OSError as error:  # its own text repeats the path
+        raise _AudioMissing(name, f"cannot be opened ({error.strerror}); name an audio file") from None
     if not stat.S_ISREG(status.st_mode):
-        raise ManifestError(f"{shown} is not a file; name an audio file")
+        raise _AudioMissing(name, "is not a file; name an audio file")
     if status.st_size == 0:
-        raise ManifestError(f"{shown} is an empty file; record it again, or leave this line out")
+        raise _AudioMissing(name, "is an empty file; record it again, or leave this line out")
     if not os.access(audio, os.R_OK):
-        raise ManifestError(f"{shown} is not readable; give yourself permission to read it")
+        raise _AudioMissing(name, "is not readable; give yourself permission to read it")
     return Path(audio)
+
+
+def _refuse_outside(named: str, folder: str, audio: str) -> None:
+    permit = "permit it: allow_outside=true (soundwave train and evaluate: --allow-outside)"
+    if os.path.commonpath([folder, audio]) != folder:
+        raise ManifestError(f"{named} leads out of the manifest's folder; move it in, or {permit}")
+    try:
+        real, real_folder = os.path.realpath(audio), os.path.realpath(folder)
+    except (OSError, ValueError):  # what cannot be followed cannot be opened either, and is refused there
+        return
+    if os.path.commonpath([real_folder, real]) != real_folder:
+        raise ManifestError(
+            f"{named} is a symbolic link out of the manifest's folder, to {_show(real)}; copy the file, or {permit}"
+        )
 
 
 def _show(value: Any) -> str:

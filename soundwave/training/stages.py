@@ -6,23 +6,43 @@ III  LoRA, or LoRA + shrinking adapter  next token
 """
 
 import difflib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from contextlib import closing, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from soundwave import embedded
 from soundwave.configuration import SoundwaveConfig
-from soundwave.data.collate import Collator, features, tokens_of, with_duration
+from soundwave.data.audio import AudioError
+from soundwave.data.collate import CheckedCollator, LeftOut, tokens_of, with_duration
 from soundwave.data.manifest import Sample, read_manifest
 from soundwave.data.sampling import BucketBatchSampler, paper_temperature
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.processing import SoundwaveProcessor
-from soundwave.training.trainer import Clock, Progress, SoundwaveTrainer, newest_checkpoint
+from soundwave.training.checkpoints import newest_checkpoint, step_of, written_aside
+from soundwave.training.journal import Journal, say, write_text
+from soundwave.training.trainer import (
+    Clock,
+    Interrupted,
+    ProgressBar,
+    ProgressLines,
+    SampleError,
+    SoundwaveTrainer,
+    StopOnSignal,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -62,14 +82,24 @@ class StageConfig(BaseModel):
     adapter_dropout: float | None = Field(None, ge=0, lt=1, description="None: 0.1, or that of the model given")
     implementation: Literal["fused", "eager"] = Field("fused", description="eager: plain PyTorch")
     exact: bool = Field(False, description="the fused CTC skips no column of its gradient")
+    gradient_checkpointing: bool | None = Field(
+        None, description="the LLM runs each layer again in backward, for a tenth of the memory; None: on CUDA"
+    )
 
     seed: int = 0
     log_steps: Positive = 10
     save_steps: Positive = 500
     save_total_limit: Positive = 2
     workers: int = Field(0, ge=0, description="processes that load data")
-    resume: bool = Field(False, description="go on from the newest checkpoint in out")
+    resume: bool | None = Field(
+        None,
+        description="None: go on from the newest checkpoint in out, if its run had the same settings and data; "
+        "true: with other ones too; false: out must hold none",
+    )
     allow_outside: bool = Field(False, description="manifests may name audio outside their folder")
+    strict: bool = Field(False, description="a sample that cannot be trained on stops the run; else it is left out")
+    max_skipped: Positive = Field(10, description="steps in a row that may be skipped, their loss not being finite")
+    quiet: bool = Field(False, description="no progress is shown")
 
 
 PAPER: dict[int, dict[str, Any]] = {
@@ -77,6 +107,10 @@ PAPER: dict[int, dict[str, Any]] = {
     2: {"steps": 6000, "batch_size": 16, "accumulation": 8, "learning_rate": 3e-5, "warmup_steps": 200},
     3: {"steps": 4000, "batch_size": 8, "accumulation": 4, "learning_rate": 3e-5, "warmup_steps": 200},
 }
+# Settings that may differ between a run and the one that goes on from its checkpoint: they decide no weight.
+FREE = ("out", "log_steps", "save_steps", "save_total_limit", "workers", "resume", "allow_outside")
+FREE += ("strict", "max_skipped", "quiet")
+VERSIONS_OF = ("soundwave", "torch", "triton", "transformers", "peft", "numpy")
 LONGEST = 30.0  # seconds that Whisper's encoder takes
 TRAINED = {
     1: ("alignment.", "blank_"),
@@ -165,54 +199,169 @@ def _beside(folder: Path, key: str, value: Any) -> Any:
 
 
 def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], float]:
-    """Run one stage.
+    """Run one stage, or go on with it from its newest checkpoint; settings and log are in `out` (`Journal`).
 
     Returns:
         The model's folder (`out/model`), the log (one dict a logging step, see `SoundwaveTrainer`), and the seconds
         that training took.
 
     Raises:
-        ManifestError, AudioError: data that cannot be used. FileNotFoundError, ValueError: a model that does not fit.
+        ManifestError: a manifest that cannot be used. SampleError: a sample that cannot, with `strict`.
+        FileNotFoundError, ValueError: a model that does not fit.
         ConfigError: settings that contradict the data, the model or what `out` holds.
+        FloatingPointError: `max_skipped` steps in a row were not finite. WriteError: the disk is full or read-only.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    checkpoint = newest_checkpoint(config.out)
-    if checkpoint and not config.resume:
-        raise ConfigError(
-            f"out = {str(config.out)!r} holds {checkpoint.name} of an earlier run; go on from it with resume=true, "
-            "or name another folder"
-        )
+    checkpoint = _checkpoint(config)
+    step = step_of(checkpoint) if checkpoint else 0
     set_seed(config.seed)
     device, _ = pick_device()
-    samples = [sample for path in config.train for sample in read_manifest(path, allow_outside=config.allow_outside)]
-    samples = _usable(samples, config)
+    left_out: list[LeftOut] = []
+    samples = _samples(config, left_out)
+    note = _note(config, samples, device, _earlier_note(config.out) if checkpoint else None)
+    config = config.model_copy(update={"dtype": note["config"]["dtype"]})
+
     model = build_model(config, device).to(device)
+    write_text(config.out / "run.json", json.dumps(note, indent=2) + "\n")
+    journal = Journal(config.out)
+    journal.begin(step)
+    for left in left_out:
+        journal.leave_out(0, left)
     processor = SoundwaveProcessor.from_backbones(model.config.audio_tower, model.config.language_model)
     trained = TRAINED[config.stage] + (("shrinking.",) if config.stage == 3 and config.train_shrinking else ())
     freeze_all_but(model, trained)
-    heard = [sample for sample in samples if sample.audio is not None]
-    if config.model is None and heard:
-        first = [features(processor, sample) for sample in heard[: config.batch_size]]
-        batch = {name: value.to(device) for name, value in processor.pad_features(first).items()}
-        model.initialise_blank(**batch)
+    collator = CheckedCollator(processor, config.stage, frame_stack=model.config.frame_stack)
+    if config.model is None and checkpoint is None:
+        clips = _first_clips(collator, samples, config.batch_size)
+        if clips:
+            model.initialise_blank(**{name: x.to(device) for name, x in processor.pad_features(clips).items()})
 
-    clock = Clock()
+    clock, stop = Clock(journal), StopOnSignal()
     trainer = SoundwaveTrainer(
         model=model,
         args=_arguments(config, device),
         train_dataset=samples,
-        data_collator=Collator(processor, config.stage),
+        data_collator=collator,
         batch_sampler=build_sampler(config, samples),
-        callbacks=[clock],
+        journal=journal,
+        strict=config.strict,
+        max_skipped=config.max_skipped,
+        callbacks=[clock, stop],
     )
-    from transformers import PrinterCallback, ProgressCallback
-
-    trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(f"stage {'I' * config.stage}"))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    progress = (ProgressBar if sys.stderr.isatty() else ProgressLines)(f"stage {'I' * config.stage}")
+    if not config.quiet:
+        trainer.add_callback(progress)
+    if step == config.steps:  # killed before its model was written
+        trainer.go_to(checkpoint)
+    else:
+        with stop, closing(progress):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _tell_left_out(journal, len(samples) + len(left_out))
+    if trainer.state.global_step < config.steps:
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step} of {config.steps}, which is saved in {config.out}; "
+            "the same command goes on from there"
+        )
     folder = config.out / "model"
-    model.save_pretrained(folder)
+    with written_aside(folder) as aside:
+        model.save_pretrained(aside)
     return folder, [entry for entry in trainer.state.log_history if "loss" in entry], clock.seconds
+
+
+def _checkpoint(config: StageConfig) -> Path | None:
+    """What the run goes on from; a setting that forbids it is an error."""
+    found = newest_checkpoint(config.out, say)
+    if found is None:
+        return None
+    if config.resume is False:
+        raise ConfigError(
+            f"out = {str(config.out)!r} holds {found.name} of an earlier run, but resume = False; name another folder, "
+            "or delete its checkpoints"
+        )
+    if step_of(found) > config.steps:
+        raise ConfigError(
+            f"out = {str(config.out)!r} holds {found.name}, but steps = {config.steps}; name another folder"
+        )
+    say(f"going on from {found}, step {step_of(found)} of {config.steps}")
+    return found
+
+
+def _earlier_note(out: Path) -> dict[str, Any] | None:
+    """`run.json` of the run that is gone on with; None if it has none."""
+    try:
+        note = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        return note if isinstance(note["config"], dict) and isinstance(note["tasks"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _note(
+    config: StageConfig, samples: list[Sample], device: torch.device, earlier: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What `run.json` tells of a run. One that goes on by itself must have the settings and samples of the earlier."""
+    settings = config.model_dump(mode="json")
+    settings |= {"train": [str(path.resolve()) for path in config.train], "out": str(config.out.resolve())}
+    settings |= {"model": None if config.model is None else str(config.model.resolve())}
+    if config.dtype == "auto":  # decided by a short timing on CPUs, which may end otherwise the next time
+        found = str(pick_dtype(device.type)[0]).removeprefix("torch.")
+        settings["dtype"] = earlier["config"].get("dtype", found) if earlier else found
+    tasks = dict(Counter(sample.task for sample in samples))
+    if earlier and config.resume is None:
+        old, new = earlier["config"] | {"samples": earlier["tasks"]}, settings | {"samples": tasks}
+        changed = [name for name in new if name not in FREE and old.get(name, new[name]) != new[name]]
+        if changed:
+            found = "; ".join(f"{name} = {old[name]!r} then, {new[name]!r} now" for name in changed)
+            raise ConfigError(
+                f"out = {str(config.out)!r} holds checkpoints of a run with {found}; go on all the same with "
+                "resume=true, or name another folder"
+            )
+    return {
+        "stage": config.stage,
+        "config": settings,
+        "versions": {"python": platform.python_version()} | _versions(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+        "commit": commit(),
+        "tasks": tasks,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS_OF:
+        with suppress(PackageNotFoundError):  # triton on other systems than Linux
+            found[name] = version(name)
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the checkout that the package runs from, if it runs from one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def _first_clips(collator: CheckedCollator, samples: list[Sample], count: int) -> list[torch.Tensor]:
+    """Features of the first samples that have any."""
+    clips: list[torch.Tensor] = []
+    for sample in samples:
+        with suppress(AudioError):  # left out, and said so, when its batch comes
+            clip = collator.clip(sample)
+            clips += [] if clip is None else [clip]
+        if len(clips) == count:
+            break
+    return clips
+
+
+def _tell_left_out(journal: Journal, total: int) -> None:
+    if not journal.left_out:
+        return
+    # Figures differ from sample to sample where the fault is the same.
+    faults = Counter(re.sub(r"\d[\d.]*", "…", reason.split(";")[0]) for reason in journal.left_out.values())
+    shown = ", ".join(f"{count} × {fault}" for fault, count in faults.most_common(5))
+    say(f"left out {len(journal.left_out)} of {total} samples, all in {journal.out / 'left_out.jsonl'}: {shown}")
 
 
 def build_model(config: StageConfig, device: torch.device) -> SoundwaveForConditionalGeneration:
@@ -248,6 +397,13 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
     if device.type == "cpu" and model.language_model is not None:
         # Torch's flash attention on the CPU takes ten times as long backward over a few dozen tokens (docs/log.md).
         model.language_model.set_attn_implementation("eager")
+    on_cuda = device.type == "cuda"
+    if model.language_model is not None and (
+        on_cuda if config.gradient_checkpointing is None else config.gradient_checkpointing
+    ):
+        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The call above makes the embeddings want a gradient, which only the reentrant kind needs.
+        model.language_model.disable_input_require_grads()
     return model
 
 
@@ -275,7 +431,10 @@ def _adopted(config: StageConfig) -> dict[str, Any]:
         raise ConfigError(
             f"model = {str(config.model)!r} holds no model; name the folder that the stage before printed"
         )
-    saved = SoundwaveConfig.from_pretrained(config.model)
+    try:
+        saved = SoundwaveConfig.from_pretrained(config.model)
+    except ValueError as error:
+        raise ConfigError(f"model = {str(config.model)!r}: {error}") from None
     if config.stage < saved.stage or config.stage > saved.stage + 1:
         raise ConfigError(
             f"model = {str(config.model)!r} has seen stage {saved.stage}, but stage {config.stage} goes on from one "
@@ -292,23 +451,45 @@ def _adopted(config: StageConfig) -> dict[str, Any]:
     return changes
 
 
-def _usable(samples: list[Sample], config: StageConfig) -> list[Sample]:
-    """Stage I learns from transcripts alone; every stage wants at least one sample."""
-    if config.stage == 1:
-        samples = [sample for sample in samples if sample.audio is not None and (sample.text or "").strip()]
+def _samples(config: StageConfig, left_out: list[LeftOut]) -> list[Sample]:
+    """The samples to train on, with durations; `left_out` gets those that cannot be used, or they are errors."""
+
+    def leave_out(sample: str, file: str, reason: str) -> None:
+        left_out.append(LeftOut(sample, file, reason))
+        if config.strict:
+            raise SampleError(str(left_out[-1]))
+
+    read = [
+        sample
+        for path in config.train
+        for sample in read_manifest(path, allow_outside=config.allow_outside, leave_out=leave_out)
+    ]
+    # Stage I learns from transcripts alone.
+    fitting = [s for s in read if config.stage > 1 or (s.audio is not None and (s.text or "").strip())]
+    samples = []
+    for sample in fitting:
+        try:
+            samples.append(_checked_duration(sample))
+        except AudioError as error:
+            leave_out(sample.id, str(sample.audio), error.fault)
     if not samples:
+        needed = "recordings with a text" if config.stage == 1 else "samples"
+        why = f"; {len(left_out)} were left out, the first: {left_out[0]}" if left_out else ""
         raise ConfigError(
-            f"{', '.join(map(str, config.train))}: no sample to train on; stage {config.stage} needs "
-            + ("recordings with a text" if config.stage == 1 else "samples")
+            f"{', '.join(map(str, config.train))}: no sample to train on; stage {config.stage} needs {needed}{why}"
         )
-    samples = [with_duration(sample) for sample in samples]
-    for sample in samples:
-        if sample.audio is not None and sample.duration > LONGEST:
-            raise ConfigError(
-                f"{sample.id}: duration = {sample.duration:g}, but at most {LONGEST:g} s can be trained on; "
-                "cut it, or leave it out"
-            )
     return samples
+
+
+def _checked_duration(sample: Sample) -> Sample:
+    sample = with_duration(sample)
+    if sample.audio is not None and sample.duration > LONGEST:
+        raise AudioError(
+            sample.audio,
+            f"duration = {sample.duration:g}, but at most {LONGEST:g} s can be trained on; cut it, or give offset and "
+            "duration",
+        )
+    return sample
 
 
 def _arguments(config: StageConfig, device: torch.device) -> TrainingArguments:
@@ -334,5 +515,5 @@ def _arguments(config: StageConfig, device: torch.device) -> TrainingArguments:
         report_to=["tensorboard"],
         remove_unused_columns=False,
         label_names=["labels"],
-        disable_tqdm=False,
+        disable_tqdm=True,
     )

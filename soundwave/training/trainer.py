@@ -1,43 +1,81 @@
 """transformers' Trainer with our batches, and with what tells a user whether alignment works in its logs."""
 
+import json
+import os
+import signal
+import sys
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import (
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from soundwave.data.collate import LeftOut
 from soundwave.data.sampling import BucketBatchSampler
 from soundwave.eager import IGNORE_INDEX
 from soundwave.modeling import SoundwaveOutput
+from soundwave.training.checkpoints import STATE_FILE, WriteError, clear_place, newest_checkpoint, rotate, written_aside
+from soundwave.training.journal import Journal, say, write_text
 
 MEL_FRAMES_A_SECOND = 100
+BAD_BATCH = "bad-batch"  # .json and .safetensors
+
+
+class SampleError(ValueError):
+    """A sample that cannot be trained on, where none may be left out. One line: sample, file, fault, mend."""
 
 
 class SoundwaveTrainer(Trainer):
-    """Trainer over a `BucketBatchSampler`; logs both losses, blank share, kept frames and audio-seconds per second.
+    """Trainer over a `BucketBatchSampler`; skips steps that are not finite, and logs what was trained on.
 
     Logged beside Trainer's own, each over the steps since the last log:
-        ctc_loss, lm_loss: means.  blank_share: of all frames, those whose most probable id is blank.
+        loss: mean over the batches that could be trained on.  ctc_loss, lm_loss: its parts.
+        blank_share: of all frames, those whose most probable id is blank.
         kept_per_second, kept_per_label: kept frames over audio seconds, and over transcript tokens.
         compression: frames (25 Hz) per kept frame.  audio_per_second: audio seconds trained on per second.
         batch_samples: samples a step.
+
+    Args:
+        journal: gets the log, the samples left out and the steps skipped; None writes to `args.output_dir`.
+        strict: a sample left out raises SampleError.
+        max_skipped: steps that may be skipped in a row; the last of them raises FloatingPointError.
     """
 
-    def __init__(self, *args: Any, batch_sampler: BucketBatchSampler, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        batch_sampler: BucketBatchSampler,
+        journal: Journal | None = None,
+        strict: bool = False,
+        max_skipped: int = 10,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self.batch_sampler = batch_sampler
+        self.batch_sampler, self.strict = batch_sampler, strict
+        if journal is None:
+            journal = Journal(Path(self.args.output_dir))
+            journal.begin(0)
+        self.journal = journal
+        self.max_skipped = min(max_skipped, self.args.max_steps)
         self._sums: dict[str, float | Tensor] = {}
+        self._tasks: Counter[str] = Counter()
         self._since = time.perf_counter()
+        self._batches: list[dict[str, Any]] = []  # of the step at hand
+        self._faults: list[str] = []  # of the step at hand
+        self._empty_in_a_row = 0
+        self._aside: Path | None = None
+
+    # ---------------------------------------------------------------- batches
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches as the sampler makes them; Trainer sets the sampler's epoch, also when it resumes."""
@@ -46,22 +84,129 @@ class SoundwaveTrainer(Trainer):
             batch_sampler=self.batch_sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=ignore_interrupts,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
         return self.accelerator.prepare(loader)
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """Trainer's, and remembers the batches of the step."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches, self._faults = batches, []
+        return batches, items
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Trainer's, without the samples' names; a batch of which nothing is left gives loss 0 and no gradient."""
+        for left in inputs.get("left_out", ()):
+            if self.strict:
+                raise SampleError(str(left))
+            self.journal.leave_out(self.state.global_step + 1, left)
+        tensors = tensors_of(inputs)
+        if not tensors:
+            return torch.zeros((), device=self.args.device)
+        self._tasks.update(inputs.get("tasks", ()))
+        # Trainer counts the empty batches of the step too, and divides by it.
+        self.current_gradient_accumulation_steps = sum(1 for batch in self._batches if tensors_of(batch))
+        return super().training_step(model, tensors, num_items_in_batch)
+
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, SoundwaveOutput]:
-        """The model's own loss. A loss that is not finite stops the run before it reaches the weights."""
+        """The model's own loss. One that is not finite is noted, and stands for 0: its step will be skipped."""
         outputs = model(**inputs)
-        if not torch.isfinite(outputs.loss):
+        loss = outputs.loss
+        if model.training and torch.isfinite(loss):
+            self._observe(outputs, inputs)
+        elif model.training:
             parts = {"ctc_loss": outputs.ctc_loss, "lm_loss": outputs.lm_loss}
             found = ", ".join(f"{name} = {value.item():g}" for name, value in parts.items() if value is not None)
-            raise FloatingPointError(f"the loss at step {self.state.global_step + 1} is not finite ({found})")
-        if model.training:
-            self._observe(outputs, inputs)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+            self._faults.append(f"the loss is not finite ({found})")
+            loss = loss.new_zeros((), requires_grad=True)
+        return (loss, outputs) if return_outputs else loss
+
+    # ---------------------------------------------------------------- steps that are skipped
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
+        """Trainer's. Where loss or gradient is not finite no gradient is left, and the optimiser changes nothing."""
+        norm = super()._clip_grad_norm(model)
+        if not self._faults and not torch.isfinite(norm):
+            self._faults.append(f"the gradient is not finite (norm {norm.item():g})")
+        if self._faults:
+            model.zero_grad(set_to_none=True)
+            self._skip(self._faults[0])
+        elif any(tensors_of(batch) for batch in self._batches):
+            self.journal.skipped_in_a_row = self._empty_in_a_row = 0
+        else:
+            self._pass_over()
+        return norm
+
+    def _skip(self, fault: str) -> None:
+        step = self.state.global_step + 1
+        samples = [name for batch in self._batches for name in batch.get("samples", ())]
+        self.journal.skip(step, fault, samples)
+        in_a_row = self.journal.skipped_in_a_row
+        if in_a_row < self.max_skipped:
+            return
+        self._save_bad_batch(step, samples)
+        what, _, found = fault.partition(" is ")
+        first = f"{what} at step {step - in_a_row + 1} is {found}"
+        more = f", nor at the {in_a_row - 1} steps after it" if in_a_row > 1 else ""
+        raise FloatingPointError(
+            f"{first}{more}; the last batch is in {self.journal.out / BAD_BATCH}.json and .safetensors: look at its "
+            "samples, or lower learning_rate"
+        )
+
+    def _save_bad_batch(self, step: int, samples: list[str]) -> None:
+        tensors = {
+            f"{i}.{name}": value.detach().cpu().contiguous()
+            for i, batch in enumerate(self._batches)
+            for name, value in tensors_of(batch).items()
+        }
+        found = {"step": step, "faults": self._faults, "samples": samples, "batches": len(self._batches)}
+        write_text(self.journal.out / f"{BAD_BATCH}.json", json.dumps(found, indent=2) + "\n")
+        save_file(tensors, self.journal.out / f"{BAD_BATCH}.safetensors")
+
+    def _pass_over(self) -> None:
+        """A step of which nothing is left changes nothing, too; many in a row tell of a disk that is gone."""
+        self._empty_in_a_row += 1
+        if self._empty_in_a_row >= self.max_skipped:
+            last: LeftOut = next(left for batch in self._batches for left in batch["left_out"])
+            raise SampleError(
+                f"in {self._empty_in_a_row} steps, up to step {self.state.global_step + 1}, no sample could be used; "
+                f"among the last: {last}"
+            )
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Trainer's, but written aside, synced to disk and renamed, before an older one is deleted."""
+        out, step = Path(self.args.output_dir), self.state.global_step
+        target = out / f"checkpoint-{step}"
+        try:
+            with written_aside(target) as folder:
+                self._aside = folder.parent
+                super()._save_checkpoint(model, trial)
+                self.journal.sync()
+                clear_place(target)
+            rotate(out, step, self.args.save_total_limit)
+        except WriteError as error:
+            last = newest_checkpoint(out)
+            safe = f"{last.name} is whole: make room, then start the same command again" if last else "none was saved"
+            raise WriteError(f"{error}; {safe}") from error
+        finally:
+            self._aside = None
+
+    def go_to(self, checkpoint: Path) -> None:
+        """Weights and state of a checkpoint, without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+
+    # ---------------------------------------------------------------- logs
 
     @torch.no_grad()
     def _observe(self, outputs: SoundwaveOutput, inputs: dict[str, Tensor]) -> None:
@@ -71,6 +216,8 @@ class SoundwaveTrainer(Trainer):
         batch = inputs["input_ids"] if "input_ids" in inputs else inputs["input_features"]
         self._sums.setdefault("first_step", self.state.global_step)
         add("samples", batch.shape[0])
+        add("loss", outputs.loss.detach())
+        add("batches", 1)
         if outputs.lm_loss is not None:
             add("lm_loss", outputs.lm_loss.detach())
             add("lm_batches", 1)
@@ -96,10 +243,15 @@ class SoundwaveTrainer(Trainer):
         return (first & (path != blank) & (path >= 0)).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log with what was observed since the last one."""
-        if "loss" in logs and self._sums:
-            logs = logs | self._observed()
+        """Trainer's log with what was observed since the last one; the journal gets the same, and the tasks drawn."""
+        if "loss" not in logs:
+            super().log(logs, start_time)
+            return
+        logs = logs | (self._observed() if self._sums else {"loss": float("nan")})
+        logs |= {"skipped_steps": self.journal.skipped, "left_out": len(self.journal.left_out)}
         super().log(logs, start_time)
+        self.journal.log({"step": self.state.global_step} | logs | {"tasks": dict(self._tasks)})
+        self._tasks.clear()
 
     def _observed(self) -> dict[str, float]:
         sums = {name: float(value) for name, value in self._sums.items()}
@@ -109,6 +261,7 @@ class SoundwaveTrainer(Trainer):
             "audio_per_second": seconds / (now - self._since),
         }
         ratios = {
+            "loss": ("loss", "batches"),
             "ctc_loss": ("ctc_loss", "ctc_batches"),
             "lm_loss": ("lm_loss", "lm_batches"),
             "blank_share": ("blank_frames", "frames"),
@@ -122,35 +275,113 @@ class SoundwaveTrainer(Trainer):
         return {name: round(value, 6) for name, value in out.items()}
 
 
-class Progress(ProgressCallback):
-    """Trainer's progress bar, with losses and audio-seconds per second at its end; no log line is printed."""
+def tensors_of(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """What the model takes of a batch; the rest are names."""
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+class ProgressBar(TrainerCallback):
+    """A bar on the terminal: time left, losses, audio-seconds per second and memory."""
 
     def __init__(self, title: str):
-        super().__init__()
+        self.title = title
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, *_: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.bar.set_postfix(shown_figures(logs))
+
+    def close(self) -> None:
+        """Leave the bar's line, however training ended."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class ProgressLines(TrainerCallback):
+    """The same without a terminal: one plain line a logging step."""
+
+    def __init__(self, title: str):
         self.title = title
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.title)
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.first, self.start = state.global_step, time.perf_counter()
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, float], **kwargs: Any
     ) -> None:
-        if self.training_bar is None or not logs or "loss" not in logs:
+        if "loss" not in logs:
             return
-        shown = {name: f"{logs[name]:.3f}" for name in ("ctc_loss", "lm_loss") if name in logs}
-        if "blank_share" in logs:
-            shown["blank"] = f"{logs['blank_share']:.0%}"
-        shown["audio"] = f"{logs.get('audio_per_second', 0):.0f} s/s"
-        self.training_bar.set_postfix(shown)
+        done, wanted = state.global_step - self.first, state.max_steps - state.global_step
+        left = timedelta(seconds=round((time.perf_counter() - self.start) / done * wanted))
+        figures = " | ".join(f"{name} {value}" for name, value in shown_figures(logs).items())
+        say(f"{self.title} | step {state.global_step}/{state.max_steps} | {figures} | {left} left")
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def shown_figures(logs: dict[str, float]) -> dict[str, str]:
+    """What a person wants to see of a log entry while it trains."""
+    figures = {name: f"{logs[name]:.3f}" for name in ("ctc_loss", "lm_loss") if name in logs}
+    if "blank_share" in logs:
+        figures["blank"] = f"{logs['blank_share']:.0%}"
+    figures["audio"] = f"{logs.get('audio_per_second', 0):.0f} s/s"
+    figures["memory"] = f"{peak_memory() / 2**30:.1f} GiB"
+    return figures
+
+
+def peak_memory() -> int:
+    """Most bytes that were in use so far: of the GPU if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Interrupted(RuntimeError):
+    """Training was asked to stop, and has saved a checkpoint. One line: where it stopped and how to go on."""
+
+
+class StopOnSignal(TrainerCallback):
+    """Within `with`: Ctrl-C or SIGTERM lets the step at hand end and saves a checkpoint; a second one acts at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+            self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+        self.__exit__()
+        # Not `say`: what the signal interrupts may hold its lock.
+        os.write(2, b"\nstopping: the step at hand is finished and saved; once more to stop at once\n")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+def ignore_interrupts(worker: int) -> None:
+    """In a data worker: Ctrl-C reaches every process of a terminal, but the trainer alone decides when to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Clock(TrainerCallback):
@@ -158,15 +389,30 @@ class Clock(TrainerCallback):
 
     seconds = 0.0
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, journal: Journal):
+        self.journal = journal
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *_: Any,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LambdaLR,
+        **kwargs: Any,
+    ) -> None:
+        # A resumed run would log, save and step as the one before did, whatever its own settings are.
+        state.compute_steps(args, state.max_steps)
+        if set(lr_scheduler.base_lrs) != {args.learning_rate}:
+            lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
+            for group, share in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
+                group["lr"] = args.learning_rate * share(lr_scheduler.last_epoch)
+            lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
+        self.journal.start_clock()
         self._start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps  # what is said of a run is how it ended
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.seconds = time.perf_counter() - self._start
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step in a run's folder: Trainer writes its state last."""
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    found = [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)

@@ -1,0 +1,150 @@
+"""Folders that are whole or not there: checkpoints and models are written aside, synced and renamed.
+
+A run that was killed goes on from its newest complete checkpoint. A torn one, as a damaged disk or another program may
+leave it, is named and passed over.
+"""
+
+import json
+import os
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_pt_utils import safe_globals
+
+from soundwave.modeling import WEIGHTS_FILE
+
+ASIDE = ".writing"  # beside what is written, so that renaming crosses no file system
+STATE_FILE = "trainer_state.json"
+FOREIGN_FILE = "scaler.pt"  # Trainer would load it, into a scaler that a run without fp16 does not have
+TENSOR_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+class WriteError(OSError):
+    """A file or folder that cannot be written. One line: what, why, and what is safe."""
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in the name of a checkpoint's folder, None for another folder."""
+    prefix, _, step = checkpoint.name.partition("-")
+    return int(step) if prefix == "checkpoint" and step.isdecimal() else None
+
+
+def newest_checkpoint(out: Path, report: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The complete checkpoint of the highest step in a run's folder; None without one.
+
+    report: called with one line for each torn checkpoint that is passed over.
+    """
+    found = [path for path in out.glob("checkpoint-*") if step_of(path) is not None]
+    for path in sorted(found, key=step_of, reverse=True):
+        fault = fault_of(path)
+        if fault is None:
+            return path
+        report(f"{path} is passed over: {fault}")
+    return None
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What keeps a checkpoint from being gone on from, None if nothing does. Nothing in it is executed."""
+    for name in ("config.json", WEIGHTS_FILE, *TENSOR_FILES, STATE_FILE):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    try:
+        step = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
+    except (ValueError, KeyError, TypeError):
+        return f"{STATE_FILE} is damaged"
+    if step != step_of(checkpoint):
+        return f"{STATE_FILE} is that of step {step}"
+    try:
+        with safe_open(checkpoint / WEIGHTS_FILE, framework="pt"):  # reads the header, and checks the length by it
+            pass
+    except SafetensorError:
+        return f"{WEIGHTS_FILE} is damaged"
+    if (checkpoint / FOREIGN_FILE).exists():
+        return f"{FOREIGN_FILE} was put there; no run writes one"
+    for name in TENSOR_FILES:
+        fault = _fault_of_tensors(checkpoint / name)
+        if fault is not None:
+            return f"{name} {fault}"
+    return None
+
+
+def _fault_of_tensors(file: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:
+                return "is damaged"
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError):
+        return "is damaged, or not a file of tensors"
+    try:
+        with safe_globals(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # what a foreign pickle raises when it is refused has no common type
+        return f"is refused, as it holds more than tensors ({type(error).__name__})"
+    return None
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """Gives a folder to write into; on leaving, it is synced to disk and takes the place of `target`.
+
+    Raises WriteError if writing fails; `target` is then what it was before.
+    """
+    aside = target.parent / ASIDE
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
+        new, old = aside / target.name, aside / "old"
+        new.mkdir(parents=True)
+        yield new
+        for path in new.rglob("*"):
+            _sync(path)
+        _sync(new)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
+        _sync(target.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its ZIP writer.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "inline_" not in str(error):
+            raise
+        raise WriteError(f"{target} cannot be written ({_reason(error)})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def clear_place(checkpoint: Path) -> None:
+    """Rename a torn checkpoint that stands where a new one is to be written: `checkpoint-20.torn`, or `.torn-2`, …"""
+    if not checkpoint.exists():
+        return
+    names = (f"{checkpoint.name}.torn" + (f"-{i}" if i > 1 else "") for i in count(1))
+    os.rename(checkpoint, next(path for path in map(checkpoint.with_name, names) if not path.exists()))
+
+
+def rotate(out: Path, newest: int, limit: int) -> None:
+    """Delete the oldest checkpoints up to step `newest` beyond the last `limit`; torn ones are left alone."""
+    found = [path for path in out.glob("checkpoint-*") if (step_of(path) or newest + 1) <= newest]
+    whole = sorted((path for path in found if fault_of(path) is None), key=step_of)
+    for path in whole[:-limit]:
+        gone = out / ASIDE / path.name  # renamed first: a kill while it is deleted leaves no half of it
+        gone.parent.mkdir(exist_ok=True)
+        os.rename(path, gone)
+    shutil.rmtree(out / ASIDE, ignore_errors=True)

@@ -1,0 +1,57 @@
+"""Short real trainings: a few of the embedded corpus's shortest recordings, two layers of the language model."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from safetensors.torch import load_file
+
+from soundwave.data.manifest import write_manifest
+from soundwave.modeling import WEIGHTS_FILE
+from soundwave.training.stages import make_config, train_stage
+
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "steps": 2,
+    "batch_size": 2,
+    "accumulation": 1,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "scheduler": "constant_with_warmup",
+    "log_steps": 1,
+    "lora_rank": 4,
+}
+
+
+def copy_recordings(corpus: Path, folder: Path, count: int) -> list[dict[str, Any]]:
+    """Copy the corpus's shortest recordings into a folder; gives their manifest rows."""
+    rows = [json.loads(line) for line in (corpus / "stage1.jsonl").read_text().splitlines()]
+    rows = sorted(rows, key=lambda row: row["duration"])[:count]
+    for row in rows:
+        shutil.copy(corpus / row["audio_filepath"], folder)
+        row["audio_filepath"] = Path(row["audio_filepath"]).name
+    return rows
+
+
+def manifest_of(folder: Path, rows: list[dict[str, Any]], name: str = "m.jsonl") -> Path:
+    """Write rows as a manifest."""
+    write_manifest(folder / name, rows)
+    return folder / name
+
+
+def train(stage: int, out: Path, manifest: Path, **settings: Any) -> SimpleNamespace:
+    """Train; gives the model's folder, the log, the weights and the entries of log.jsonl."""
+    folder, log, _ = train_stage(make_config(stage, **SETTINGS | {"train": manifest, "out": out} | settings))
+    return SimpleNamespace(folder=folder, log=log, state=load_file(folder / WEIGHTS_FILE), entries=lines(out / "log"))
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, named without its suffix."""
+    return [json.loads(line) for line in file.with_suffix(".jsonl").read_text().splitlines()]
+
+
+def same_bits(a: dict, b: dict) -> bool:
+    """Whether two states hold the same parameters."""
+    return a.keys() == b.keys() and all(bool((a[name] == b[name]).all()) for name in a)

@@ -1,0 +1,310 @@
+"""Nothing is lost: a run that was killed, interrupted or out of disk goes on, and ends with the same bits."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+
+from soundwave.modeling import WEIGHTS_FILE
+from soundwave.training.checkpoints import WriteError, fault_of, newest_checkpoint
+from soundwave.training.stages import ConfigError
+from soundwave.training.trainer import Interrupted
+from tests.short_runs import copy_recordings, lines, manifest_of, same_bits, train
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path(sys.executable).with_name("soundwave")
+STEPS = {"steps": 4, "save_steps": 1, "save_total_limit": 4, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    return manifest_of(folder, copy_recordings(tiny_corpus, folder, 5))
+
+
+@pytest.fixture(scope="module")
+def start(small_llm) -> dict:
+    return {"language_model": str(small_llm), **STEPS}
+
+
+@pytest.fixture(scope="module")
+def whole(manifest, start, tmp_path_factory) -> SimpleNamespace:
+    """Four steps of stage I that nothing disturbed, with a checkpoint at each; `out` is left as it is."""
+    out = tmp_path_factory.mktemp("whole")
+    run = train(1, out, manifest, **start)
+    run.out = out
+    return run
+
+
+@pytest.fixture
+def until(whole, tmp_path) -> Callable[[int], Path]:
+    """A folder as the run left it right after a step."""
+
+    def until(step: int) -> Path:
+        out = tmp_path / "out"
+        for name in range(1, step + 1):
+            shutil.copytree(whole.out / f"checkpoint-{name}", out / f"checkpoint-{name}")
+        for name in ("run.json", "log.jsonl", "left_out.jsonl", "skipped_steps.jsonl"):
+            shutil.copy(whole.out / name, out)
+        return out
+
+    return until
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------- which checkpoint
+
+
+def truncate(file: Path, share: float = 0.5) -> None:
+    os.truncate(file, int(file.stat().st_size * share))
+
+
+def flip_a_byte_of_the_tensors(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    data = bytearray(file.read_bytes())
+    data[largest.header_offset + largest.file_size // 2] ^= 1
+    file.write_bytes(data)
+
+
+def change_step(file: Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"global_step": 1}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
+        ("trainer_state.json", Path.unlink, "trainer_state.json is missing"),
+        ("trainer_state.json", truncate, "trainer_state.json is damaged"),
+        ("trainer_state.json", change_step, "trainer_state.json is that of step 1"),
+        (WEIGHTS_FILE, truncate, f"{WEIGHTS_FILE} is damaged"),
+        (WEIGHTS_FILE, lambda file: truncate(file, 0), f"{WEIGHTS_FILE} is damaged"),
+        ("optimizer.pt", truncate, "optimizer.pt is damaged"),
+        ("optimizer.pt", flip_a_byte_of_the_tensors, "optimizer.pt is damaged"),
+        ("rng_state.pth", lambda file: truncate(file, 0), "rng_state.pth is damaged"),
+    ],
+    ids=["no-optimizer", "no-state", "half-a-state", "other-step", "half-the-weights", "no-weights"]
+    + ["half-an-optimizer", "a-flipped-bit", "empty-rng"],
+)
+def test_a_torn_checkpoint_is_named_passed_over_and_left_alone(until, name, damage, message):
+    out = until(3)
+    damage(out / "checkpoint-3" / name)
+    before, said = contents(out / "checkpoint-3"), []
+    assert newest_checkpoint(out, said.append) == out / "checkpoint-2"
+    (line,) = said
+    assert line.startswith(f"{out / 'checkpoint-3'} is passed over: {message}")
+    assert contents(out / "checkpoint-3") == before
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step_not_of_the_last_name(whole, tmp_path):
+    for step in (9, 10):
+        shutil.copytree(whole.out / "checkpoint-4", folder := tmp_path / f"checkpoint-{step}")
+        state = json.loads((folder / "trainer_state.json").read_text())
+        (folder / "trainer_state.json").write_text(json.dumps(state | {"global_step": step}))
+    (tmp_path / "checkpoint-best").mkdir()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_torn_checkpoint_keeps_its_content_when_its_step_is_saved_again(until, whole, manifest, start):
+    out = until(3)
+    truncate(out / "checkpoint-3" / WEIGHTS_FILE)
+    before = contents(out / "checkpoint-3")
+    resumed = train(1, out, manifest, **start)
+    assert same_bits(resumed.state, whole.state)
+    assert contents(out / "checkpoint-3.torn") == before
+    assert fault_of(out / "checkpoint-3") is None
+
+
+def test_no_more_checkpoints_are_kept_than_wanted(until, manifest, start):
+    out = until(3)
+    train(1, out, manifest, **start | {"save_total_limit": 2})
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+# ---------------------------------------------------------------- going on
+
+
+def test_a_run_goes_on_by_itself_says_from_where_and_ends_with_the_same_bits(until, whole, manifest, start, capsys):
+    out = until(2)
+    (out / ".writing" / "checkpoint-3").mkdir(parents=True)  # as a kill inside the writing leaves it
+    resumed = train(1, out, manifest, **start)
+    assert f"going on from {out / 'checkpoint-2'}, step 2 of 4\n" in capsys.readouterr().err
+    assert same_bits(resumed.state, whole.state)
+    assert not (out / ".writing").exists()
+
+
+def test_the_log_of_a_resumed_run_has_every_step_once_and_time_goes_on(until, whole, manifest, start):
+    out = until(2)
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "sec')  # as a kill leaves it
+    resumed = train(1, out, manifest, **start)
+    assert [entry["step"] for entry in resumed.entries] == [1, 2, 3, 4]
+    assert resumed.entries[:2] == whole.entries[:2]
+    seconds = [entry["seconds"] for entry in resumed.entries]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    for before, after in zip(whole.entries, resumed.entries, strict=True):
+        assert before["loss"] == after["loss"] and before["tasks"] == after["tasks"]
+
+
+def test_a_run_killed_before_its_model_was_written_only_writes_it(until, whole, manifest, start):
+    out = until(4)
+    done = train(1, out, manifest, **start)
+    assert same_bits(done.state, whole.state)
+    assert done.entries == whole.entries
+    assert not (out / "checkpoint-5").exists()
+
+
+def test_another_setting_is_refused_by_name_unless_resume_is_asked_for(until, manifest, start):
+    out = until(3)
+    with pytest.raises(ConfigError, match=r"holds checkpoints of a run with learning_rate = 0\.001 then, 0\.01 now; "):
+        train(1, out, manifest, **start | {"learning_rate": 0.01})
+    assert train(1, out, manifest, **start | {"learning_rate": 0.01, "resume": True}).log[-1]["learning_rate"] == 0.01
+
+
+def test_other_samples_are_refused(until, manifest, start, tmp_path):
+    fewer = tmp_path / manifest.name
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()][:4]
+    fewer.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        shutil.copy(manifest.parent / row["audio_filepath"], tmp_path)
+    with pytest.raises(ConfigError, match=r"samples = {'transcribe': 5} then, {'transcribe': 4} now"):
+        train(1, until(3), fewer, **start)
+
+
+def test_settings_that_decide_no_weight_may_change(until, whole, manifest, start):
+    changed = {"workers": 1, "save_steps": 2, "log_steps": 2, "quiet": True}
+    resumed = train(1, out := until(1), manifest, **start | changed)
+    assert same_bits(resumed.state, whole.state)
+    assert [entry["step"] for entry in resumed.entries] == [1, 2, 4]
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
+
+
+def test_resume_false_refuses_a_folder_with_checkpoints(until, manifest, start):
+    with pytest.raises(ConfigError, match="holds checkpoint-2 of an earlier run, but resume = False; name another"):
+        train(1, until(2), manifest, **start, resume=False)
+
+
+def test_a_checkpoint_past_the_last_step_is_refused(until, manifest, start):
+    with pytest.raises(ConfigError, match="holds checkpoint-4, but steps = 3; name another folder"):
+        train(1, until(4), manifest, **start | {"steps": 3, "resume": True})
+
+
+# ---------------------------------------------------------------- kill -9, Ctrl-C
+
+
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tiny_corpus, small_llm):
+    # In stages I and III inside a checkpoint's writing, in stage II between steps; the script does many more.
+    words = ["--stages", 1, 2, 3, "--kills", 1, "--workers", 1, "--accumulation", 2, "--steps", 4, "--batch-size", 2]
+    words += ["--language-model", small_llm, "--corpus", tiny_corpus]
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "kills.py", *map(str, words)], capture_output=True, text=True, cwd="/"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = done.stdout.splitlines()
+    assert told[::2] == [f"stage {stage}, 1 workers, accumulation 2: same" for stage in (1, 2, 3)]
+    assert all(line.startswith("  killed ") for line in told[1::2])
+
+
+def when_logged(out: Path, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Acts, in a thread of its own, when a run has logged a step."""
+
+    def watch() -> None:
+        while not (out / "log.jsonl").is_file() or (out / "log.jsonl").read_bytes().count(b"\n") < step:
+            time.sleep(0.005)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_tells_how_to_go_on(whole, manifest, start, tmp_path, number):
+    settings, before = start | {"save_steps": 100}, signal.getsignal(number)
+    when_logged(tmp_path, 1, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Interrupted, match=r"stopped after step [23] of 4, which is saved in .*; the same command goes"):
+        train(1, tmp_path, manifest, **settings)
+    assert newest_checkpoint(tmp_path) is not None and not (tmp_path / "model").exists()
+    assert same_bits(train(1, tmp_path, manifest, **settings).state, whole.state)
+    assert signal.getsignal(number) == before
+
+
+def test_ctrl_c_ends_the_command_with_status_130_also_with_data_workers(manifest, small_llm, tmp_path):
+    settings = ["steps=500", "batch_size=1", "accumulation=1", "log_steps=1", f"language_model={small_llm}"]
+    process = subprocess.Popen(
+        [SCRIPT, "train", "1", f"train={manifest}", f"out={tmp_path / 'out'}", "workers=2", *settings, "--quiet"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    # A terminal's Ctrl-C reaches the data workers, too.
+    when_logged(tmp_path / "out", 2, lambda: os.killpg(process.pid, signal.SIGINT))
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (130, "")
+    asked, told = [line for line in err.splitlines() if line]
+    assert asked == "stopping: the step at hand is finished and saved; once more to stop at once"
+    assert told.startswith("stopped after step ") and "the same command goes on from there" in told
+
+
+# ---------------------------------------------------------------- disks
+
+
+@pytest.fixture
+def file_size_limit():
+    """Sets the most bytes that a file may have, as a full disk would; back to what it was after the test."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5], ids=["weights-do-not-fit", "optimizer-does-not-fit"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(
+    until, whole, manifest, start, file_size_limit, share
+):
+    out = until(2)
+    before = contents(out / "checkpoint-2")
+    file_size_limit(int(share * (out / "checkpoint-2" / WEIGHTS_FILE).stat().st_size))
+    with pytest.raises(WriteError) as caught:
+        train(1, out, manifest, **start)
+    message = str(caught.value)
+    assert message.startswith(f"{out / 'checkpoint-3'} cannot be written (") and message.splitlines() == [message]
+    assert message.endswith("checkpoint-2 is whole: make room, then start the same command again")
+    assert contents(out / "checkpoint-2") == before
+    assert not (out / ".writing").exists() and not (out / "checkpoint-3").exists()
+    file_size_limit(resource.RLIM_INFINITY)
+    assert same_bits(train(1, out, manifest, **start).state, whole.state)
+
+
+def test_a_model_that_does_not_fit_leaves_the_one_before(until, whole, manifest, start, file_size_limit):
+    out = until(4)
+    shutil.copytree(whole.folder, out / "model")
+    file_size_limit(1_000_000)
+    with pytest.raises(WriteError, match="model cannot be written"):
+        train(1, out, manifest, **start)
+    assert same_bits(load_file(out / "model" / WEIGHTS_FILE), whole.state)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(manifest, start):
+    with pytest.raises(WriteError, match=r"^/sys/soundwave/run.json cannot be written \("):
+        train(1, Path("/sys/soundwave"), manifest, **start)
+
+
+def test_lines_of_the_run_are_there_as_json(whole):
+    assert [lines(whole.out / name) for name in ("left_out", "skipped_steps")] == [[], []]
