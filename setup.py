@@ -34,6 +34,9 @@ REQUIRES = [
 EXTRAS = {
     "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "setuptools>=77"],
     "flash": ["flash-attn"],
+    # What the benches compare with. flag-gems pins numpy 1.26: take it by itself, pip install --no-deps flag-gems (its
+    # CTC is younger than its release 5.0.2). flash-attn is a source build, which needs torch and nvcc there first.
+    "peers": ["liger-kernel", "cut-cross-entropy", "flash-attn"],
     # Never beside a CPU build of torch: torchaudio then cannot load, and `import transformers` fails with it.
     "gpu": ["torchaudio"],
 }
@@ -46,6 +49,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["soundwave*"]), "soundwave.kernels"],
     package_dir={"soundwave.kernels": "kernels"},
+    package_data={"soundwave.report": ["*.html", "*.css", "*.js"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["soundwave = soundwave.cli:main"]},

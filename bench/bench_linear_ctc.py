@@ -1,0 +1,99 @@
+"""CTC over the vocabulary of an LLM: hidden [B, T, D] and a frozen head [V, D] -> the loss, and d loss / d hidden.
+
+Ours is run as it is by default, skipping the columns that carry next to nothing, and with `exact=True`. There is no
+peer that does this without the logits. The definition needs two products, 2·N·V·D operations each over the N valid
+frames; where columns are skipped, ours needs less and may pass the roof. "two-products" is those two and nothing else,
+one in forward and one in backward.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from bench import shapes
+from bench.contenders import compiled, plain
+from bench.race import Operation, Problem
+from soundwave import eager
+from soundwave.fused import functional
+
+
+@functools.lru_cache(maxsize=1)  # cases with one head follow each other
+def head(vocabulary: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return shapes.make_head(vocabulary, width, dtype, device)
+
+
+class TwoProducts(torch.autograd.Function):
+    """The logits in forward, a product of their size in backward."""
+
+    @staticmethod
+    def forward(ctx, rows, weight):
+        logits = rows @ weight.T
+        ctx.save_for_backward(logits, weight)
+        return logits[0, 0].clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, weight = ctx.saved_tensors
+        return logits @ weight, None
+
+
+def problem(case: shapes.Case, device: torch.device) -> Problem:
+    weight = head(case.V, case.D, case.dtype, device)
+
+    def inputs(seed: int) -> tuple:
+        made = shapes.utterances(case, weight, seed)
+        return (made.hidden.requires_grad_(), *made[1:])
+
+    def loss(function, **options):
+        def run(hidden, targets, input_lengths, target_lengths, blank_weight, blank_bias):
+            return function(
+                hidden,
+                weight,
+                targets,
+                input_lengths,
+                target_lengths,
+                blank=case.V,
+                blank_weight=blank_weight,
+                blank_bias=blank_bias,
+                **options,
+            ).loss
+
+        return run
+
+    valid = eager.length_mask(shapes.lengths(case.B, case.T, case.lengths), case.T).flatten().nonzero()[:, 0].to(device)
+
+    def two_products(hidden, *_):
+        rows = hidden.flatten(0, 1)
+        return TwoProducts.apply(rows if len(valid) == len(rows) else rows[valid], weight)
+
+    rows = int(shapes.lengths(case.B, case.T, case.lengths).sum())
+    product = 2.0 * rows * case.V * case.D
+    moved = case.dtype.itemsize * (case.V * case.D + 2.0 * rows * case.D)  # the head, the states, and back
+    return Problem(
+        inputs,
+        {
+            "eager": plain(loss(eager.linear_ctc_loss)),
+            "compiled": compiled(loss(eager.linear_ctc_loss)),
+            "two-products": plain(two_products),
+            "ours-torch": plain(loss(functional.linear_ctc_loss, impl="torch")),
+            "ours-triton": plain(loss(functional.linear_ctc_loss, impl="triton")),
+            "ours-triton-exact": plain(loss(functional.linear_ctc_loss, impl="triton", exact=True)),
+        },
+        flops={"both": 2 * product},
+        bytes={"both": 2 * moved},
+    )
+
+
+LINEAR_CTC = Operation(
+    "linear_ctc",
+    shapes.linear_ctc,
+    problem,
+    ("eager", "compiled", "two-products", "ours-torch", "ours-triton", "ours-triton-exact"),
+    needs={"two-products": ("cuda",), "ours-triton": ("cuda",), "ours-triton-exact": ("cuda",)},
+)
+
+
+@pytest.mark.operation(LINEAR_CTC)
+def test_linear_ctc(race):
+    race()

@@ -1,0 +1,21 @@
+"""What several benches make of a reference: its compiled form."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def compiled(function: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
+    """A maker of `torch.compile(function)`, for the shapes of its first call."""
+
+    def make() -> Callable[..., Any]:
+        torch.compiler.reset()
+        return torch.compile(function, dynamic=False)
+
+    return make
+
+
+def plain(function: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
+    """A maker of the function itself."""
+    return lambda: function

@@ -1,0 +1,291 @@
+"""The shapes of the benches, and the generators of their inputs: everything that decides what a figure means.
+
+Three sizes of the same cases:
+
+| size   | what                                                                                   | for                |
+|--------|----------------------------------------------------------------------------------------|--------------------|
+| `cuda` | Soundwave at Whisper-large-v3 and Llama-3.1-8B, clips of up to 30 s, bfloat16          | a GPU              |
+| `cpu`  | the embedded default's widths, clips of up to 5 s, float32                             | two CPU cores      |
+| `tiny` | the same rules on a few rows                                                           | tests of the bench |
+
+Dimension letters: B utterances, T frames of the longest (25 a second, after the alignment adapter), D width, E width of
+the encoder, H heads, V rows of the head, U labels, N rows of hidden states.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SIZES = ("cuda", "cpu", "tiny")
+FRAMES_PER_SECOND = 25  # after the alignment adapter; the encoder gives twice, log-mel four times as many
+KEPT_PER_SECOND = 3  # sub-words that speech has, and so the peaks that stay
+CONFUSABLE = 20  # tokens a row that a trained head takes for possible, in "peaky" logits
+PEAK_LOGIT, CONFUSABLE_LOGITS = 24.0, (17.0, 21.0)  # of the planted label and of those; all others are around 0
+RIDGE = 0.01  # beside rows of norm 1: a token may be drawn twice
+BLANK_SHARE = 0.7  # of the frames, behind each label; less where labels have fewer than three frames
+SHORTEST = 0.1  # of the longest clip, in the mixture: 3 of 30 s
+
+
+class Widths(NamedTuple):
+    """Of the backbones."""
+
+    E: int
+    D: int
+    H: int
+    V: int
+    encoder_layers: int
+    encoder_heads: int
+    layers: int
+    mlp: int
+    kv_heads: int
+    mels: int
+
+
+WIDTHS = {
+    "cuda": Widths(1280, 4096, 32, 128_256, 32, 20, 32, 14_336, 8, 128),  # Whisper-large-v3, Llama-3.1-8B
+    "cpu": Widths(384, 576, 9, 49_152, 4, 6, 4, 1536, 3, 80),  # Whisper tiny, SmolLM2-135M with 4 of its 30 layers
+    "tiny": Widths(32, 64, 4, 512, 1, 2, 1, 128, 2, 80),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One column of sizes; those an operation has no use for stay 0."""
+
+    name: str
+    dtype: torch.dtype
+    B: int = 0
+    T: int = 0
+    D: int = 0
+    V: int = 0
+    U: int = 0
+    E: int = 0
+    H: int = 0
+    N: int = 0
+    lengths: str = "equal"  # or "mixture"
+    logits: str = "random"  # or "peaky"
+    trained_head: bool = False
+    keys: str = "all"
+    new_tokens: int = 0
+    stage: int = 0
+    size: str = ""  # whose `WIDTHS` a whole model has
+    over: str = ""  # the letter that a growth curve runs over
+
+    def shape(self) -> dict[str, int]:
+        return {letter: value for letter in "BTDVUEHN" if (value := getattr(self, letter))}
+
+
+# ---------------------------------------------------------------- lengths
+
+
+def lengths(batch: int, longest: int, kind: str) -> Tensor:
+    """int64 [B]: all `longest`, or the mixture that speech has.
+
+    The mixture is log-uniform from a tenth of the longest (3 s where that is 30) to the longest, which is among them:
+    half the clips are shorter than a third of it. From 4 clips on the mean is at most 0.45 of the longest.
+    """
+    if kind == "equal":
+        return torch.full((batch,), longest)
+    if batch < 4:
+        raise ValueError(f"batch = {batch}, but a mixture needs at least 4 clips for a mean of 0.45 of the longest")
+    steps = torch.arange(batch, dtype=torch.float64) / (batch - 1)
+    return (longest * SHORTEST ** (1 - steps)).round().long().flip(0)
+
+
+def kept_frames(frame_lengths: Tensor) -> Tensor:
+    """int64 [B]: how many frames of each clip are kept, at `KEPT_PER_SECOND`."""
+    return (frame_lengths * KEPT_PER_SECOND // FRAMES_PER_SECOND).clamp(min=1)
+
+
+def planted_path(frame_lengths: Tensor, blank: int, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A CTC path [B, T] whose peaks are `kept_frames` single frames at equal distances, and its log-probabilities."""
+    size = int(frame_lengths.max())
+    path = torch.full((len(frame_lengths), size), blank)
+    for row, (length, kept) in enumerate(zip(frame_lengths.tolist(), kept_frames(frame_lengths).tolist(), strict=True)):
+        path[row, torch.arange(kept) * length // kept] = torch.arange(kept) % vocabulary
+        path[row, length:] = -1
+    return path.to(device), torch.full(path.shape, -0.1, device=device)
+
+
+# ---------------------------------------------------------------- logits
+
+
+def make_head(vocabulary: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[V, D], rows of norm 1 on average: what a head over normed states looks like."""
+    generator = torch.Generator(device).manual_seed(1_000_000)  # no seed of `utterances`, whose blank would be row 0
+    return torch.randn(vocabulary, width, generator=generator, device=device, dtype=dtype).mul_(width**-0.5)
+
+
+class Utterances(NamedTuple):
+    """What linear CTC is given: hidden [B, T, D], targets int64 [B, U], the lengths int64 [B], a blank row and bias."""
+
+    hidden: Tensor
+    targets: Tensor
+    input_lengths: Tensor
+    target_lengths: Tensor
+    blank_weight: Tensor
+    blank_bias: Tensor
+
+
+def utterances(case: Case, weight: Tensor, seed: int = 0) -> Utterances:
+    """Hidden states and targets for a head `weight` [V, D].
+
+    "random": Gaussian states, so that every logit is a standard Gaussian and every column of the vocabulary carries
+    some probability, as before training. "peaky": each state is the mixture of head rows that gives a planted label
+    (blank on `BLANK_SHARE` of the frames) the logit `PEAK_LOGIT` and `CONFUSABLE` random tokens logits within
+    `CONFUSABLE_LOGITS`, as after it; all others get what falls to them, around 0. Labels are planted in the targets'
+    order.
+    """
+    device, generator = weight.device, torch.Generator().manual_seed(seed)
+    rows, width = weight.shape
+    blank_weight = torch.randn(width, generator=generator).mul_(width**-0.5).to(device)
+    frames = lengths(case.B, case.T, case.lengths)
+    labels = (frames * case.U // case.T).clamp(min=1)
+    targets = torch.randint(rows, (case.B, case.U), generator=generator)
+    if case.logits == "random":
+        hidden = torch.randn(case.B, case.T, width, generator=generator).to(device, weight.dtype)
+        bias = torch.tensor(float(rows)).log()  # near the log-sum-exp of the head, where training starts it
+    else:
+        hidden = _peaky(case, weight, blank_weight, targets, frames, labels, generator)
+        bias = torch.zeros(())
+    return Utterances(hidden, targets.to(device), frames, labels, blank_weight, bias.to(device))
+
+
+def _peaky(
+    case: Case,
+    weight: Tensor,
+    blank_weight: Tensor,
+    targets: Tensor,
+    frames: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    position = torch.arange(case.T)[None] * labels[:, None] / frames[:, None]  # in labels
+    planted = targets.gather(1, position.long().clamp(max=case.U - 1))
+    own_share = (labels / frames).clamp(min=1 - BLANK_SHARE)  # at least a label's first frame is its own
+    is_blank = position % 1 >= own_share[:, None]
+    others = torch.randint(weight.shape[0], (case.B, case.T, CONFUSABLE), generator=generator)
+    low, high = CONFUSABLE_LOGITS
+    wanted = torch.rand(case.B, case.T, 1 + CONFUSABLE, generator=generator) * (high - low) + low
+    wanted[..., 0] = PEAK_LOGIT
+    device = weight.device
+    hidden = torch.empty(case.B, case.T, weight.shape[1], device=device, dtype=weight.dtype)
+    for row in range(case.B):  # one utterance at a time: the gathered rows are twenty times its states
+        own = torch.where(is_blank[row, :, None].to(device), blank_weight, weight[planted[row].to(device)].float())
+        rows = torch.cat([own[:, None], weight[others[row].to(device)].float()], 1)
+        products = rows @ rows.mT + RIDGE * torch.eye(1 + CONFUSABLE, device=device)
+        mixture = torch.linalg.solve(products, wanted[row].to(device))
+        hidden[row] = torch.einsum("tc,tcd->td", mixture, rows).to(weight.dtype)
+    return hidden
+
+
+# ---------------------------------------------------------------- cases
+
+
+def _grow(base: Case, **axes: tuple[int, ...]) -> list[Case]:
+    """`base` with one size after the other replaced: the points of the growth curves."""
+    return [
+        replace(base, name=f"{letter} {value}", over=letter, **{letter: value})
+        for letter, values in axes.items()
+        for value in values
+    ]
+
+
+def ctc(size: str) -> list[Case]:
+    """Ordinary CTC over given log-probabilities: characters, sub-words, a large sub-word vocabulary."""
+    dtype = torch.float32
+    sizes = {"cuda": (32, 1000, 100), "cpu": (8, 250, 25), "tiny": (4, 20, 4)}
+    B, T, U = sizes[size]
+    main = [Case(f"V {V}", dtype, B=B, T=T, V=V, U=U) for V in ((32, 500, 5000) if size != "tiny" else (32,))]
+    base = Case("", dtype, B=B, T=T, V=500, U=U)
+    if size == "tiny":
+        return [*main, *_grow(replace(base, V=32), T=(10, 20))]
+    return [
+        *main,
+        *_grow(base, T=(T // 4, T // 2, T, 2 * T), B=(B // 4, B // 2, B, 2 * B), U=(U // 4, U, 2 * U, 4 * U)),
+    ]
+
+
+def linear_ctc(size: str) -> list[Case]:
+    """Head, log-softmax and CTC over the vocabulary of an LLM; the head is frozen."""
+    if size == "tiny":
+        base = Case("", torch.float32, B=4, T=20, D=64, V=512, U=4)
+        return [replace(base, name="random"), replace(base, name="peaky", logits="peaky"), *_grow(base, V=(256, 512))]
+    if size == "cpu":
+        base = Case("", torch.float32, B=4, T=250, D=1024, V=128_256, U=25)
+        small = replace(base, B=2, T=100, D=256, V=16_384, U=10)
+        growth = _grow(small, T=(50, 100, 200), V=(4096, 8192, 16_384, 32_768), B=(1, 2, 4), U=(5, 10, 40))
+        return [replace(base, name="random"), replace(base, name="peaky", logits="peaky"), *growth]
+    base = Case("", torch.bfloat16, B=16, T=750, D=4096, V=128_256, U=80, logits="peaky")
+    growth = _grow(base, T=(188, 375, 750), V=(16_032, 32_064, 64_128, 128_256), B=(4, 8, 16), U=(20, 80, 320))
+    return [
+        replace(base, name="random", logits="random"),
+        replace(base, name="peaky"),
+        replace(base, name="peaky mixture", lengths="mixture"),
+        *growth,
+    ]
+
+
+def linear_cross_entropy(size: str) -> list[Case]:
+    """The next-token loss over N rows: the head frozen, as in every stage here, and trained, as elsewhere."""
+    N, D, V, dtype = {
+        "cuda": (4096, 4096, 128_256, torch.bfloat16),
+        "cpu": (512, 576, 49_152, torch.float32),
+        "tiny": (24, 64, 512, torch.float32),
+    }[size]
+    base = Case("frozen head", dtype, N=N, D=D, V=V)
+    growth = _grow(
+        base if size == "cuda" else replace(base, N=N // 2, V=V // 4), N=(N // 4, N // 2, N), V=(V // 8, V // 4, V // 2)
+    )
+    return [base, replace(base, name="trained head", trained_head=True), *(growth if size != "tiny" else growth[:2])]
+
+
+def _clips(size: str, batch: int = 0, dtype: torch.dtype | None = None) -> list[Case]:
+    """All clips of the longest length, and the mixture."""
+    widths = WIDTHS[size]
+    B, seconds = {"cuda": (16, 30), "cpu": (4, 5), "tiny": (4, 1)}[size]
+    base = Case(
+        f"all {seconds} s",
+        dtype or (torch.bfloat16 if size == "cuda" else torch.float32),
+        B=batch or B,
+        T=seconds * FRAMES_PER_SECOND,
+        D=widths.D,
+        E=widths.E,
+        H=widths.H,
+        size=size,
+    )
+    name = f"{seconds * SHORTEST:g} to {seconds} s"
+    return [base, replace(base, name=name, lengths="mixture")]
+
+
+def shrink(size: str) -> list[Case]:
+    """The shrinking adapter; with the kept frames as the only keys, too, as the released code has it."""
+    cases = _clips(size)
+    return [*cases, replace(cases[0], name=f"{cases[0].name}, keys kept", keys="kept")]
+
+
+def alignment(size: str) -> list[Case]:
+    """The alignment adapter, and how it grows with T and B."""
+    cases = _clips(size)
+    equal = cases[0]
+    if size == "tiny":
+        return cases
+    return [*cases, *_grow(equal, T=(equal.T // 4, equal.T // 2, equal.T), B=(equal.B // 4, equal.B // 2, equal.B))]
+
+
+def stages(size: str) -> list[Case]:
+    """One training step of each stage, without the optimiser; V and U are those of its CTC and its answers."""
+    batches = {"cuda": (16, 8, 8), "cpu": (4, 4, 4), "tiny": (4, 4, 4)}[size]
+    return [
+        replace(case, name=f"stage {stage}, {case.name}", stage=stage, V=WIDTHS[size].V, U=max(2, case.T // 9))
+        for stage, batch in enumerate(batches, start=1)
+        for case in _clips(size, batch)
+    ]
+
+
+def generate(size: str) -> list[Case]:
+    """Answers to recordings: prompt and kept frames in, new tokens out."""
+    new_tokens = {"cuda": 32, "cpu": 8, "tiny": 2}[size]
+    return [replace(case, new_tokens=new_tokens, V=WIDTHS[size].V) for case in _clips(size, 8 if size == "cuda" else 4)]

@@ -1,0 +1,540 @@
+"""Does it train on a 24 GB card? Each stage at its real size, random weights, torch's allocator capped at 22.0 GiB.
+
+    python bench/train_24gb.py                      on a GPU: all stages, fused and eager
+    python bench/train_24gb.py --stage 2            one of them
+    python bench/train_24gb.py --tiny               the same code on the CPU, at small sizes: a rehearsal, no figures
+
+Whisper-large-v3's encoder, both adapters and Llama-3.1-8B in NF4 with LoRA, built layer by layer straight into 4 bits;
+the package's own model, gradients accumulated over two batches, clipping and AdamW with its states, clips of 30 s with
+150 tokens of text, 80 of them an answer. Random weights write no transcript, so CTC's path is planted: 3 kept frames a
+second, and beside it all 25. For every stage and implementation, each in a process of its own, it looks for the largest
+batch that trains and reports its peak memory by phase and by part beside `soundwave.memory`'s prediction, audio-seconds
+and tokens a second, and the model's FLOPs (without what is recomputed) as a share of what a large product reaches.
+
+The JSON goes to --out, else to $OUT, else to bench/results/<device>/ (a rehearsal's to runs/); it is written again
+after every process.
+"""
+
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from soundwave import memory
+from soundwave.benchmarks import commit, slug, spread, versions
+from soundwave.configuration import SoundwaveConfig
+from soundwave.eager import IGNORE_INDEX
+from soundwave.modeling import SoundwaveForConditionalGeneration, freeze_all_but
+from soundwave.training.stages import TRAINED
+
+CAP_GIB = 22.0
+SECONDS, TEXT_TOKENS, ANSWER_TOKENS = 30.0, 150, 80  # 30 s of speech hold some 80 sub-words
+KEPT_PER_SECOND = (3.0, 25.0)  # a speaking rate's sub-words, and every frame: nothing is shrunk
+ACCUMULATION = 2  # so that gradients are there while the next batch runs, as in every real training
+TIMED_STEPS = 5
+TINY = memory.Dims(
+    mels=16, audio_width=64, audio_layers=2, audio_heads=2, audio_mlp=128, audio_positions=100,
+    width=128, layers=2, heads=4, kv_heads=2, mlp=256, vocab=1000, lora_rank=4,
+)  # fmt: skip
+TINY_SECONDS, TINY_BATCHES = 2.0, (1, 2)
+ROOT = Path(__file__).resolve().parents[1]
+console = Console()
+
+
+# ---------------------------------------------------------------- model
+
+
+class PlantedPath(SoundwaveForConditionalGeneration):
+    """The model with a CTC path of `kept_per_second` peaks in place of its own, and a mark after each phase."""
+
+    kept_per_second = KEPT_PER_SECOND[0]
+    mark = staticmethod(lambda phase: None)
+
+    def encode(self, *args: Any) -> tuple[Tensor, Tensor]:
+        encoded = super().encode(*args)
+        self.mark("encoder")
+        return encoded
+
+    def align(self, input_features: Tensor, *args: Any) -> tuple[Tensor, Tensor, Any]:
+        hidden, lengths, ctc = super().align(input_features, *args)
+        self.mark("ctc")
+        seconds = input_features.shape[-1] / memory.MEL_RATE
+        kept = min(max(math.ceil(self.kept_per_second * seconds), 1), hidden.shape[1])
+        path = torch.full_like(ctc.path, self.blank)
+        place = torch.arange(kept, device=path.device) * hidden.shape[1] // kept
+        path[:, place] = place % 2  # neighbours differ, so that each is a run of its own
+        return hidden, lengths, ctc._replace(path=path, path_log_prob=torch.zeros_like(ctc.path_log_prob))
+
+
+def build_model(stage: int, implementation: str, dims: memory.Dims, device: torch.device) -> PlantedPath:
+    """A stage's model with random weights, frozen and trained as in its training, its backbones in bfloat16."""
+    config = SoundwaveConfig(
+        audio_hidden_size=dims.audio_width,
+        hidden_size=dims.width,
+        num_attention_heads=dims.heads,
+        vocab_size=dims.vocab,
+        audio_placeholder_id=dims.vocab,
+        lora_rank=dims.lora_rank,
+        quantization="nf4",
+        implementation=implementation,
+        stage=stage,
+    )
+    with device:
+        model = PlantedPath(config)
+        model.audio_tower = random_encoder(dims).requires_grad_(False)
+        if stage == 1:
+            model._head = 0.02 * torch.randn(dims.vocab, dims.width, dtype=torch.bfloat16)
+        else:
+            model.language_model = random_language_model(dims).requires_grad_(False)
+            model.add_lora()
+            checkpoint_layers(model.language_model)
+    freeze_all_but(model, TRAINED[stage])
+    return model.to(device).train()
+
+
+def checkpoint_layers(language_model: Any) -> None:
+    """Its layers keep their inputs alone for backward; transformers renamed the method after 5.17."""
+    enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    # With LoRA it makes the embeddings want a gradient, which only the reentrant kind needs.
+    language_model.disable_input_require_grads()
+
+
+def random_encoder(dims: memory.Dims) -> nn.Module:
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    config = WhisperConfig(
+        num_mel_bins=dims.mels,
+        d_model=dims.audio_width,
+        encoder_layers=dims.audio_layers,
+        encoder_attention_heads=dims.audio_heads,
+        encoder_ffn_dim=dims.audio_mlp,
+        max_source_positions=dims.audio_positions,
+    )
+    with bfloat16():
+        return WhisperEncoder(config)
+
+
+def random_language_model(dims: memory.Dims) -> nn.Module:
+    """Llama with its products in NF4, of which at no time more than one is there in bfloat16."""
+    import bitsandbytes
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    config = LlamaConfig(
+        hidden_size=dims.width,
+        intermediate_size=dims.mlp,
+        num_hidden_layers=0,
+        num_attention_heads=dims.heads,
+        num_key_value_heads=dims.kv_heads,
+        vocab_size=dims.vocab,
+        max_position_embeddings=8192,
+    )
+
+    def quantised(linear: nn.Linear) -> nn.Module:
+        layer = bitsandbytes.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16,
+            compress_statistics=True, quant_type="nf4", device="meta",
+        )  # fmt: skip
+        device = torch.empty(0).device  # the default one: here the weight is made, and quantised by being moved there
+        weight = torch.empty(linear.weight.shape, dtype=torch.bfloat16).normal_(std=0.02)
+        layer.weight = bitsandbytes.nn.Params4bit(
+            weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+        ).to(device)
+        layer.support_avx512bf16_for_cpu = False  # an evaluation would repack the weights for good
+        return layer
+
+    with bfloat16():
+        model = LlamaForCausalLM(config)
+        for index in range(dims.layers):
+            with torch.device("meta"):
+                layer = LlamaDecoderLayer(config, index)
+            for part in (layer.self_attn, layer.mlp):
+                for name, linear in list(part.named_children()):
+                    if isinstance(linear, nn.Linear):
+                        setattr(part, name, quantised(linear))
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight = nn.Parameter(torch.ones(dims.width))
+            model.model.layers.append(layer)
+    config.num_hidden_layers = model.config.num_hidden_layers = dims.layers
+    model.is_loaded_in_4bit = True  # peft takes its LoRA for 4-bit layers by this
+    return model
+
+
+class bfloat16:
+    """New floating-point tensors are bfloat16 inside."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.set_default_dtype(self.before)
+
+
+def random_batch(
+    stage: int, batch: int, seconds: float, text_tokens: int, answer_tokens: int, dims: memory.Dims, device
+) -> dict[str, Tensor]:
+    """What the collator gives a stage: `batch` clips of `seconds`, all equally long, so nothing is padded."""
+    frames = round(memory.MEL_RATE * seconds)
+    out = {
+        "input_features": torch.randn(batch, dims.mels, frames, device=device),
+        "feature_lengths": torch.full((batch,), frames, device=device),
+    }
+    if stage < 3:
+        out["ctc_labels"] = torch.randint(dims.vocab, (batch, answer_tokens), device=device)
+    if stage > 1:
+        ids = torch.randint(dims.vocab, (batch, text_tokens + 1), device=device)
+        ids[:, 1] = dims.vocab  # the placeholder, which the kept frames replace
+        labels = ids.clone()
+        labels[:, : -answer_tokens or None] = IGNORE_INDEX
+        out |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return out
+
+
+# ---------------------------------------------------------------- measuring
+
+
+class Trial:
+    """One stage and implementation on one device: steps of any batch, their memory and time."""
+
+    def __init__(self, stage: int, implementation: str, tiny: bool):
+        self.stage, self.implementation = stage, implementation
+        self.device = torch.device("cpu" if tiny else "cuda")
+        self.cuda = not tiny
+        self.dims = TINY if tiny else memory.LLAMA_8B_WHISPER_LARGE
+        self.seconds = TINY_SECONDS if tiny else SECONDS
+        self.text = {"text_tokens": 12, "answer_tokens": 6} if tiny else {"text_tokens": TEXT_TOKENS}
+        self.text.setdefault("answer_tokens", ANSWER_TOKENS)
+        torch.manual_seed(0)
+        if self.cuda:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(CAP_GIB * memory.GIB / total, 1.0))
+        self.model = build_model(stage, implementation, self.dims, self.device)
+        self.model.mark = self.mark
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()  # makes the states, which are there in every step but the first
+        self.optimizer.zero_grad()
+        self.phases: dict[str, int] = {}
+
+    def mark(self, phase: str) -> None:
+        """Note the allocator's peak since the last mark; on the CPU the phase alone."""
+        peak = torch.cuda.max_memory_allocated() if self.cuda else 0
+        self.phases[phase] = max(self.phases.get(phase, 0), peak)
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        """One optimiser step over `ACCUMULATION` forward and backward passes."""
+        for _ in range(ACCUMULATION):
+            out = self.model(**batch)
+            loss, kept = out.loss / ACCUMULATION, out.cu_seqlens
+            del out
+            self.mark("language model" if self.stage > 1 else "ctc")
+            loss.backward()
+            self.mark("backward")
+        self.parts = self.measured_parts()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.mark("optimiser")
+        self.optimizer.zero_grad()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()}")
+        self.kept = None if kept is None else int(kept[-1])
+
+    def attempt(self, size: int, kept_per_second: float, steps: int = 1) -> dict[str, Any] | None:
+        """Memory and seconds of steps on batches of `size`; None where they do not fit."""
+        self.model.kept_per_second, self.phases = kept_per_second, {}
+        fitted = False
+        try:
+            batch = random_batch(self.stage, size, self.seconds, dims=self.dims, device=self.device, **self.text)
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()
+            self.step(batch)
+            reserved = torch.cuda.memory_reserved() if self.cuda else 0
+            times = [self.timed(batch) for _ in range(steps - 1)]
+            fitted = True
+        except torch.OutOfMemoryError:
+            pass
+        self.optimizer.zero_grad()
+        batch = None
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        if not fitted or reserved > CAP_GIB * memory.GIB:
+            return None
+        peak = max(self.phases.values())
+        return {
+            "batch": size, "peak_bytes": peak, "reserved_bytes": reserved, "phases": self.phases,
+            "parts": self.parts, "kept_frames": self.kept, "step_seconds": times,
+        }  # fmt: skip
+
+    def timed(self, batch: dict[str, Tensor]) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.step(batch)
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def measured_parts(self) -> dict[str, int]:
+        """Bytes of what stands there during a step, from the tensors themselves."""
+        model, seen = self.model, set()
+
+        def size(tensors: Any) -> int:
+            total = 0
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in seen:
+                    seen.add(storage.data_ptr())
+                    total += storage.nbytes()
+            return total
+
+        trained = size(self.trained)
+        gradients = size(p.grad for p in self.trained if p.grad is not None)
+        states = size(t for state in self.optimizer.state.values() for t in state.values() if t.dim())
+        parts = {"encoder": size([*model.audio_tower.parameters(), *model.audio_tower.buffers()])}
+        if self.stage > 1:
+            quantised = [p for p in model.language_model.parameters() if hasattr(p, "quant_state")]
+            scales = [t for p in quantised for t in quant_state_tensors(p.quant_state)]
+            parts["LLM layers, NF4"] = size([*quantised, *scales])
+            parts["LLM embeddings and norms"] = size(p for p in model.language_model.parameters())
+        else:
+            parts["output embedding"] = size([model._head])
+        parts["adapters that are not trained"] = size(model.parameters())
+        return parts | {"trained weights": trained, "gradients": gradients, "AdamW's states": states}
+
+
+def quant_state_tensors(state: Any) -> list[Tensor]:
+    """Scales of a 4-bit weight, and the scales of these."""
+    own = [value for value in vars(state).values() if isinstance(value, Tensor)]
+    return own + (quant_state_tensors(state.state2) if state.nested else [])
+
+
+def largest(trial: Trial, kept_per_second: float, tried: list[dict[str, Any]], deadline: float) -> int:
+    """The largest batch that fits, 0 if none; `tried` gets every one that was looked at. Starts at the prediction."""
+
+    def fits(size: int) -> bool:
+        result = trial.attempt(size, kept_per_second)
+        tried.append({"batch": size, "fits": result is not None, "peak_bytes": result and result["peak_bytes"]})
+        return result is not None
+
+    if not trial.cuda:
+        return max(size for size in TINY_BATCHES if fits(size))
+    guess = memory.largest_batch(
+        trial.stage, trial.seconds, gpu_gib=CAP_GIB + memory.RESERVED_GIB, implementation=trial.implementation,
+        kept_per_second=kept_per_second, dims=trial.dims, **trial.text,
+    )  # fmt: skip
+    least, most, size = 0, None, max(guess, 1)
+    stride = max(1, guess // 16)
+    while (most is None or most - least > 1) and time.monotonic() < deadline:
+        if fits(size):
+            least = size
+        else:
+            most = size
+        if most is None:
+            size, stride = least + stride, 2 * stride
+        elif least == 0:
+            size, stride = max(1, most - stride), 2 * stride
+            if most == 1:
+                break
+        else:
+            size = (least + most) // 2
+    return least
+
+
+def product_flops(device: torch.device) -> float:
+    """FLOP/s of a large bfloat16 product: the roof of the model's."""
+    size = 8192 if device.type == "cuda" else 256
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(12):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+def model_flops(stage: int, batch: int, seconds: float, kept: int, text: dict[str, int], dims: memory.Dims) -> float:
+    """Operations of one forward and backward pass: 2 a weight and row forward, 2 for each gradient; nothing twice."""
+    d = dims
+    frames = round(memory.MEL_RATE * seconds) // 2
+    rows = -(-frames // memory.STACK)
+    clip = 2 * frames * (d.encoder_parameters - d.audio_positions * d.audio_width)
+    clip += 4 * d.audio_layers * frames * frames * d.audio_width  # scores, and their product with the values
+    passes = 1 if stage == 3 else 3  # forward; gradients of weights and input
+    clip += passes * (2 * rows * d.alignment_parameters + 4 * rows * rows * d.width)
+    clip += (1 if stage == 3 else 2) * 2 * rows * d.vocab * d.width  # the head is frozen
+    total = batch * clip
+    if stage > 1:
+        passes = 3 if stage == 2 else 1
+        total += passes * (4 * kept + 4 * batch * rows) * d.width * d.width  # query and output, key and value
+        total += passes * 4 * kept * rows * d.width
+        tokens = batch * text["text_tokens"] + kept
+        total += 2 * 2 * tokens * d.linear_parameters + 3 * 2 * tokens * d.lora_parameters
+        total += 3 * d.layers * 4 * tokens * tokens / batch / 2 * d.width  # causal: half of the scores
+        total += 2 * 2 * batch * text["answer_tokens"] * d.vocab * d.width
+    return total
+
+
+def run(stage: int, implementation: str, tiny: bool, seconds: float, write: Any) -> None:
+    """Measure a stage with one implementation, at both rates of kept frames; `write` gets what is there so far."""
+    start = time.monotonic()
+    trial = Trial(stage, implementation, tiny)
+    roof = product_flops(trial.device)
+    results = []
+    rates = KEPT_PER_SECOND if stage > 1 else KEPT_PER_SECOND[:1]  # stage I shrinks nothing
+    for number, kept_per_second in enumerate(rates, 1):
+        deadline = start + seconds * (number / len(rates) - 0.1)
+        tried: list[dict[str, Any]] = []
+        size = largest(trial, kept_per_second, tried, deadline)
+        result = {
+            "stage": stage, "implementation": implementation, "kept_per_second": kept_per_second,
+            "seconds": trial.seconds, **trial.text, "largest_batch": size, "tried": tried,
+            "bf16_product_tflops": roof / 1e12, "allocator": os.environ.get("PYTORCH_ALLOC_CONF", ""),
+        }  # fmt: skip
+        results.append(result)
+        write(results)
+        measured = trial.attempt(size, kept_per_second, 1 + TIMED_STEPS) if size else None
+        if measured:
+            result |= measured | speed(trial, size, kept_per_second, measured["step_seconds"], roof)
+            write(results)
+
+
+def speed(trial: Trial, size: int, kept_per_second: float, times: list[float], roof: float) -> dict[str, Any]:
+    median = statistics.median(times)
+    kept = trial.kept or 0
+    flops = ACCUMULATION * model_flops(trial.stage, size, trial.seconds, kept, trial.text, trial.dims)
+    tokens = ACCUMULATION * (size * trial.text["text_tokens"] + kept) if trial.stage > 1 else 0
+    predicted = memory.predict(
+        trial.stage, size, trial.seconds, gpu_gib=CAP_GIB + memory.RESERVED_GIB,
+        implementation=trial.implementation, kept_per_second=kept_per_second, dims=trial.dims, **trial.text,
+    )  # fmt: skip
+    return {
+        "accumulation": ACCUMULATION,
+        "step_seconds_median": median,
+        "step_seconds_spread": spread(times),
+        "audio_seconds_per_second": ACCUMULATION * size * trial.seconds / median,
+        "tokens_per_second": tokens / median,
+        "model_tflop_per_step": flops / 1e12,
+        "model_flop_utilisation": flops / median / roof,
+        "predicted_peaks": predicted.peaks,
+    }
+
+
+# ---------------------------------------------------------------- the report
+
+
+def header(tiny: bool) -> dict[str, Any]:
+    return {
+        "benchmark": "train_24gb",
+        "device": "CPU rehearsal" if tiny else torch.cuda.get_device_name(),
+        "date": date.today().isoformat(),
+        "commit": commit(ROOT),
+        "versions": versions()
+        | ({} if find_spec("bitsandbytes") is None else {"bitsandbytes": version("bitsandbytes")}),
+        "dtype": "bfloat16 products, float32 trained weights, NF4 language model",
+        "cap_gib": None if tiny else CAP_GIB,
+        "dims": asdict(TINY if tiny else memory.LLAMA_8B_WHISPER_LARGE),
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    table = Table("stage", "implementation", "kept/s", "largest batch", "peak GiB", "predicted", "audio s/s", "MFU")
+    for result in report["runs"]:
+        row = [str(result[key]) for key in ("stage", "implementation", "kept_per_second", "largest_batch")]
+        if "peak_bytes" in result:
+            row += [
+                f"{result['peak_bytes'] / memory.GIB:.2f}" if result["peak_bytes"] else "not on a CPU",
+                f"{max(result['predicted_peaks'].values()) / memory.GIB:.2f}",
+                f"{result['audio_seconds_per_second']:.1f}",
+                f"{result['model_flop_utilisation']:.1%}",
+            ]
+        table.add_row(*row)
+    console.print(table)
+    for failure in report["failures"]:
+        console.print(f"stage {failure['stage']}, {failure['implementation']}: {failure['error']}", markup=False)
+
+
+def main(
+    stage: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Stages; all without it.")] = None,
+    implementation: Annotated[list[str] | None, typer.Option(help="fused, eager; both without it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the JSON file.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Rehearse on the CPU at small sizes.")] = False,
+    minutes: Annotated[float, typer.Option(help="Time for all of it.")] = 8.0,
+    child: Annotated[
+        Path | None, typer.Option(hidden=True, help="Run here, and write the results to this file.")
+    ] = None,
+) -> None:
+    """Find the largest batch of each stage that trains under 22.0 GiB, and measure it."""
+    stages, implementations = stage or [1, 2, 3], implementation or ["fused", "eager"]
+    if child is not None:
+        run(stages[0], implementations[0], tiny, 60 * minutes, lambda results: child.write_text(json.dumps(results)))
+        return
+    if not tiny and not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU is there: measure on one, or rehearse with --tiny")
+    if max(stages) > 1 and find_spec("bitsandbytes") is None:
+        raise SystemExit(
+            "bitsandbytes is not installed, and the LLM of stages 2 and 3 is held in its 4 bits: install it"
+        )
+    report = header(tiny) | {"runs": [], "failures": []}
+    results = ROOT / "runs" if tiny else ROOT / "bench" / "results" / slug(report["device"])
+    folder = out or Path(os.environ.get("OUT") or results)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "-".join(["train_24gb", *map(str, stages), report["date"], report["commit"]])
+    todo = [(number, name) for number in stages for name in implementations]
+    start = time.monotonic()
+    for done, (number, which) in enumerate(todo):
+        left = 60 * minutes - (time.monotonic() - start)
+        share = max(left / (len(todo) - done), 1.0)
+        with tempfile.TemporaryDirectory() as scratch:
+            results = Path(scratch) / "results.json"
+            command = [sys.executable, __file__, "--stage", str(number), "--implementation", which]
+            command += ["--minutes", str(share / 60), "--child", str(results), *(["--tiny"] if tiny else [])]
+            # Segments that grow leave no holes between batches of different sizes.
+            environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+            error = None
+            try:
+                code = subprocess.run(command, env=environment, timeout=None if tiny else share).returncode
+                error = f"exit status {code}" if code else None
+            except subprocess.TimeoutExpired:
+                error = f"not done after {share:.0f} s"
+            if results.exists():
+                report["runs"] += json.loads(results.read_text())
+            if error:
+                report["failures"].append({"stage": number, "implementation": which, "error": error})
+        (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    show(report)
+    console.print(f"written: {folder / name}.json", markup=False, soft_wrap=True)
+    if report["failures"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

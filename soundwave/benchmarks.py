@@ -1,0 +1,524 @@
+"""What `pytest bench/` writes, and what is made of it: results, their comparison with earlier ones, docs/benchmarks.md.
+
+A run is one JSON file, `<results>/<device>/<date>-<commit>.json`. A ratio is eager's time over the contender's, the
+median of the rounds in which both ran: above 1 is faster than eager. A spread is an interquartile range.
+"""
+
+import os
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PARTS = ("forward", "backward", "both")
+PACKAGES = (
+    "soundwave",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "flash-attn",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "flag-gems",
+)
+OURS = "ours"  # how the names of this library's contenders begin
+
+
+class Entry(BaseModel):
+    """One contender on one part of one case.
+
+    Attributes:
+        operation, case, shape, over, dtype: what was run; `over` is the letter of a growth curve, or empty.
+        part: "forward", "backward", or "both" of a training step.
+        seconds, spread: median and interquartile range of `rounds` rounds.
+        ratio, ratio_spread: eager's time over this one's, round by round; None without eager.
+        peak_bytes: the most held beyond what was there before.
+        flops, bytes: that the definition needs for the part; None where they say nothing.
+        roof_flops, roof_bytes: operations and bytes a second of the large product and copy timed in the same rounds.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    operation: str
+    case: str
+    shape: dict[str, int]
+    over: str = ""
+    dtype: str
+    part: Literal["forward", "backward", "both"]
+    contender: str
+    rounds: int
+    seconds: float
+    spread: float
+    ratio: float | None
+    ratio_spread: float | None
+    peak_bytes: int | None = None
+    flops: float | None = None
+    bytes: float | None = None
+    roof_flops: float
+    roof_bytes: float
+
+    @classmethod
+    def from_rounds(cls, seconds: Sequence[float], eager: Sequence[float] | None, **what: Any) -> "Entry":
+        """An entry from the seconds of each round, and eager's in the same rounds."""
+        ratios = [theirs / own for theirs, own in zip(eager, seconds, strict=True)] if eager else []
+        return cls(
+            rounds=len(seconds),
+            seconds=statistics.median(seconds),
+            spread=spread(seconds),
+            ratio=statistics.median(ratios) if ratios else None,
+            ratio_spread=spread(ratios) if ratios else None,
+            **what,
+        )
+
+    @property
+    def share(self) -> float | None:
+        """Of the roof: the least time that the roofs allow for `flops` and `bytes`, over the time taken."""
+        bounds = [
+            amount / roof
+            for amount, roof in ((self.flops, self.roof_flops), (self.bytes, self.roof_bytes))
+            if amount is not None
+        ]
+        return max(bounds) / self.seconds if bounds else None
+
+    @property
+    def key(self) -> tuple:
+        """What is comparable between runs."""
+        return (
+            self.operation, self.case, tuple(sorted(self.shape.items())), self.dtype, self.part, self.contender,
+        )  # fmt: skip
+
+
+class Roof(BaseModel):
+    """Medians over a run: a large product and a large copy (bytes read and written)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tflops: float
+    gb_per_second: float
+
+
+class Skipped(BaseModel):
+    """Contenders that did not run, and why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    operation: str
+    reason: str
+    cases: list[str]
+
+
+class Run(BaseModel):
+    """One call of `pytest bench/`. `size` says which of the shapes ran; `roofs` are by dtype."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    device: str
+    kind: Literal["cuda", "cpu"]
+    size: Literal["cuda", "cpu", "tiny"]
+    date: datetime
+    commit: str
+    versions: dict[str, str]
+    threads: int
+    roofs: dict[str, Roof]
+    entries: list[Entry]
+    skipped: list[Skipped]
+
+    @property
+    def name(self) -> str:
+        return f"{self.date:%Y-%m-%d-%H%M%S}-{self.commit}"
+
+    def save(self, results: Path) -> Path:
+        """Write the run below a folder of results; a reader never sees half of it."""
+        path = results / slug(self.device) / f"{self.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        aside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        return aside.replace(path)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Interquartile range; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return third - first
+
+
+def slug(device: str) -> str:
+    """A device's name as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def device_name() -> str:
+    """The GPU, or the CPU and its cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    description = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", description, re.MULTILINE)
+    return f"{model[1].strip() if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit(root: Path) -> str:
+    """Short commit of a checkout, with `-changed` where its files differ from it; "unknown" without git."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=-changed", "--abbrev=7", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Of Python, CUDA and the packages that decide a figure; absent ones are left out."""
+    import torch
+
+    found = {"python": platform.python_version()}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def load(results: Path) -> list[Run]:
+    """All runs below a folder, oldest first. Files of other benches, whose names begin with no date, are left alone."""
+    runs = [
+        Run.model_validate_json(path.read_text(encoding="utf-8"))
+        for path in results.glob("*/[0-9][0-9][0-9][0-9]-*.json")
+    ]
+    return sorted(runs, key=lambda run: run.date)
+
+
+def compare(now: Run, earlier: Sequence[Run]) -> tuple[list[str], int]:
+    """Where ours has become slower beside eager, and how many ratios could be compared.
+
+    Each ratio is held to the newest earlier one of the same device, case, shape, dtype and part. It is worse where it
+    is lower by more than its spread, of the two runs the larger one.
+    """
+    before: dict[tuple, tuple[Run, Entry]] = {}
+    for run in sorted(earlier, key=lambda run: run.date):
+        if run.device == now.device:
+            before |= {entry.key: (run, entry) for entry in run.entries if entry.ratio is not None}
+    worse, compared = [], 0
+    for entry in now.entries:
+        if not entry.contender.startswith(OURS) or entry.ratio is None or entry.key not in before:
+            continue
+        compared += 1
+        run, old = before[entry.key]
+        allowed = max(entry.ratio_spread, old.ratio_spread)
+        if entry.ratio < old.ratio - allowed:
+            worse.append(
+                f"{entry.operation} · {entry.case} · {entry.part} · {entry.contender}: {entry.ratio:.2f} x eager, "
+                f"but {old.ratio:.2f} x on {run.date:%Y-%m-%d} ({run.commit}), and the spread is {allowed:.2f}"
+            )
+    return worse, compared
+
+
+# ---------------------------------------------------------------- tables
+
+
+class Row(NamedTuple):
+    """One contender on one case, its three parts side by side."""
+
+    case: str
+    contender: str
+    parts: dict[str, Entry]
+
+    @property
+    def whole(self) -> Entry:
+        """What compares: the training step, or forward where there is no backward."""
+        return self.parts.get("both") or self.parts["forward"]
+
+
+HEADINGS = ("case", "contender", "forward", "backward", "both", "x eager", "memory", "TFLOP/s", "GB/s", "of the roof")
+
+
+def _rows(entries: Sequence[Entry]) -> list[Row]:
+    rows: dict[tuple, Row] = {}
+    for entry in entries:
+        row = rows.setdefault((entry.case, entry.contender), Row(entry.case, entry.contender, {}))
+        row.parts[entry.part] = entry
+    return list(rows.values())
+
+
+def _milliseconds(entry: Entry | None) -> str:
+    if entry is None:
+        return ""
+    value = entry.seconds * 1e3
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f} ± {entry.spread * 5e2:.{digits}f}"
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return ""
+    unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6) if count >= 1e6 else ("kB", 1e3)
+    return f"{count / scale:.3g} {unit}"
+
+
+def _ratio(entry: Entry) -> str:
+    return "" if entry.ratio is None else f"{entry.ratio:.2f} ± {entry.ratio_spread / 2:.2f}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    whole = row.whole
+    return (
+        row.case,
+        row.contender,
+        *(_milliseconds(row.parts.get(part)) for part in PARTS),
+        _ratio(whole),
+        _size(whole.peak_bytes),
+        "" if whole.flops is None else f"{whole.flops / whole.seconds / 1e12:.3g}",
+        "" if whole.bytes is None else f"{whole.bytes / whole.seconds / 1e9:.3g}",
+        "" if whole.share is None else f"{whole.share:.0%}",
+    )
+
+
+def _by_operation(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.operation, []).append(entry)
+    return found
+
+
+def tables(run: Run) -> "Iterator[Table]":
+    """A table an operation for the terminal, without the points of the growth curves."""
+    from rich.table import Table
+
+    for operation, entries in _by_operation([entry for entry in run.entries if not entry.over]).items():
+        table = Table(*HEADINGS, title=f"{operation} · milliseconds, median ± half the spread", box=None)
+        for column in table.columns[2:]:
+            column.justify = "right"
+        last = None
+        for row in _rows(entries):
+            table.add_row(*(("" if row.case == last else row.case), *_cells(row)[1:]))
+            last = row.case
+        yield table
+
+
+# ---------------------------------------------------------------- report
+
+INTRODUCTION = """# Benchmarks
+
+Written by `soundwave bench report` from the files in `bench/results/`; `pytest bench/` adds one. The contenders of a
+case run in alternating rounds on the same inputs. Times are milliseconds, median ± half the interquartile range.
+`x eager` is eager's time over the contender's, the median of the rounds' own ratios: above 1 is faster. `memory` is the
+most held beyond what was there before: on CUDA by the caching allocator, on a CPU by the events of torch's allocator in
+its profiler (scratch inside the libraries below is not seen). TFLOP/s and GB/s count what the definition needs, so work
+that is left out shows as speed, even beyond the roof. The roof is a large product and a large copy (bytes read and
+written), timed in the same rounds. `forward` keeps what backward needs: an operation that has its gradient ready by
+then shows its cost there, and `both` is what compares. The shapes and generators are in
+[bench/shapes.py](../bench/shapes.py).
+"""
+
+
+def write_report(results: Path, out: Path) -> Path:
+    """Write the tables and plots of all runs below `results` to the Markdown file `out`; returns it.
+
+    Plots go into a folder beside it, named like it without its suffix. Each operation of a device shows its newest
+    figures, and beside them the ratios of the run before.
+
+    Raises:
+        FileNotFoundError: there are no results.
+    """
+    runs = [run for run in load(results) if run.size != "tiny"]
+    if not runs:
+        raise FileNotFoundError(f"{results} holds no results; write some with pytest bench/")
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    by_device: dict[str, list[Run]] = {}
+    for run in reversed(runs):
+        by_device.setdefault(run.device, []).append(run)
+    sections = [INTRODUCTION]
+    if not any(run.kind == "cuda" for run in runs):
+        sections.append("**Nothing here was measured on a GPU yet.**\n")
+    for device, found in by_device.items():  # found: newest first
+        sections += _device_section(device, found, folder, out.parent)
+    out.write_text("\n".join(sections), encoding="utf-8")
+    return out
+
+
+def _device_section(device: str, runs: list[Run], folder: Path, root: Path) -> Iterator[str]:
+    yield f"## {device}\n"
+    newest: dict[str, tuple[Run, list[Entry]]] = {}
+    for run in runs:
+        for operation, entries in _by_operation(run.entries).items():
+            newest.setdefault(operation, (run, entries))
+    shown = [run for run in runs if any(run is source for source, _ in newest.values())]
+    for run in shown:
+        roofs = "; ".join(
+            f"{dtype} {roof.tflops:.3g} TFLOP/s, {roof.gb_per_second:.3g} GB/s" for dtype, roof in run.roofs.items()
+        )
+        packages = ", ".join(f"{name} {number}" for name, number in run.versions.items())
+        yield f"{_label(run)}: {packages}; {run.threads} threads. Roofs: {roofs}.\n"
+    roofline = folder / f"{slug(device)}-roofline.png"
+    if _plot_roofline(newest, roofline):
+        yield f"![roofline]({roofline.relative_to(root)})\n"
+    for operation, (run, entries) in newest.items():
+        main = [entry for entry in entries if not entry.over]
+        older = [other for other in runs if other.date < run.date]
+        yield f"### {operation}\n"
+        if main:
+            yield from _table(run, main, older)
+        curves = [entry for entry in entries if entry.over]
+        if curves:
+            path = folder / f"{slug(device)}-{operation.replace('_', '-')}-growth.png"
+            _plot_growth(operation, curves, path)
+            yield f"![growth of {operation}]({path.relative_to(root)})\n"
+        for skipped in run.skipped:
+            if skipped.operation == operation:
+                yield f"- not run: {skipped.reason}"
+        yield ""
+
+
+def _label(run: Run) -> str:
+    return f"{run.date:%Y-%m-%d %H:%M} UTC, commit {run.commit}"
+
+
+def _table(run: Run, entries: list[Entry], older: list[Run]) -> Iterator[str]:
+    """Markdown of an operation's newest figures, with the ratio of the run before where there is one."""
+    before: dict[tuple, tuple[Run, Entry]] = {}
+    for other in older:  # newest first: what is found first stays
+        for entry in other.entries:
+            before.setdefault(entry.key, (other, entry))
+    rows = _rows(entries)
+    compared = any(row.whole.key in before for row in rows)
+    yield f"{_label(run)}; " + ", ".join(sorted({entry.dtype for entry in entries})) + ".\n"
+    headings = [*HEADINGS[:6], *(["x eager before"] if compared else []), *HEADINGS[6:]]
+    yield "| " + " | ".join(headings) + " |"
+    yield "|---|---|" + "---:|" * (len(headings) - 2)
+    last = None
+    for row in rows:
+        cells = list(_cells(row))
+        if row.contender.startswith(OURS):
+            cells[1] = f"**{cells[1]}**"
+        shape = ", ".join(f"{letter} {value}" for letter, value in row.whole.shape.items())
+        cells[0] = "" if row.case == last else f"{row.case}: {shape}"
+        last = row.case
+        if compared:
+            other, old = before.get(row.whole.key, (None, None))
+            cells.insert(6, "" if old is None else f"{_ratio(old)} ({other.date:%Y-%m-%d}, {other.commit})")
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    fixed = {"eager": "C7", "compiled": "C0", "ours-torch": "C1", "ours-triton": "C3", "ours": "C3"}
+    others = iter(("C2", "C4", "C5", "C6", "C8", "C9"))
+    return {name: fixed.get(name) or next(others, "C9") for name in names}
+
+
+def _plot_growth(operation: str, entries: list[Entry], path: Path) -> None:
+    """Time above and memory below, a column for each letter."""
+    plt = _pyplot()
+    from matplotlib.ticker import LogFormatter
+
+    letters = list(dict.fromkeys(entry.over for entry in entries))
+    colours = _colours(list(dict.fromkeys(entry.contender for entry in entries)))
+    figure, axes = plt.subplots(
+        2, len(letters), figsize=(3.1 * len(letters) + 0.6, 5), layout="constrained", squeeze=False, sharex="col"
+    )
+    for column, letter in enumerate(letters):
+        for name, colour in colours.items():
+            points = sorted(
+                (entry for entry in entries if entry.over == letter and entry.contender == name),
+                key=lambda entry: entry.shape[letter],
+            )
+            sizes = [entry.shape[letter] for entry in points]
+            half = [entry.spread * 5e2 for entry in points]
+            times = [entry.seconds * 1e3 for entry in points]
+            axes[0, column].errorbar(sizes, times, half, color=colour, marker="o", markersize=4, capsize=2, label=name)
+            known = [(entry.shape[letter], entry.peak_bytes / 1e6) for entry in points if entry.peak_bytes]
+            if known:
+                axes[1, column].plot(*zip(*known, strict=True), color=colour, marker="o", markersize=4)
+        for row in range(2):
+            axes[row, column].set(xscale="log", yscale="log")
+            axes[row, column].grid(True, which="major", alpha=0.3)
+            for place in ("major", "minor"):  # 200 instead of 2 x 10^2; minor ones where there is room
+                formatter = LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5))
+                getattr(axes[row, column].yaxis, f"set_{place}_formatter")(formatter)
+        ticks = sorted({entry.shape[letter] for entry in entries if entry.over == letter})
+        axes[1, column].set_xticks(ticks, [str(tick) for tick in ticks])
+        axes[1, column].tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        fixed = next(entry.shape for entry in entries if entry.over == letter)
+        others = ", ".join(f"{name} {value}" for name, value in fixed.items() if name != letter)
+        axes[0, column].set_title(others, fontsize=8)
+        axes[1, column].set_xlabel(letter)
+    axes[0, 0].set_ylabel("forward and backward [ms]")
+    axes[1, 0].set_ylabel("memory added [MB]")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(operation)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plot_roofline(newest: dict[str, tuple[Run, list[Entry]]], path: Path) -> bool:
+    """Reached against possible, over operations a byte; False where no entry counts both."""
+    plt = _pyplot()
+    points = [
+        (run, entry)
+        for run, entries in newest.values()
+        for entry in entries
+        if not entry.over and entry.part == "both" and entry.flops and entry.bytes
+    ]
+    if not points:
+        return False
+    figure, axis = plt.subplots(figsize=(8.2, 5), layout="constrained")
+    intensities = [entry.flops / entry.bytes for _, entry in points]
+    low, high = min(*intensities, 1.0) / 2, max(intensities) * 2
+    for number, dtype in enumerate(sorted({entry.dtype for _, entry in points})):
+        of_dtype = [entry for _, entry in points if entry.dtype == dtype]
+        flops = statistics.median(entry.roof_flops for entry in of_dtype)
+        moved = statistics.median(entry.roof_bytes for entry in of_dtype)
+        xs = sorted({low, flops / moved, max(high, 2 * flops / moved)})
+        line = [min(flops, x * moved) / 1e12 for x in xs]
+        axis.plot(xs, line, color="black", linestyle=("-", "--", ":")[number % 3], label=f"roof, {dtype}")
+    operations = list(dict.fromkeys(entry.operation for _, entry in points))
+    markers = dict(zip(operations, "osD^vPX*<>", strict=False))
+    colours = _colours(list(dict.fromkeys(entry.contender for _, entry in points)))
+    for _, entry in points:
+        axis.scatter(
+            entry.flops / entry.bytes, entry.flops / entry.seconds / 1e12, color=colours[entry.contender],
+            marker=markers[entry.operation], s=34, alpha=0.85,
+        )  # fmt: skip
+    handles = [
+        plt.Line2D([], [], color="black", marker=mark, fillstyle="none", linestyle="", label=name)
+        for name, mark in markers.items()
+    ]
+    handles += [plt.Line2D([], [], color=colour, linewidth=6, label=name) for name, colour in colours.items()]
+    axis.set(
+        xscale="log", yscale="log", xlabel="operations the definition needs, for each byte it moves",
+        ylabel="TFLOP/s reached (definition's operations over time)",
+    )  # fmt: skip
+    axis.grid(True, which="major", alpha=0.3)
+    first = axis.legend(loc="upper left", fontsize=8)
+    axis.add_artist(first)
+    axis.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True

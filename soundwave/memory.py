@@ -1,0 +1,430 @@
+"""How much GPU memory a training step takes, part by part, by arithmetic: no GPU is asked, nothing is allocated.
+
+    print(table(predict(2, 16, 30.0)))          a step of stage II on 16 clips of 30 s
+    largest_batch(2, 30.0)                      what fits on 24 GB
+
+A step goes through six phases, each with a peak of its own; the highest is what has to fit:
+
+    encoder              Whisper without gradient: one layer at a time
+    ctc                  the alignment adapter has run, CTC forms its loss and gradient
+    language model       the LLM has run forward, the loss over its vocabulary is formed
+    backward: LLM        the last layer is run again and differentiated while all others wait
+    backward: adapters   the LLM is done; everything that the adapters kept is still there
+    optimiser            weights, gradients and states, and what AdamW makes on the way
+
+Numbers are bytes. What is counted is what torch's allocator hands out (`torch.cuda.max_memory_allocated`). Gradients
+are there from the first phase on, as they are while they are accumulated. All clips are equally long; padding takes
+what the audio in its place would.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import rich.box
+import rich.table
+
+from soundwave.kernels.vocab_rows import CHUNK_BYTES
+
+GIB = 2**30
+BF16, FP32 = 2, 4
+# What the card, its driver and a desktop keep, and the CUDA context: a 24 GB card leaves 22.0 GiB to torch.
+RESERVED_GIB = 2.0
+# Whisper reads 100 mel frames a second and halves them once.
+MEL_RATE, ENCODER_RATE, STACK = 100, 50, 2
+# NF4 takes half a byte; a block of 64 shares a scale of 8 bits, and 256 of these one of 32 bits (double quantisation).
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+CUBLAS_WORKSPACE = 32 << 20  # torch's choice for Hopper; 8 MiB on other cards
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of the two backbones and of LoRA on q, k, v and o."""
+
+    mels: int
+    audio_width: int
+    audio_layers: int
+    audio_heads: int
+    audio_mlp: int
+    audio_positions: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocab: int
+    lora_rank: int = 64
+
+    @property
+    def kv_width(self) -> int:
+        return self.width // self.heads * self.kv_heads
+
+    @property
+    def encoder_parameters(self) -> int:
+        e, m = self.audio_width, self.audio_mlp
+        convolutions = 3 * self.mels * e + 3 * e * e + 2 * e
+        layer = 4 * e * e + 3 * e + 2 * e * m + m + e + 4 * e  # q, k, v, o (k has no bias); MLP; two LayerNorms
+        return convolutions + self.audio_positions * e + self.audio_layers * layer + 2 * e
+
+    @property
+    def linear_parameters(self) -> int:
+        """The LLM's products: what is quantised."""
+        attention = 2 * self.width * self.width + 2 * self.width * self.kv_width
+        return self.layers * (attention + 3 * self.width * self.mlp)
+
+    @property
+    def lora_parameters(self) -> int:
+        """A rank·in and a rank·out matrix for each of q, k, v, o."""
+        return self.layers * self.lora_rank * (4 * self.width + 2 * (self.width + self.kv_width))
+
+    @property
+    def projector_parameters(self) -> int:
+        """Two frames side by side -> the LLM's width."""
+        return STACK * self.audio_width * self.width + self.width
+
+    @property
+    def alignment_parameters(self) -> int:
+        """Projector, attention, MLP of twice the width, three LayerNorms, the blank's row and bias."""
+        d = self.width
+        attention, mlp, norms, blank = 4 * d * d + 4 * d, 4 * d * d + 3 * d, 6 * d, d + 1
+        return self.projector_parameters + attention + mlp + norms + blank
+
+    @property
+    def shrinking_parameters(self) -> int:
+        """Attention and a LayerNorm."""
+        return 4 * self.width * self.width + 4 * self.width + 2 * self.width
+
+
+LLAMA_8B_WHISPER_LARGE = Dims(
+    mels=128, audio_width=1280, audio_layers=32, audio_heads=20, audio_mlp=5120, audio_positions=1500,
+    width=4096, layers=32, heads=32, kv_heads=8, mlp=14336, vocab=128256,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """A prediction: for each phase of a step the bytes of each part, and what the card leaves to torch."""
+
+    stage: int
+    batch: int
+    seconds: float
+    implementation: str
+    gpu_gib: float
+    phases: dict[str, dict[str, int]] = field(repr=False)
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Bytes at the height of each phase."""
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.peaks, key=self.peaks.get)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What lies there at the highest peak."""
+        return self.phases[self.peak_phase]
+
+    @property
+    def peak(self) -> int:
+        return self.peaks[self.peak_phase]
+
+    @property
+    def limit(self) -> int:
+        return int((self.gpu_gib - RESERVED_GIB) * GIB)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+
+def predict(
+    stage: int,
+    batch: int,
+    seconds: float,
+    *,
+    gpu_gib: float = 24.0,
+    implementation: str = "fused",
+    kept_per_second: float = 3.0,
+    text_tokens: int = 150,
+    answer_tokens: int = 80,
+    checkpointing: bool = True,
+    dims: Dims = LLAMA_8B_WHISPER_LARGE,
+) -> Table:
+    """Memory of one forward and backward pass with AdamW, bfloat16 products under autocast, the LLM in NF4.
+
+    Args:
+        stage: 1 to 3; the third trains LoRA alone.
+        batch: clips a forward pass. seconds: of each.
+        gpu_gib: the card's memory; `RESERVED_GIB` of it are not torch's.
+        implementation: "fused" or "eager".
+        kept_per_second: frames that the shrinking adapter keeps, 25 at most (nothing is shrunk).
+        text_tokens: prompt, answer and template of a sample; `answer_tokens` of them are learned, and CTC's transcript
+            is as long.
+        checkpointing: the LLM keeps the inputs of its layers alone and runs each again in backward.
+        dims: of the backbones.
+
+    Raises:
+        ValueError: a stage or implementation that does not exist, or a size that is not positive.
+    """
+    if stage not in (1, 2, 3):
+        raise ValueError(f"stage = {stage}, but it must be 1, 2 or 3")
+    if implementation not in ("fused", "eager"):
+        raise ValueError(f"implementation = {implementation!r}, but it must be 'fused' or 'eager'")
+    limit = dims.audio_positions / ENCODER_RATE
+    if batch < 1 or not 0 < seconds <= limit:
+        raise ValueError(f"batch, seconds = {batch}, {seconds:g}, but they must be at least 1, and 0 to {limit:g}")
+    step = _Step(stage, batch, seconds, implementation == "fused", kept_per_second, text_tokens, answer_tokens, dims)
+    return Table(stage, batch, seconds, implementation, gpu_gib, step.phases(checkpointing))
+
+
+def largest_batch(stage: int, seconds: float, *, gpu_gib: float = 24.0, **kwargs) -> int:
+    """The most clips of `seconds` that fit a forward pass, 0 if not even one; `kwargs` as for `predict`."""
+
+    def fits(batch: int) -> bool:
+        return predict(stage, batch, seconds, gpu_gib=gpu_gib, **kwargs).fits
+
+    least, most = 0, 1
+    while fits(most):
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least
+
+
+def table(prediction: Table) -> rich.table.Table:
+    """The parts at the peak and the peak of each phase, in GiB, for a terminal."""
+    p = prediction
+    out = rich.table.Table(
+        title=f"Stage {p.stage}, {p.batch} clips of {p.seconds:g} s, {p.implementation}: predicted, not measured",
+        title_justify="left", box=rich.box.SIMPLE,
+    )  # fmt: skip
+    out.add_column(f"at the peak: {p.peak_phase}")
+    out.add_column("GiB", justify="right")
+    for part, size in p.parts.items():
+        out.add_row(part, f"{size / GIB:.2f}")
+    out.add_section()
+    verdict = "fits" if p.fits else "does not fit"
+    out.add_row(f"together ({verdict} into {p.limit / GIB:.1f} of {p.gpu_gib:g})", f"{p.peak / GIB:.2f}")
+    out.add_section()
+    for phase, size in p.peaks.items():
+        out.add_row(f"peak of: {phase}", f"{size / GIB:.2f}")
+    return out
+
+
+class _Step:
+    """The sizes of one step; every method gives bytes."""
+
+    def __init__(self, stage, batch, seconds, fused, kept_per_second, text_tokens, answer_tokens, dims):
+        self.stage, self.batch, self.fused, self.dims = stage, batch, fused, dims
+        self.mel_frames = round(MEL_RATE * seconds)
+        frames = math.ceil(self.mel_frames / 2)
+        longest = math.ceil(frames / STACK)
+        self.frames, self.rows = batch * frames, batch * longest
+        self.kept = batch * min(max(math.ceil(kept_per_second * seconds), 1), longest)
+        self.tokens = batch * text_tokens + self.kept
+        self.answers = batch * answer_tokens
+        self.columns = answer_tokens + 1
+
+    # ---------------------------------------------------------------- what stays
+
+    def trained(self) -> int:
+        d = self.dims
+        return {
+            1: d.alignment_parameters,
+            2: d.alignment_parameters + d.shrinking_parameters + d.lora_parameters,
+            3: d.lora_parameters,
+        }[self.stage]
+
+    def standing(self) -> dict[str, int]:
+        """Weights, gradients, states and the batch itself."""
+        d, trained = self.dims, self.trained()
+        idle = {1: d.shrinking_parameters, 2: 0, 3: d.alignment_parameters + d.shrinking_parameters}[self.stage]
+        vocabulary = d.vocab * d.width
+        parts = {"Whisper encoder, bf16": BF16 * d.encoder_parameters}
+        if self.stage == 1:
+            parts["output embedding (CTC's head), bf16"] = BF16 * vocabulary
+        else:
+            norms = (2 * d.layers + 1) * d.width
+            parts["LLM layers, NF4"] = int(NF4_BYTES * d.linear_parameters)
+            parts["LLM embeddings and norms, bf16"] = BF16 * (2 * vocabulary + norms)
+        if idle:
+            parts["adapters that are not trained, fp32"] = FP32 * idle
+        parts["trained weights, fp32"] = FP32 * trained
+        parts["gradients, fp32"] = FP32 * trained
+        parts["AdamW's two states, fp32"] = 2 * FP32 * trained
+        # Log-mel features, and while the encoder and CTC run the copy that SpecAugment made.
+        parts["batch"] = FP32 * self.batch * d.mels * self.mel_frames
+        parts["cuBLAS workspace"] = CUBLAS_WORKSPACE
+        return parts
+
+    # ---------------------------------------------------------------- encoder
+
+    def encoder(self) -> int:
+        """A layer at its MLP: two residuals in bf16, a LayerNorm in fp32, and the MLP before and after GELU."""
+        d = self.dims
+        return self.frames * (2 * BF16 * d.audio_width + FP32 * d.audio_width + 2 * BF16 * d.audio_mlp)
+
+    def encoded(self) -> int:
+        """The encoder's last LayerNorm, in fp32 under autocast; held until CTC is done."""
+        return FP32 * self.frames * self.dims.audio_width
+
+    # ---------------------------------------------------------------- alignment adapter
+
+    def alignment_saved(self) -> int:
+        """What the adapter keeps for backward, a row; nothing where nothing below the LLM is trained."""
+        if self.stage == 3:
+            return 0
+        d = self.dims.width
+        row = STACK * self.dims.audio_width * BF16  # input of the projector
+        row += FP32 * d + BF16 * d  # norm1: its input in fp32, its output as the projections read it
+        row += 3 * BF16 * d + BF16 * d + FP32 * self.dims.heads  # query, key, value; attended rows; log-sum-exp
+        row += d  # dropout's mask, one byte an element
+        row += BF16 * d if self.fused else FP32 * d  # norm2: the sum, of which eager casts a copy
+        row += BF16 * d  # norm2's output, read by the MLP
+        row += 2 * (BF16 * 2 * d) + 2 * d  # MLP: ReLU's output, dropped out, and the mask
+        row += d  # mask of the MLP's output
+        row += FP32 * d  # out_norm: its input in fp32
+        return row * self.rows
+
+    def hidden(self) -> int:
+        """The adapter's output, in fp32 as out_norm leaves it."""
+        return FP32 * self.rows * self.dims.width
+
+    def casts(self, *parts: str) -> int:
+        """bf16 copies of trained weights that autocast keeps, for backward or until the forward pass ends."""
+        d = self.dims
+        sizes = {
+            "projector": d.projector_parameters,
+            "alignment": d.alignment_parameters - d.projector_parameters,
+            "shrinking": d.shrinking_parameters,
+            "lora": d.lora_parameters,
+        }
+        return BF16 * sum(sizes[part] for part in parts)
+
+    # ---------------------------------------------------------------- CTC
+
+    def chunk(self, rows: int) -> int:
+        """The fused operations' buffer of logits, and the product of P with the head, in fp32."""
+        d = self.dims
+        if not rows:
+            return 0
+        most = max(128, CHUNK_BYTES // (BF16 * d.vocab) // 128 * 128)
+        step = math.ceil(rows / math.ceil(rows / most))
+        return step * (BF16 * -(-d.vocab // 64) * 64 + 2 * FP32 * d.width)
+
+    def ctc(self) -> dict[str, int]:
+        """The height of CTC's forward pass, its gradient included where it is formed at once."""
+        d, rows = self.dims, self.rows
+        if self.fused:
+            work = BF16 * rows * d.width + self.chunk(rows)  # packed rows in bf16, a chunk of logits
+            work += 2 * FP32 * rows * self.columns  # labels' logits and log-probabilities
+            gradient = 0 if self.stage == 3 else FP32 * rows * d.width
+            return {"CTC: a chunk of logits": work, "CTC: gradient of its input, fp32": gradient}
+        # Logits with the blank's column in fp32, and their log-softmax.
+        return {"CTC: logits and log-softmax, fp32": 2 * FP32 * rows * (d.vocab + 1)}
+
+    def ctc_saved(self) -> int:
+        """From CTC's forward to its backward."""
+        if self.stage == 3:
+            return 0
+        if self.fused:  # the gradient, formed in advance
+            return FP32 * self.rows * self.dims.width
+        lattice = FP32 * self.rows * (2 * (self.columns - 1) + 1)
+        return FP32 * self.rows * (self.dims.vocab + 1) + lattice
+
+    # ---------------------------------------------------------------- shrinking adapter
+
+    def shrinking_saved(self) -> int:
+        if self.stage != 2:
+            return 0
+        d = self.dims.width
+        kept = 2 * BF16 * d + FP32 * d  # queries, attended rows, the sum that is normed
+        row = 2 * BF16 * d  # keys, values
+        if not self.fused:
+            kept += 2 * BF16 * d  # inputs of the query and of the output product
+            row += 2 * BF16 * d  # autocast's copies of the input, one for keys and one for values
+        return self.kept * kept + self.rows * row
+
+    # ---------------------------------------------------------------- language model
+
+    def layer_saved(self) -> int:
+        """What one layer of the LLM keeps for backward."""
+        d = self.dims
+        token = 2 * FP32 * d.width  # two RMSNorms, each a copy of its input in fp32
+        token += BF16 * d.width  # output of the first, read by LoRA
+        token += 2 * BF16 * d.width + 2 * BF16 * d.kv_width + FP32 * d.heads  # attention: q, out, k, v, log-sum-exp
+        token += 3 * BF16 * d.mlp  # gate before and after SiLU, up
+        token += 4 * BF16 * d.lora_rank  # between LoRA's two matrices
+        return token * self.tokens
+
+    def layer_backward(self) -> int:
+        """On top of that at the MLP's product: gradients of the product, of both factors, and of the residual."""
+        d = self.dims
+        return self.tokens * (3 * BF16 * d.mlp + BF16 * d.width)
+
+    def kept_layers(self, checkpointing: bool) -> dict[str, int]:
+        """What lies there when the LLM has run forward."""
+        d = self.dims
+        if checkpointing:
+            return {"LLM: inputs of its layers, bf16": d.layers * BF16 * d.width * self.tokens}
+        return {"LLM: activations of all layers": d.layers * self.layer_saved()}
+
+    def loss(self) -> int:
+        """The last norm in fp32 and bf16, and the loss over the answers."""
+        d = self.dims
+        norm = self.tokens * (FP32 + 2 * BF16) * d.width
+        if self.fused:  # rows and their gradient, a chunk of logits
+            return norm + 2 * BF16 * self.answers * d.width + self.chunk(self.answers)
+        return norm + 3 * FP32 * self.answers * d.vocab  # log-softmax, its gradient and that of the logits
+
+    # ---------------------------------------------------------------- phases
+
+    def phases(self, checkpointing: bool) -> dict[str, dict[str, int]]:
+        standing = self.standing()
+        features = standing["batch"]
+        phases = {"encoder": standing | {"batch": 2 * features, "encoder: one layer": self.encoder()}}
+
+        below = {"alignment adapter: kept for backward": self.alignment_saved()}
+        hidden = {"alignment adapter: output, fp32": self.hidden()}
+        casts = () if self.stage == 3 else ("projector", "alignment")
+        phases["ctc"] = standing | below | hidden | {
+            "batch": 2 * features,
+            "encoder: output, fp32": self.encoded(),
+            **self.ctc(),
+            "weights cast by autocast, bf16": self.casts(*casts),
+        }  # fmt: skip
+
+        below |= {"CTC: kept for backward": self.ctc_saved()}
+        if self.stage > 1:
+            below |= {"shrinking adapter: kept for backward": self.shrinking_saved()}
+            casts = (*casts, "shrinking", "lora") if self.stage == 2 else ("lora",)
+            phases["language model"] = standing | below | hidden | {
+                **self.kept_layers(checkpointing),
+                "LLM: last norm and loss": self.loss(),
+                "weights cast by autocast, bf16": self.casts(*casts),
+            }  # fmt: skip
+            # hidden is what the shrinking adapter reads again; in stage III nobody does.
+            kept = hidden if self.stage == 2 else {}
+            casts = ("alignment", "shrinking") if self.stage == 2 else ()
+            layer = self.layer_backward() + (self.layer_saved() if checkpointing else 0)
+            phases["backward: LLM"] = standing | below | kept | {
+                **self.kept_layers(checkpointing),
+                "LLM: one layer, and its gradients": layer,
+                "weights cast by autocast, bf16": self.casts(*casts),
+            }  # fmt: skip
+        if self.stage < 3:
+            phases["backward: adapters"] = standing | self.adapters_backward(below)
+        # AdamW takes the root of all second moments at once.
+        phases["optimiser"] = standing | {"AdamW: roots of the second moments, fp32": FP32 * self.trained()}
+        return phases
+
+    def adapters_backward(self, below: dict[str, int]) -> dict[str, int]:
+        """Where CTC's gradient and that of the adapter's output meet."""
+        d = self.dims
+        # CTC's gradient, scaled; in eager those of the log-softmax and of the logits.
+        gradients = FP32 * self.rows * (d.width if self.fused else 2 * (d.vocab + 1))
+        parts = {**below, "gradients between modules": gradients}
+        parts["weights cast by autocast, bf16"] = self.casts("alignment")
+        return parts

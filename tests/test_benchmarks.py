@@ -1,0 +1,334 @@
+"""The benches: their shapes and generators, how contenders are timed, the results, their comparison, the report."""
+
+import importlib
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from soundwave import benchmarks, eager
+from soundwave.benchmarks import Entry, Run
+from soundwave.fused import functional
+
+ROOT = Path(__file__).resolve().parents[1]
+# As a package by itself: the root on `sys.path` would offer its folder `kernels/`, too.
+sys.modules.setdefault("bench", ModuleType("bench")).__path__ = [str(ROOT / "bench")]
+shapes, race = (importlib.import_module(f"bench.{name}") for name in ("shapes", "race"))
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------- lengths and paths
+
+
+@pytest.mark.parametrize("batch", [4, 5, 8, 16, 32, 63])
+def test_the_mixture_is_at_most_45_percent_of_its_longest_clip_on_average(batch):
+    lengths = shapes.lengths(batch, 750, "mixture").double()
+    assert lengths.mean() / 750 <= 0.45
+    assert (lengths.min(), lengths.max()) == (75, 750)
+
+
+def test_too_few_clips_for_a_mixture_are_refused():
+    with pytest.raises(ValueError, match="batch = 3, but a mixture needs at least 4 clips"):
+        shapes.lengths(3, 750, "mixture")
+
+
+def test_every_case_of_clips_comes_as_a_mixture_too():
+    for size in shapes.SIZES:
+        for cases in (shapes.shrink, shapes.alignment, shapes.stages, shapes.generate):
+            assert {case.lengths for case in cases(size)} == {"equal", "mixture"}
+
+
+def test_a_planted_path_keeps_three_frames_a_second():
+    lengths = shapes.lengths(5, 750, "mixture")
+    path, scores = shapes.planted_path(lengths, 99, 99, CPU)
+    peaks = eager.ctc_peaks(path, lengths, blank=99, scores=scores)
+    assert peaks.cu_seqlens.diff().tolist() == [int(length) * 3 // 25 for length in lengths]
+
+
+# ---------------------------------------------------------------- logits
+
+
+@pytest.fixture(scope="module")
+def head():
+    return shapes.make_head(32_768, 1024, torch.float32, CPU)
+
+
+def draw(head, logits, lengths="equal"):
+    case = shapes.Case("", torch.float32, B=4, T=24, D=1024, V=len(head), U=6, logits=logits, lengths=lengths)
+    return shapes.utterances(case, head)
+
+
+def test_random_logits_are_standard_gaussians(head):
+    logits = draw(head, "random").hidden.flatten(0, 1)[:8] @ head.T
+    assert abs(float(logits.mean())) < 0.01
+    assert abs(float(logits.std()) - 1) < 0.1  # rows of hidden differ in norm by 1 / sqrt(2 · 1024)
+
+
+def test_peaky_rows_are_sure_of_the_planted_label_and_doubt_twenty_tokens(head):
+    made = draw(head, "peaky")
+    hidden = made.hidden.flatten(0, 1)
+    logits = torch.cat([hidden @ head.T, (hidden @ made.blank_weight)[:, None]], 1)
+    top = logits.softmax(-1).topk(1 + shapes.CONFUSABLE).values
+    assert float((top[:, 0] > 0.5).double().mean()) > 0.95
+    off_label = 1 - top[:, 0].double()
+    assert float((top[:, 1:].sum(1) / off_label).median()) > 0.95
+
+
+def test_peaky_rows_spell_their_targets_in_order(head):
+    made = draw(head, "peaky")
+    logits = torch.cat([made.hidden @ head.T, (made.hidden @ made.blank_weight)[..., None]], -1)
+    for path, targets in zip(logits.argmax(-1), made.targets.tolist(), strict=True):
+        assert [label for label in torch.unique_consecutive(path).tolist() if label != len(head)] == targets
+
+
+@pytest.mark.parametrize(("logits", "least", "most"), [("random", 0.9, 1.0), ("peaky", 0.0, 0.25)])
+def test_columns_can_be_skipped_in_peaky_logits_only(head, logits, least, most):
+    made = draw(head, logits)
+    hidden = made.hidden.requires_grad_()
+    out = functional.linear_ctc_loss(
+        hidden,
+        head,
+        made.targets,
+        made.input_lengths,
+        made.target_lengths,
+        blank=len(head),
+        blank_weight=made.blank_weight,
+        blank_bias=made.blank_bias,
+    )
+    assert least <= float(out.active_share) <= most
+
+
+# ---------------------------------------------------------------- timing
+
+
+def time_it(contenders, **kwargs):
+    problem = race.Problem(lambda seed: (torch.ones(2**18, requires_grad=True),), contenders, **kwargs)
+    return race.race(problem, list(contenders), torch.float32, "tiny", CPU)
+
+
+def test_contenders_take_turns_and_each_is_first_in_some_round():
+    calls = []
+
+    def contender(name):
+        def make():
+            calls.clear()  # what the warm-up of the one before has called
+
+            def run(x):
+                calls.append(name)
+                return x.sum()
+
+            return run
+
+        return make
+
+    result = time_it({name: contender(name) for name in "abc"})
+    rounds = len(result.laps["a"].seconds["both"])
+    turns = "".join(calls[-3 * rounds :])
+    assert rounds == race.MIN_ROUNDS
+    assert [turns[i : i + 3] for i in range(0, 3 * rounds, 3)] == ["abc", "bca", "cab", "abc", "bca"]
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    laps = time_it({"eager": lambda: lambda x: (x * x).sum()}).laps["eager"]
+    for forward, backward, both in zip(*(laps.seconds[part] for part in benchmarks.PARTS), strict=True):
+        assert both == pytest.approx(forward + backward)
+        assert min(forward, backward) > 0
+
+
+def test_the_peak_is_what_a_step_adds_to_its_inputs():
+    laps = time_it({"eager": lambda: lambda x: (x * 2).relu().sum()}).laps["eager"]
+    tensor = 4 * 2**18
+    # Forward holds the product and its relu; backward their gradients beside the relu.
+    assert 2 * tensor <= laps.peak_bytes["forward"] < 2.1 * tensor
+    assert 2 * tensor <= laps.peak_bytes["backward"] < 3.1 * tensor
+    assert laps.peak_bytes["both"] == max(laps.peak_bytes["forward"], laps.peak_bytes["backward"])
+
+
+def test_a_contender_without_backward_is_timed_forward_only():
+    laps = time_it({"eager": lambda: lambda x: x.sum(), "forward-only": lambda: lambda x: x.detach().sum()}).laps
+    assert set(laps["forward-only"].seconds) == {"forward"}
+    assert set(laps["eager"].seconds) == set(benchmarks.PARTS)
+
+
+def test_a_contender_that_cannot_be_made_is_absent_by_name():
+    def make():
+        raise race.Absent("it needs something else")
+
+    laps = time_it({"eager": lambda: lambda x: x.sum(), "peer": make}).laps
+    assert laps["peer"].absent == "peer: it needs something else"
+    assert not laps["peer"].seconds
+
+
+def test_a_ratio_is_the_median_of_the_rounds_own_ratios():
+    what = {"operation": "o", "case": "c", "shape": {"T": 1}, "dtype": "float32", "part": "both", "contender": "ours"}
+    slow_minutes = [1.0, 9.0, 1.0, 5.0]
+    entry = Entry.from_rounds(
+        slow_minutes, [2 * seconds for seconds in slow_minutes], **what, roof_flops=1.0, roof_bytes=1.0
+    )
+    assert (entry.ratio, entry.ratio_spread) == (2.0, 0.0)
+    assert entry.spread > 0
+
+
+def test_the_share_of_the_roof_is_of_the_one_that_binds():
+    what = {"operation": "o", "case": "c", "shape": {"T": 1}, "dtype": "float32", "part": "both", "contender": "ours"}
+    entry = Entry.from_rounds([2.0], None, **what, flops=10.0, roof_flops=10.0, bytes=40.0, roof_bytes=20.0)
+    assert entry.share == 1.0  # 1 s of operations, 2 s of traffic
+
+
+# ---------------------------------------------------------------- a run
+
+
+def run_benches(results: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", ROOT / "bench" / "bench_ctc.py", "-p", "no:cacheprovider", "-rs"]
+    command += ["--size", "tiny", "--results", results, "-k", "not compiled", *options]
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A real run of one bench at its smallest: its folder of results, $OUT, and what it printed."""
+    results, out = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("out")
+    done = run_benches(results, OUT=str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return results, out, done.stdout
+
+
+@pytest.fixture
+def run(finished) -> Run:
+    (only,) = benchmarks.load(finished[0])
+    return only
+
+
+def test_a_run_writes_one_file_named_after_device_date_and_commit(finished, run):
+    (path,) = finished[0].rglob("*.json")
+    assert path.relative_to(finished[0]).as_posix() == (
+        f"{benchmarks.slug(benchmarks.device_name())}/{run.date:%Y-%m-%d-%H%M%S}-{run.commit}.json"
+    )
+
+
+def test_a_run_writes_to_the_folder_out_as_well(finished):
+    (path,), (copy,) = finished[0].rglob("*.json"), finished[1].rglob("*.json")
+    assert copy.read_bytes() == path.read_bytes()
+
+
+def test_every_figure_says_where_when_what_and_how_far_from_the_roof(run):
+    assert run.device and run.commit and run.date.tzinfo is not None
+    assert run.versions["torch"] == torch.__version__
+    assert {entry.contender for entry in run.entries} == {"eager", "ours-torch"}
+    assert {entry.part for entry in run.entries} == set(benchmarks.PARTS)
+    for entry in run.entries:
+        assert entry.shape and entry.dtype == "float32" and entry.rounds >= 5
+        assert entry.seconds > 0 and entry.spread >= 0 and entry.ratio > 0 and entry.peak_bytes > 0
+        assert entry.share > 0
+
+
+def test_an_unknown_field_in_a_result_is_refused(run):
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        Run.model_validate({**run.model_dump(), "colour": "green"})
+
+
+def test_absent_contenders_are_named_with_the_reason(finished, run):
+    assert {skipped.reason for skipped in run.skipped} >= {"ours-triton: it needs CUDA", "cudnn: it needs CUDA"}
+    assert "ours-triton: it needs CUDA" in finished[2]
+
+
+def test_the_table_of_pytest_benchmark_has_every_contender_of_a_group(finished):
+    assert "benchmark 'ctc · V 32 · both': 2 tests" in finished[2]
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def earlier(run: Run, factor: float) -> Run:
+    """`run` as if it had been measured a day before, with ratios `factor` times as high."""
+    entries = [entry.model_copy(update={"ratio": entry.ratio * factor, "ratio_spread": 0.0}) for entry in run.entries]
+    return run.model_copy(update={"date": run.date - timedelta(days=1), "entries": entries})
+
+
+def ours(run: Run) -> list[Entry]:
+    return [entry for entry in run.entries if entry.contender.startswith("ours")]
+
+
+def test_ratios_that_fell_by_more_than_their_spread_are_named(run):
+    worse, compared = benchmarks.compare(run, [earlier(run, 1000)])
+    assert compared == len(worse) == len(ours(run))
+    assert worse[0].startswith("ctc · V 32 · forward · ours-torch: ")
+
+
+def test_ratios_within_their_spread_are_not_worse(run):
+    still = earlier(run, 1.0)
+    lower = [entry.model_copy(update={"ratio": entry.ratio - 0.1, "ratio_spread": 0.2}) for entry in run.entries]
+    assert benchmarks.compare(run.model_copy(update={"entries": lower}), [still]) == ([], len(ours(run)))
+
+
+def test_a_ratio_is_held_to_the_newest_earlier_result(run):
+    old, new = earlier(earlier(run, 1000), 1.0), earlier(run, 0.5)
+    assert benchmarks.compare(run, [new, old])[0] == []
+
+
+def test_results_of_other_devices_and_shapes_are_not_compared(run):
+    before = earlier(run, 1000)
+    elsewhere = before.model_copy(update={"device": "another"})
+    larger = [
+        entry.model_copy(update={"shape": {**entry.shape, "T": 2 * entry.shape["T"]}}) for entry in before.entries
+    ]
+    assert benchmarks.compare(run, [elsewhere, before.model_copy(update={"entries": larger})]) == ([], 0)
+
+
+def test_the_option_compare_fails_a_run_that_became_slower(run, tmp_path):
+    earlier(run, 1000).save(tmp_path)
+    done = run_benches(tmp_path, "--compare")
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "ctc · V 32 · both · ours-torch: " in done.stdout
+
+
+# ---------------------------------------------------------------- report
+
+
+@pytest.fixture
+def report(run, tmp_path) -> Path:
+    run = run.model_copy(update={"size": "cpu"})
+    for each in (run, earlier(run, 0.5)):
+        each.save(tmp_path / "results")
+    return benchmarks.write_report(tmp_path / "results", tmp_path / "docs" / "benchmarks.md")
+
+
+def test_the_report_shows_the_newest_figures_beside_the_earlier_ratio(report, run):
+    entry = next(entry for entry in ours(run) if entry.part == "both" and entry.case == "V 32")
+    (line,) = (line for line in report.read_text().splitlines() if "**ours-torch**" in line)
+    day_before = run.date - timedelta(days=1)
+    assert f"{entry.ratio:.2f} ±" in line
+    assert f"{entry.ratio / 2:.2f} ± 0.00 ({day_before:%Y-%m-%d}, {run.commit})" in line
+
+
+def test_the_report_draws_the_growth_curves_and_links_to_them(report):
+    (image,) = report.with_suffix("").glob("*-ctc-growth.png")
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert f"](benchmarks/{image.name})" in report.read_text()
+
+
+def test_the_report_names_what_did_not_run_and_that_no_gpu_was_there(report):
+    text = report.read_text()
+    assert "not run: ours-triton: it needs CUDA" in text
+    assert "Nothing here was measured on a GPU yet" in text
+
+
+def test_files_of_other_benches_are_left_alone(run, tmp_path):
+    run.save(tmp_path).with_name("train_24gb-1.json").write_text("{}")
+    assert len(benchmarks.load(tmp_path)) == 1
+
+
+def test_a_report_of_nothing_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no results; write some with pytest bench/"):
+        benchmarks.write_report(tmp_path, tmp_path / "benchmarks.md")
