@@ -33,8 +33,12 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
     except RuntimeError as error:
-        from soundwave.embedded import EmbeddedError  # here, as it brings torch with it
+        from soundwave.embedded import EmbeddedError  # here, as they bring torch with them
+        from soundwave.training.trainer import Interrupted
 
+        if isinstance(error, Interrupted):
+            errors.print(str(error), soft_wrap=True, markup=False, highlight=False)
+            sys.exit(130)
         if not isinstance(error, EmbeddedError):
             raise
         _fail(error)
@@ -89,7 +93,7 @@ def demo(
     _quiet_transformers()
     summary = run_demo(out, quick=quick, seed=seed)
     console.print(_summary_table(summary))
-    _say(f"model {out / 'model'} · loss curves {out / 'losses.png'} · summary {out / 'summary.json'}")
+    _say(f"model {out / 'model'} · report {out / 'report.html'} · summary {out / 'summary.json'}")
     _say(f'now try: soundwave ask FILE.wav "Is the speaker a woman or a man?" --model {out / "model"}')
 
 
@@ -99,17 +103,33 @@ def train(
     settings: Annotated[list[str] | None, typer.Argument(help="`key=value` …, over the file's.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the settings that would be used, and stop.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on from the newest checkpoint in `out`, with other settings too; or refuse to. "
+            "Without either, a run goes on if its settings and data are the same.",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at a sample that cannot be used; else it is left out.")
+    ] = False,
+    allow_outside: Annotated[bool, typer.Option("--allow-outside", help="Audio may lie outside the folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Train one stage on your own recordings.
 
     Settings not given are the paper's; `--show` lists them. `train` (manifests) and `out` (a folder) are needed.
-    Stages 2 and 3 go on from `model`, the folder that the stage before printed.
+    Stages 2 and 3 go on from `model`, the folder that the stage before printed. A run that ended early, by Ctrl-C, by
+    a full disk or by kill -9, goes on with the same command.
 
     Example: `soundwave train 1 train=data/train.jsonl out=runs/mine/1 steps=300 batch_size=16 learning_rate=1e-3`
     """
     from soundwave.training.stages import load_config, train_stage
 
-    values = load_config(stage, config, settings)
+    flags = {"resume": resume, "strict": strict or None, "allow_outside": allow_outside or None, "quiet": quiet or None}
+    words = [f"{name}={str(value).lower()}" for name, value in flags.items() if value is not None]
+    values = load_config(stage, config, [*(settings or []), *words])
     if show:
         from soundwave.training.stages import StageConfig
 
@@ -149,7 +169,7 @@ def transcribe(
                 texts += read_ctc(network, processor, [clip])[0]
             else:
                 texts += answer(network, processor, [TRANSCRIBE_PROMPT], [clip], max_new_tokens=256)
-        text = " ".join(filter(None, texts))
+        text = " ".join(" ".join(texts).split())  # one line a file
         if as_json:
             row = {"file": str(file), "seconds": round(len(audio) / 16_000, 3), "text": text}
             print(json.dumps(row, ensure_ascii=False))
@@ -187,6 +207,7 @@ def evaluate(
     model: ModelOption = DEMO_MODEL,
     ctc: Annotated[bool, typer.Option("--ctc", help="Score the CTC reading instead of the LLM's answers.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     answers: Annotated[Path | None, typer.Option(help="Write every answer here, as JSON lines.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     allow_outside: Annotated[bool, typer.Option("--allow-outside", help="Audio may lie outside the folder.")] = False,
@@ -199,8 +220,11 @@ def evaluate(
     if answers is not None:
         answers.parent.mkdir(parents=True, exist_ok=True)
     network, processor = _load_model(model)
-    score = evaluation.evaluate_ctc if ctc or network.config.stage == 1 else evaluation.evaluate
-    report = score(network, processor, samples, batch_size=batch_size)
+    if ctc or network.config.stage == 1:
+        report = evaluation.evaluate_ctc(network, processor, samples, batch_size=batch_size)
+    else:
+        settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        report = evaluation.evaluate(network, processor, samples, **settings)
     if answers is not None:
         rows = [dict(zip(("sample", "task", "reference", "answer"), row, strict=True)) for row in report.answers]
         answers.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -246,6 +270,66 @@ def splice(
         only_speakers=tuple(only or ()),
     )
     _say(f"{count} strings · manifest {manifest}")
+
+
+@app.command()
+def memory(
+    stage: Annotated[int, typer.Option(min=1, max=3, help="Of training.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Clips a forward pass; without, the largest that fits.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of each clip, up to 30.")] = 30.0,
+    gpu: Annotated[float, typer.Option(help="Memory of the card in GB.")] = 24.0,
+    eager: Annotated[bool, typer.Option("--eager", help="Plain PyTorch instead of the fused operations.")] = False,
+    kept: Annotated[float, typer.Option(help="Frames kept a second; 25: nothing is shrunk.")] = 3.0,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Prompt and answer of a sample.")] = 150,
+) -> None:
+    """Predict the GPU memory of a training step, part by part, for Whisper-large-v3 and Llama-3.1-8B in 4 bits.
+
+    No GPU is needed: it is arithmetic. Also says the largest batch that fits.
+    """
+    from soundwave.memory import largest_batch, predict, table
+
+    settings = {"kept_per_second": kept, "text_tokens": text_tokens, "implementation": "eager" if eager else "fused"}
+    most = largest_batch(stage, seconds, gpu_gib=gpu, **settings)
+    console.print(table(predict(stage, batch or max(most, 1), seconds, gpu_gib=gpu, **settings)))
+    _say(f"largest batch of stage {stage} on {gpu:g} GB: {most or 'none'}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.", metavar="RUN…")],
+    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the first run.")] = None,
+    utterances: Annotated[int, typer.Option(min=0, help="Recordings to look into.")] = 6,
+) -> None:
+    """Write a page to look at: curves, scores, and what the model hears in a few recordings.
+
+    One HTML file that needs no network.
+    """
+    from soundwave.report import write_report
+
+    _quiet_transformers()
+    _say(f"report {write_report(runs, out or runs[0] / 'report.html', utterances=utterances)}")
+
+
+bench = typer.Typer(help="Results of the benches, which `pytest bench/` runs from a checkout.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Keeps `report` a command of its own."""
+
+
+@bench.command("report")
+def bench_report(
+    results: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("bench/results"),
+    out: Annotated[Path, typer.Option(help="Markdown file; plots go beside it.")] = Path("docs/benchmarks.md"),
+) -> None:
+    """Turn all results of the benches into tables and plots, the newest beside earlier ones."""
+    from soundwave.benchmarks import write_report
+
+    _say(f"report {write_report(results, out)}")
 
 
 @app.command()

@@ -20,6 +20,7 @@ from soundwave.evaluation import Report, evaluate, evaluate_ctc, load_model
 from soundwave.hardware import pick_device
 from soundwave.modeling import SoundwaveForConditionalGeneration
 from soundwave.processing import SoundwaveProcessor
+from soundwave.report import write_report
 from soundwave.training.stages import StageConfig, make_config, train_stage
 
 LONGEST_ANSWER = 20  # tokens; the corpus has none longer in the direct format, and a poor model talks on
@@ -134,6 +135,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     }
     plot_losses(logs, out / "losses.png")
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_report([out], out / "report.html")
     return summary
 
 

@@ -80,6 +80,12 @@ def test_wheel_holds_every_module_of_the_checkout(wheel):
     assert "soundwave/kernels/__init__.py" in modules
 
 
+def test_wheel_holds_the_parts_of_the_report(wheel):
+    found = (ROOT / "soundwave" / "report").glob("*.*")
+    parts = {f"soundwave/report/{path.name}" for path in found if path.suffix != ".py"}
+    assert parts and parts <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_wheel_names_its_licence_and_its_console_script(wheel):
     archive = zipfile.ZipFile(wheel)
     files = {name.partition(".dist-info/")[2]: archive.read(name).decode() for name in archive.namelist()}

@@ -1,0 +1,264 @@
+"""What a run's folder tells: settings, log, tasks, what was left out, scores and answers."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from soundwave.data.sampling import paper_temperature, temperature_weights
+
+LOG, ABOUT, LEFT_OUT, SKIPPED = "log.jsonl", "run.json", "left_out.jsonl", "skipped_steps.jsonl"
+SUMMARY, ANSWERS = "summary.json", "answers.jsonl"
+# Drawn over the steps. The other keys of a log's entry are its place (step, epoch, seconds) and counts.
+CURVES = (
+    *("loss", "ctc_loss", "lm_loss", "learning_rate", "grad_norm"),
+    *("blank_share", "compression", "kept_per_label", "audio_per_second"),
+)
+EXAMPLES = 3  # samples named for each reason why some were left out
+REASONS = 60  # that are shown, the most frequent ones; and skipped steps, the first ones
+
+
+class RunError(ValueError):
+    """A folder that no report can be made of. One line: the file, what was found, what to give instead."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One training of one stage.
+
+    Attributes:
+        folder: its `out`.
+        stage: 1, 2 or 3; `number`: which training of that stage in its run it is, from 1.
+        config: its settings. tasks: samples of each task in its manifests.
+        about: versions, device and commit it ran with.
+        log: one entry a logging step, in order.
+        left_out: samples that were not trained on: `sample`, `reason`, `file`.
+        skipped: steps that changed nothing: `step`, `reason`, `samples`.
+    """
+
+    folder: Path
+    stage: int
+    number: int
+    config: dict[str, Any]
+    tasks: dict[str, int]
+    about: dict[str, Any]
+    log: list[dict[str, Any]]
+    left_out: list[dict[str, Any]]
+    skipped: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The trainings in a folder, in order; `summary` and `answers` are empty where it was not scored."""
+
+    folder: Path
+    passes: list[Pass]
+    summary: dict[str, Any] = field(default_factory=dict)
+    answers: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def model(self) -> Path | None:
+        """Folder of the newest model: the run's own, else that of the last training that has one."""
+        candidates = [self.folder / "model", *(one.folder / "model" for one in reversed(self.passes))]
+        return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a training's `out`, or a folder of several of them, as a demonstration leaves it.
+
+    A last line that is half written (training was killed, or goes on) is left out.
+
+    Raises RunError: the folder holds no log, or a file of it is damaged.
+    """
+    folder = Path(folder)
+    outs = [folder] if (folder / LOG).is_file() else sorted(path.parent for path in folder.glob(f"*/{LOG}"))
+    if not outs:
+        raise RunError(f"{folder} holds no {LOG}, nor a folder with one; give the `out` of a training or a demo")
+    summary = folder / SUMMARY
+    return Run(
+        folder,
+        _ordered([_read_pass(out) for out in outs]),
+        _read_object(summary) if summary.is_file() else {},
+        _read_lines(folder / ANSWERS),
+    )
+
+
+def run_names(folders: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    names = [""] * len(parts)
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def curves(log: list[dict[str, Any]], points: int) -> dict[str, list[float | None]]:
+    """The log by columns, `step` and `CURVES`, as at most `points` means of neighbouring entries.
+
+    The step of a mean is that of its last entry. Columns without any value are left out.
+    """
+    width = max(1, -(-len(log) // points))
+    groups = [log[start : start + width] for start in range(0, len(log), width)]
+    columns: dict[str, list[float | None]] = {"step": [group[-1]["step"] for group in groups]}
+    for name in CURVES:
+        column = [_mean([entry.get(name) for entry in group]) for group in groups]
+        if any(value is not None for value in column):
+            columns[name] = column
+    return columns
+
+
+def mixture(one: Pass) -> list[dict[str, Any]]:
+    """For each epoch: `planned`, the shares of the tasks, and `drawn`, how many samples of each were.
+
+    A log entry that spans several epochs is divided among them by its parts.
+    """
+    drawn: dict[int, Counter[str]] = {}
+    last = 0.0
+    for entry in one.log:
+        end = float(entry.get("epoch") or 0.0)
+        for epoch, part in _epochs(last, end):
+            counts = drawn.setdefault(epoch, Counter())
+            for task, count in (entry.get("tasks") or {}).items():
+                counts[task] += count * part
+        last = end
+    heated = one.stage == 2 and one.config.get("temperature", True)
+    return [
+        {
+            "epoch": epoch,
+            "temperature": paper_temperature(epoch) if heated else 1.0,
+            "planned": temperature_weights(one.tasks, paper_temperature(epoch) if heated else 1.0),
+            "drawn": {task: round(count) for task, count in counts.items()},
+        }
+        for epoch, counts in sorted(drawn.items())
+        if sum(counts.values()) >= 0.5
+    ]
+
+
+def reasons(one: Pass) -> list[dict[str, Any]]:
+    """Why samples were left out, the most frequent reason first: `reason`, `count`, a few `samples`.
+
+    Reasons that differ in their figures alone are one, in the words of its first sample.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for row in one.left_out:
+        reason = str(row.get("reason"))
+        name = " ".join(str(row[part]) for part in ("sample", "file") if row.get(part))
+        groups.setdefault(re.sub(r"\d[\d.]*", "…", reason), []).append((reason, name))
+    ranked = sorted(groups.values(), key=lambda group: -len(group))
+    rows = [
+        {"reason": group[0][0], "count": len(group), "samples": [name for _, name in group[:EXAMPLES]]}
+        for group in ranked[:REASONS]
+    ]
+    if rest := ranked[REASONS:]:
+        count = sum(map(len, rest))
+        rows.append({"reason": f"{len(rest)} more reasons, in {LEFT_OUT}", "count": count, "samples": []})
+    return rows
+
+
+def scores(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of scores from a demonstration's summary: `name`, `value`, `samples`, `better`, `final`.
+
+    `better` is "lower" or "higher"; `final` says that it is of the last stage.
+    """
+    counts = summary.get("samples", {})
+    rows = []
+
+    def add(name: str, value: float | None, samples: int | None, better: str, final: bool = True) -> None:
+        if value is not None:
+            rows.append({"name": name, "value": value, "samples": samples, "better": better, "final": final})
+
+    for stage, what in ((1, "stage I, CTC alone"), (2, "stage II"), (3, "stage III")):
+        found = summary.get(f"stage{stage}", {})
+        add(f"word error rate, {what}", found.get("wer"), counts.get("transcribe"), "lower", stage == 3)
+    final = summary.get("stage3", {})
+    unseen = counts.get("transcribe_unseen_voices")
+    add("word error rate, voices never heard", final.get("wer_unseen_voices"), unseen, "lower")
+    for task, value in final.get("accuracy", {}).items():
+        add(f"{task}: right answers", value, counts.get(task), "higher")
+    return rows
+
+
+def _read_pass(folder: Path) -> Pass:
+    about = folder / ABOUT
+    if not about.is_file():
+        raise RunError(f"{about} is missing beside {LOG}; copy the whole folder, or train anew")
+    found = _read_object(about)
+    log = [entry for entry in _read_lines(folder / LOG) if "step" in entry]
+    if not log:
+        raise RunError(f"{folder / LOG} holds no entry yet; wait until training has logged a step")
+    return Pass(
+        folder,
+        int(found["stage"]),
+        1,
+        found.get("config", {}),
+        found.get("tasks", {}),
+        {name: found.get(name) for name in ("device", "commit", "versions")},
+        log,
+        _read_lines(folder / LEFT_OUT),
+        _read_lines(folder / SKIPPED),
+    )
+
+
+def _ordered(passes: list[Pass]) -> list[Pass]:
+    """By stage; trainings of one stage in the order in which each goes on from the one before."""
+    by_name = {one.folder.name: one for one in passes}
+
+    def depth(one: Pass) -> int:
+        count, seen = 0, set()
+        while one is not None and one.folder not in seen:
+            seen.add(one.folder)
+            before = one.config.get("model")
+            one, count = by_name.get(Path(before).parent.name) if before else None, count + 1
+        return count
+
+    ordered, numbers = [], Counter()
+    for one in sorted(passes, key=lambda one: (one.stage, depth(one), one.folder.name)):
+        numbers[one.stage] += 1
+        ordered.append(Pass(**{**vars(one), "number": numbers[one.stage]}))
+    return ordered
+
+
+def _epochs(start: float, end: float) -> list[tuple[int, float]]:
+    """The epochs that a stretch of training touches, and the part of it in each; the parts sum to 1."""
+    if end <= start:
+        return [(int(end), 1.0)]
+    bounds = [start, *range(int(start) + 1, -int(-end // 1)), end]
+    return [(int(low), (high - low) / (end - start)) for low, high in zip(bounds, bounds[1:], strict=False)]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); copy it again") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds a {type(found).__name__}, but a JSON object is wanted; copy it again")
+    return found
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; none where there is no file."""
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise RunError(f"{path}:{number}: is not JSON; copy the file again") from None
+        if not isinstance(row, dict):
+            raise RunError(f"{path}:{number}: holds a {type(row).__name__}, but a JSON object is wanted")
+        rows.append(row)
+    return rows

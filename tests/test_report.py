@@ -1,0 +1,647 @@
+"""The report: what is read of a run, what is worked out of a recording, and the page in a real browser.
+
+The browser is Chromium, driven by playwright; those tests are skipped where one of them is missing.
+"""
+
+import base64
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.nn import functional as F
+
+from soundwave import eager, fused
+from soundwave.configuration import SoundwaveConfig
+from soundwave.data.audio import SAMPLING_RATE, load_audio
+from soundwave.data.manifest import read_manifest, write_manifest
+from soundwave.data.sampling import paper_temperature, temperature_weights
+from soundwave.evaluation import evaluate, load_model
+from soundwave.modeling import SoundwaveForConditionalGeneration
+from soundwave.processing import SoundwaveProcessor
+from soundwave.report import RunError, render, write_report
+from soundwave.report.runs import CURVES, Pass, Run, curves, mixture, read_run, reasons, run_names
+from soundwave.report.utterances import align_words, audio_uri, cross_attention, describe, examine
+from soundwave.training.stages import make_config, train_stage
+
+HOSTILE = "</script><script>window.hostile = 1</script><img src=x onerror='window.hostile = 1'> & \u2028 “light”"
+MEGABYTE = 1_000_000
+
+
+def lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def training(folder: Path, stage: int = 1, steps: int = 20, **about) -> Path:
+    """A training's folder with a log, as training writes it."""
+    folder.mkdir(parents=True)
+    tasks = {"transcribe": 60, "voice": 20}
+    config = {"stage": stage, "steps": steps, "batch_size": 8, "accumulation": 1, "train": [], "temperature": True}
+    found = {"stage": stage, "config": config, "tasks": tasks, "device": "x86_64 CPU", "commit": None, "versions": {}}
+    (folder / "run.json").write_text(json.dumps(found | about))
+    loss = "ctc_loss" if stage == 1 else "lm_loss"
+    entry = {"learning_rate": 1e-3, "grad_norm": 0.5, "blank_share": 0.6, "compression": 8.0, "skipped_steps": 0}
+    entry |= {"kept_per_label": 1.0, "audio_per_second": 50.0, "tasks": {"transcribe": 6, "voice": 2}, "left_out": 0}
+    steps = range(1, steps + 1)
+    lines(
+        folder / "log.jsonl",
+        [entry | {"step": i, "epoch": i / 10, "seconds": i, loss: 9 / i, "loss": 9 / i} for i in steps],
+    )
+    return folder
+
+
+def a_pass(tasks: dict[str, int], log: list[dict], stage: int = 2, **changes) -> Pass:
+    values = {"config": {"temperature": True}, "about": {}, "left_out": [], "skipped": []} | changes
+    return Pass(folder=Path("run"), stage=stage, number=1, tasks=tasks, log=log, **values)
+
+
+# ---------------------------------------------------------------- what is read of a run
+
+
+def test_a_trainings_own_folder_is_a_run_of_one_pass(tmp_path):
+    run = read_run(training(tmp_path / "stage2", stage=2, steps=3))
+    assert [(one.stage, one.number, len(one.log)) for one in run.passes] == [(2, 1, 3)]
+    assert run.model is None and run.answers == [] and run.summary == {}
+
+
+def test_trainings_stand_in_the_order_in_which_they_went_on(tmp_path):
+    def going_on(name: str, stage: int, before: str | None) -> None:
+        config = {"model": f"elsewhere/{before}/model" if before else None}
+        training(tmp_path / name, stage=stage, config=config)
+
+    going_on("labels", 1, "words")
+    going_on("a-third", 3, "second")
+    going_on("second", 2, "labels")
+    going_on("words", 1, None)
+    passes = read_run(tmp_path).passes
+    assert [(one.folder.name, one.stage, one.number) for one in passes] == [
+        ("words", 1, 1),
+        ("labels", 1, 2),
+        ("second", 2, 1),
+        ("a-third", 3, 1),
+    ]
+
+
+def test_the_newest_model_is_the_runs_own_or_that_of_the_last_training(tmp_path):
+    for name, stage in (("one", 1), ("two", 2)):
+        training(tmp_path / name, stage=stage)
+    assert read_run(tmp_path).model is None
+    for place in ("one/model", "two/model", "model"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "config.json").write_text("{}")
+        assert read_run(tmp_path).model == tmp_path / place
+
+
+def test_a_last_line_that_is_half_written_is_left_out(tmp_path):
+    folder = training(tmp_path / "run", steps=3)
+    text = (folder / "log.jsonl").read_text()
+    (folder / "log.jsonl").write_text(text[:-30])
+    assert [entry["step"] for entry in read_run(folder).passes[0].log] == [1, 2]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    folder = training(tmp_path / "run", steps=3)
+    good = (folder / "log.jsonl").read_text().splitlines()
+    (folder / "log.jsonl").write_text("\n".join([good[0], good[1][:20], good[2]]))
+    with pytest.raises(RunError, match=rf"{re.escape(str(folder))}/log\.jsonl:2: is not JSON; copy the file again"):
+        read_run(folder)
+
+
+def test_a_folder_without_a_log_is_refused(tmp_path):
+    with pytest.raises(RunError, match="holds no log.jsonl, nor a folder with one; give the `out` of a training"):
+        read_run(tmp_path)
+
+
+def test_a_log_without_its_settings_is_refused(tmp_path):
+    (training(tmp_path / "run") / "run.json").unlink()
+    with pytest.raises(RunError, match=r"run\.json is missing beside log\.jsonl"):
+        read_run(tmp_path / "run")
+
+
+def test_no_run_at_all_is_refused(tmp_path):
+    with pytest.raises(RunError, match="no run was given"):
+        write_report([], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["/a/demo"], ["demo"]),
+        (["/a/demo", "/a/other"], ["demo", "other"]),
+        (["/a/demo", "/b/demo"], ["a/demo", "b/demo"]),
+        (["/demo", "/b/demo"], ["//demo", "/b/demo"]),
+    ],
+    ids=["one", "different", "same-end", "root"],
+)
+def test_runs_are_called_by_the_shortest_end_that_tells_them_apart(folders, names):
+    found = run_names([Path(folder) for folder in folders])
+    assert len(set(found)) == len(found)
+    if "//demo" not in names:
+        assert found == names
+
+
+def test_a_curve_of_many_entries_becomes_means_of_neighbours():
+    log = [{"step": i, "loss": float(i), "lm_loss": None, "ctc_loss": 1.0 if i == 7 else None} for i in range(1, 8)]
+    found = curves(log, 3)
+    assert found == {"step": [3, 6, 7], "loss": [2.0, 5.0, 7.0], "ctc_loss": [None, None, 1.0]}
+
+
+def test_a_short_curve_stays_as_it_was_logged():
+    log = [{"step": i, "loss": i / 3} for i in (1, 10, 20)]
+    assert curves(log, 3) == {"step": [1, 10, 20], "loss": [1 / 3, 10 / 3, 20 / 3]}
+
+
+def test_the_planned_mixture_of_stage_two_follows_the_temperature():
+    tasks = {"asr": 900, "qa": 100}
+    log = [{"epoch": epoch, "tasks": {"asr": 5, "qa": 5}} for epoch in (1.0, 2.0, 3.0)]
+    found = mixture(a_pass(tasks, log))
+    assert [row["epoch"] for row in found] == [0, 1, 2]
+    for row in found:
+        assert row["planned"] == temperature_weights(tasks, paper_temperature(row["epoch"]))
+
+
+@pytest.mark.parametrize(
+    ("stage", "config"), [(3, {"temperature": True}), (2, {"temperature": False})], ids=["stage-3", "switched-off"]
+)
+def test_without_temperature_the_natural_shares_are_planned(stage, config):
+    log = [{"epoch": 2.0, "tasks": {"asr": 9, "qa": 1}}]
+    found = mixture(a_pass({"asr": 900, "qa": 100}, log, stage=stage, config=config))
+    assert [row["planned"] for row in found] == [{"asr": 0.9, "qa": 0.1}] * 2
+
+
+def test_a_log_entry_over_several_epochs_is_divided_among_them():
+    log = [{"epoch": 0.5, "tasks": {"asr": 10}}, {"epoch": 2.5, "tasks": {"asr": 20, "qa": 20}}]
+    found = mixture(a_pass({"asr": 9, "qa": 9}, log))
+    assert [row["drawn"] for row in found] == [{"asr": 15, "qa": 5}, {"asr": 10, "qa": 10}, {"asr": 5, "qa": 5}]
+
+
+def test_left_out_samples_are_counted_by_their_reason():
+    left = [{"sample": f"t.jsonl:{i}", "file": f"{i}.wav", "reason": f"lasts {i}.5 s"} for i in range(5)]
+    left.append({"sample": "t.jsonl:9", "reason": "is empty"})
+    assert reasons(a_pass({}, [], left_out=left)) == [
+        {"reason": "lasts 0.5 s", "count": 5, "samples": [f"t.jsonl:{i} {i}.wav" for i in range(3)]},
+        {"reason": "is empty", "count": 1, "samples": ["t.jsonl:9"]},
+    ]
+
+
+# ---------------------------------------------------------------- what is worked out of a recording
+
+
+def test_words_are_aligned_as_the_word_error_rate_counts_them():
+    found = align_words("Turn on the light, five five", "turn the lights five five two")
+    assert [(word["kind"], word["reference"], word["given"]) for word in found] == [
+        ("equal", "turn", "turn"),
+        ("delete", "on", ""),
+        ("equal", "the", "the"),
+        ("substitute", "light", "lights"),
+        ("equal", "five", "five"),
+        ("equal", "five", "five"),
+        ("insert", "", "two"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reference", "given", "kinds"),
+    [("", "one two", ["insert"] * 2), ("one two", "", ["delete"] * 2), ("", "", [])],
+    ids=["no-reference", "no-answer", "neither"],
+)
+def test_words_are_aligned_with_nothing(reference, given, kinds):
+    assert [word["kind"] for word in align_words(reference, given)] == kinds
+
+
+@pytest.mark.parametrize("adapters", [eager, fused], ids=["eager", "fused"])
+@pytest.mark.parametrize("keys", ["all", "kept"])
+def test_the_attention_shown_is_the_one_the_shrinking_adapter_computes_with(adapters, keys):
+    torch.manual_seed(0)
+    config = SoundwaveConfig(hidden_size=24, num_attention_heads=3, keys=keys)
+    shrinking = adapters.ShrinkingAdapter(config).eval()
+    hidden, kept = torch.randn(1, 13, 24), torch.tensor([0, 4, 5, 12])
+    peaks = eager.Peaks(kept, torch.tensor([0, 4], dtype=torch.int32), 4)
+    with torch.no_grad():
+        wanted = shrinking(hidden, torch.tensor([13]), peaks)
+        weights = cross_attention(shrinking, hidden[0], kept)
+        value = F.linear(hidden[0], shrinking.in_proj_weight[48:], shrinking.in_proj_bias[48:])
+        gathered = (weights @ value.unflatten(-1, (3, 8)).transpose(0, 1)).transpose(0, 1).flatten(1)
+        found = shrinking.norm(hidden[0, kept] + shrinking.out_proj(gathered))
+    assert weights.shape == (3, 4, 13)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4))
+    torch.testing.assert_close(found, wanted)  # float32's default tolerance: the same sums in another order
+    others = torch.ones(13, dtype=torch.bool).index_fill(0, kept, False)
+    assert bool(weights[..., others].any()) is (keys == "all")
+
+
+@pytest.fixture(scope="module")
+def spoken(tiny_corpus) -> np.ndarray:
+    return load_audio(min((tiny_corpus / "audio").glob("test-*.wav"), key=lambda path: path.stat().st_size))
+
+
+def test_audio_is_embedded_without_loss(spoken):
+    kind, _, text = audio_uri(spoken).partition(",")
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(text)), dtype="float32")
+    assert (kind, rate) == ("data:audio/flac;base64", SAMPLING_RATE)
+    np.testing.assert_allclose(samples, spoken, atol=1 / 32768)
+
+
+def test_a_long_noisy_recording_is_embedded_small_and_whole():
+    noise = np.random.default_rng(0).uniform(-1, 1, 30 * SAMPLING_RATE).astype(np.float32)
+    kind, _, text = audio_uri(noise).partition(",")
+    info = soundfile.info(io.BytesIO(base64.b64decode(text)))
+    assert kind == "data:audio/mpeg;base64" and len(text) < 0.3 * MEGABYTE
+    assert info.duration == pytest.approx(30, abs=0.2)
+
+
+# ---------------------------------------------------------------- a real run, small
+
+
+@pytest.fixture(scope="module")
+def demo(tiny_corpus, small_llm, tmp_path_factory) -> Path:
+    """Three stages of two steps on eight recordings, scored on four, and laid out as a demonstration."""
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    corpus = out / "corpus-tiny"
+    shutil.copytree(tiny_corpus, corpus)
+    for name in ("stage1", "stage2", "stage3"):
+        rows = [json.loads(line) for line in (corpus / f"{name}.jsonl").read_text().splitlines()]
+        spoken = sorted((row for row in rows if "duration" in row), key=lambda row: row["duration"])
+        written = [row for row in rows if "duration" not in row]
+        write_manifest(corpus / f"{name}.jsonl", spoken[:6] + written[:2])
+    common = {"dtype": "float32", "accumulation": 1, "log_steps": 1, "scheduler": "constant_with_warmup"}
+    common |= {"steps": 2, "batch_size": 4, "learning_rate": 1e-5, "warmup_steps": 0}
+    before = None
+    for stage in (1, 2, 3):
+        settings = {"model": before} if before else {"language_model": str(small_llm), "lora_rank": 4}
+        config = make_config(
+            stage, train=corpus / f"stage{stage}.jsonl", out=out / f"stage{stage}", **common, **settings
+        )
+        before, _, _ = train_stage(config)
+    shutil.copytree(before, out / "model")
+    model, processor = load_model(before)
+    samples = [sample for sample in read_manifest(corpus / "test.jsonl")]
+    chosen = [sample for sample in samples if sample.task in ("transcribe", "voice")]
+    audio = sorted({sample.audio for sample in chosen if sample.task == "voice"})[:3]
+    report = evaluate(model, processor, [sample for sample in chosen if sample.audio in audio], max_new_tokens=3)
+    rows = [
+        {"sample": i, "task": task, "reference": wanted, "answer": given} for i, task, wanted, given in report.answers
+    ]
+    right = next(row for row in rows if row["task"] == "transcribe")
+    right["answer"] = right["reference"]  # a model of two steps gets none
+    lines(out / "answers.jsonl", rows)
+    scores = {"wer": report.wer, "wer_unseen_voices": None, "accuracy": report.accuracy}
+    summary = {"stage1": {"wer": 1.0}, "stage2": {"wer": 1.0}, "stage3": scores, "samples": report.samples}
+    (out / "summary.json").write_text(json.dumps(summary | {"seconds": {"total": 20.0}}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def recordings(demo) -> dict:
+    return describe(read_run(demo), {}, 3)
+
+
+def test_a_kept_frame_has_the_token_that_the_model_hears_there(demo, spoken):
+    # In float32, in which the page's probabilities are worked out; only the four digits of the page are lost.
+    model = SoundwaveForConditionalGeneration.from_pretrained(demo / "model", language_model=False)
+    processor = SoundwaveProcessor.from_pretrained(demo / "model")
+    found = examine(model, processor, spoken)
+    batch = processor.pad_features([processor.features(spoken)])
+    path = model(**batch).path
+    with torch.no_grad():
+        _, lengths, ctc = model.align(**batch)
+    peaks = model._operations.ctc_peaks(ctc.path, lengths, blank=model.blank, keep="peaks", scores=ctc.path_log_prob)
+    assert [kept["frame"] for kept in found["kept"]] == peaks.index.tolist()
+    words = "".join(kept["text"] for kept in found["kept"]).strip()
+    assert words == processor.ctc_text(path[0], model.blank)
+    for kept in found["kept"]:
+        assert kept["probability"] == pytest.approx(float(ctc.path_log_prob[0, kept["frame"]].exp()), rel=1e-3)
+        assert all(other <= kept["probability"] for _, other in kept["others"])
+
+
+def test_a_recordings_arrays_have_the_sizes_that_the_page_reads(demo, spoken):
+    model, processor = load_model(demo / "model")
+    found = examine(model, processor, spoken)
+    frames, kept = -(-found["mel"]["columns"] // 4), len(found["kept"])
+    assert len(base64.b64decode(found["mel"]["rows"])) == found["mel"]["bins"] * found["mel"]["columns"]
+    assert len(base64.b64decode(found["used"])) == frames
+    assert len(base64.b64decode(found["attention"]["rows"])) == kept * frames
+    assert len(found["attention"]["scale"]) == kept
+    assert found["seconds"] == pytest.approx(frames * found["frame_seconds"], abs=found["frame_seconds"])
+
+
+def test_a_model_of_stage_one_has_no_attention_to_show(demo, spoken):
+    assert examine(*load_model(demo / "stage1" / "model"), spoken)["attention"] is None
+
+
+def test_recordings_are_those_scored_and_half_of_them_wrong_where_they_can_be(demo, recordings):
+    assert len(recordings["items"]) == 3
+    assert recordings["note"].startswith("From the test: 2 that were written down with word errors and 1 without.")
+    for item in recordings["items"]:
+        assert {answer["task"] for answer in item["answers"]} == {"transcribe", "voice"}
+        assert item["text"] == item["answers"][0]["reference"]
+
+
+def test_a_run_that_was_not_scored_answers_about_its_training(demo):
+    first, second = (describe(read_run(demo / f"stage{stage}"), {}, 2) for stage in (1, 2))
+    for found in (first, second):
+        assert found["note"].startswith("From the manifests that it was trained on")
+        assert len(found["items"]) == 2
+        assert all(isinstance(item["answers"][0]["given"], str) for item in found["items"])
+    assert first["items"][0]["attention"] is None and second["items"][0]["attention"]
+
+
+def test_recordings_that_are_gone_leave_the_rest_of_the_page(demo, tmp_path):
+    moved = tmp_path / "demo"
+    shutil.copytree(demo, moved, ignore=shutil.ignore_patterns("corpus-*", "checkpoint-*"))
+    for about in moved.glob("*/run.json"):
+        text = json.loads(about.read_text())
+        text["config"]["train"] = [str(tmp_path / "gone" / "train.jsonl")]
+        about.write_text(json.dumps(text))
+    found = describe(read_run(moved), {}, 3)
+    assert found["items"] == [] and "None can be shown: test.jsonl is in none of" in found["note"]
+
+
+def test_recordings_are_found_where_the_run_was_moved_with_its_corpus(demo, tmp_path):
+    moved = tmp_path / "demo"
+    shutil.copytree(demo, moved, ignore=shutil.ignore_patterns("checkpoint-*"))
+    for about in moved.glob("*/run.json"):
+        text = json.loads(about.read_text())
+        text["config"]["train"] = [path.replace(str(demo), "/elsewhere") for path in text["config"]["train"]]
+        about.write_text(json.dumps(text))
+    assert len(describe(read_run(moved), {}, 1)["items"]) == 1
+
+
+def test_answers_to_another_corpus_are_not_shown_beside_these_recordings(demo, tmp_path):
+    moved = tmp_path / "demo"
+    shutil.copytree(demo, moved, ignore=shutil.ignore_patterns("checkpoint-*"))
+    rows = [json.loads(line) for line in (moved / "answers.jsonl").read_text().splitlines()]
+    lines(moved / "answers.jsonl", [row | {"reference": "other words"} for row in rows])
+    assert "is no longer what the run was scored on" in describe(read_run(moved), {}, 3)["note"]
+
+
+def test_another_runs_answers_about_the_same_recordings_stand_beside(demo):
+    run = read_run(demo)
+    other = Run(run.folder, run.passes, {}, [row | {"answer": "what else"} for row in run.answers])
+    (item,) = describe(run, {"other": other}, 1)["items"]
+    assert [answer["given"] for answer in item["others"]["other"]] == ["what else"] * 2
+    assert [answer["task"] for answer in item["others"]["other"]] == [answer["task"] for answer in item["answers"]]
+
+
+# ---------------------------------------------------------------- the file
+
+
+@pytest.fixture(scope="module")
+def page(demo, tmp_path_factory) -> Path:
+    return write_report([demo], tmp_path_factory.mktemp("page") / "new" / "report.html", utterances=3)
+
+
+def test_the_page_refers_to_nothing_outside_itself(page):
+    text = page.read_text()
+    assert set(re.findall(r"https?://[^\s\"'<>)]+", text)) <= {"http://www.w3.org/2000/svg"}
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", text)
+    assert "@import" not in text and "url(" not in text
+
+
+def test_text_of_the_data_cannot_end_the_pages_script(tmp_path):
+    run = read_run(training(tmp_path / "run", tasks={HOSTILE: 3, "b": 2}, device=HOSTILE))
+    text = render({HOSTILE: run}, {"items": [], "note": HOSTILE})
+    assert len(re.findall(r"<script", text, re.I)) == len(re.findall(r"</script", text, re.I)) == 2
+    assert "<img" not in text
+
+
+def test_the_largest_page_stays_below_five_megabytes(demo, tmp_path):
+    noise = np.random.default_rng(0).uniform(-1, 1, 30 * SAMPLING_RATE).astype(np.float32)
+    model, processor = load_model(demo / "model")
+    item = examine(model, processor, noise) | {"id": "noise", "text": "noise", "answers": [], "others": {}}
+    log = [{"step": i, "epoch": i / 9} | dict.fromkeys(CURVES, i / 7) for i in range(1, 3_000)]
+    run = Run(tmp_path, [a_pass({"a": 1, "b": 2}, log)] * 4)
+    text = render({f"run {i}": run for i in range(8)}, {"items": [item] * 6, "note": ""})
+    assert len(text.encode()) < 5 * MEGABYTE
+
+
+def test_values_that_json_cannot_hold_are_written_as_missing(tmp_path):
+    log = [{"step": 1, "epoch": 0.1, "loss": float("nan"), "grad_norm": float("inf"), "ctc_loss": 1.23456789}]
+    text = render({"run": Run(tmp_path, [a_pass({"a": 1}, log)])}, {"items": [], "note": ""})
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    found = data["runs"][0]["passes"][0]["curves"]
+    assert found == {"step": [1], "loss": [None], "grad_norm": [None], "ctc_loss": [1.23457]}
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("needs Chromium: apt install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """Opens a file; at the end of the test there must have been no error, no console line and no request elsewhere."""
+    said, contexts = [], []
+
+    def open_page(path: Path, scheme: str = "light", width: int = 1280):
+        context = chromium.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, offline=True)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+        tab.on("pageerror", lambda error: said.append(f"error: {error}"))
+        tab.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
+        tab.goto(path.as_uri())
+        tab.wait_for_selector("#settings")
+        tab.wait_for_function("document.querySelectorAll('figure svg path').length > 0")
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of `rgb(r, g, b)`."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+COLOUR = """name => { const probe = document.createElement('i'); probe.style.color = `var(--${name})`;
+document.body.append(probe); const found = getComputedStyle(probe).color; probe.remove(); return found; }"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_shows_every_section(visit, page, scheme):
+    tab = visit(page, scheme)
+    titles = tab.locator("section h2").all_inner_texts()
+    assert titles == [
+        "Scores",
+        "Training",
+        "Recordings",
+        "Alignment",
+        "Optimiser",
+        "Task mixture",
+        "Left out",
+        "Settings",
+    ]
+    assert tab.locator("#training figure").count() == 3
+    assert tab.locator(".utterance").count() == 3
+    assert tab.locator("nav a").all_inner_texts() == titles
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_curves_stand_out_from_the_paper(visit, page, scheme):
+    tab = visit(page, scheme)
+    paper, raised = tab.evaluate(COLOUR, "paper"), tab.evaluate(COLOUR, "raised")
+    assert (luminance(paper) > 0.5) is (scheme == "light")
+    for name in ("ink", "muted", "good", "bad", "kept", *(f"c{i}" for i in range(8))):
+        for ground in (paper, raised):
+            assert contrast(tab.evaluate(COLOUR, name), ground) >= 4.5, name  # WCAG AA for text
+    assert contrast(tab.evaluate(COLOUR, "bad"), tab.evaluate(COLOUR, "bad-wash")) >= 4.5
+
+
+def test_the_button_switches_the_scheme_and_repaints_the_spectrograms(visit, page):
+    tab = visit(page, "light")
+    pixel = """(() => { const copy = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    copy.drawImage(document.querySelector(".utterance canvas"), 0, 0);
+    return copy.getImageData(0, 0, 1, 1).data.join(); })()"""
+    before = tab.evaluate(COLOUR, "paper"), tab.evaluate(pixel)
+    tab.get_by_role("button", name="Switch to dark colours").click()
+    after = tab.evaluate(COLOUR, "paper"), tab.evaluate(pixel)
+    assert luminance(before[0]) > 0.5 > luminance(after[0]) and before[1] != after[1]
+    tab.get_by_role("button", name="Switch to light colours").click()
+    assert (tab.evaluate(COLOUR, "paper"), tab.evaluate(pixel)) == before
+
+
+def test_a_click_on_a_token_shows_what_its_frame_attends_to(visit, page):
+    tab = visit(page)
+    recording = tab.locator(".utterance").first
+    tokens = recording.locator(".token")
+    assert tokens.count() > 1
+    attended, detail = recording.locator(".attended"), recording.locator(".detail")
+    assert tokens.nth(0).get_attribute("aria-pressed") == "true"
+    before = attended.get_attribute("d"), detail.inner_text()
+    tokens.nth(1).click()
+    assert tokens.nth(1).get_attribute("aria-pressed") == "true"
+    assert tokens.nth(0).get_attribute("aria-pressed") == "false"
+    assert attended.get_attribute("d") != before[0] and detail.inner_text() != before[1]
+    assert "of its attention lies on" in detail.inner_text()
+
+
+def test_every_recording_can_be_played(visit, page, recordings):
+    tab = visit(page)
+    tab.wait_for_function("[...document.querySelectorAll('audio')].every(one => one.readyState > 0)")
+    found = tab.evaluate("[...document.querySelectorAll('audio')].map(one => one.duration)")
+    assert found == pytest.approx([item["seconds"] for item in recordings["items"]], abs=0.01)
+    button = tab.locator(".play").first
+    assert button.get_attribute("aria-label").startswith("Play: ")
+
+
+def test_a_curves_values_are_shown_under_the_pointer_and_by_the_arrow_keys(visit, page):
+    tab = visit(page)
+    figure = tab.locator("#training figure").first
+    tip = figure.locator(".tip")
+    assert not tip.is_visible()
+    figure.locator("svg").hover()
+    assert re.match(r"step [12]\s", tip.inner_text()) and "CTC" in tip.inner_text()
+    tab.mouse.move(0, 0)
+    assert not tip.is_visible()
+    figure.locator("svg").focus()
+    for key, step in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
+        tab.keyboard.press(key)
+        assert tip.inner_text().startswith(f"step {step}")
+
+
+def test_word_errors_are_marked_by_more_than_their_colour(visit, page):
+    tab = visit(page)
+    wrong = tab.locator(".words .error")
+    assert wrong.count() > 0
+    assert tab.locator(".words").first.locator(".prompt").inner_text().endswith(("word error", "word errors"))
+    assert tab.locator(".right .mark").first.inner_text() == "✓"
+
+
+def test_text_of_the_data_stays_text(visit, demo, recordings, tmp_path):
+    texts = {"id": HOSTILE, "text": HOSTILE}
+    answer = {"task": HOSTILE, "prompt": HOSTILE, "reference": HOSTILE, "given": HOSTILE, "right": False, "words": None}
+    words = align_words("<script>window.hostile = 1</script> light", "<b>bold</b> light")
+    answers = [answer, answer | {"task": "transcribe", "words": words}]
+    item = recordings["items"][0] | texts | {"answers": answers, "others": {HOSTILE: answers}}
+    item["kept"] = [kept | {"text": HOSTILE} for kept in item["kept"]]
+    left = [{"sample": HOSTILE, "reason": HOSTILE}]
+    run = read_run(demo)
+    passes = [
+        a_pass({HOSTILE: 3, "b": 1}, one.log, left_out=left, config={HOSTILE: HOSTILE}, about={"device": HOSTILE})
+        for one in run.passes
+    ]
+    path = tmp_path / "report.html"
+    runs = {HOSTILE: Run(run.folder, passes, run.summary), "other": Run(run.folder, passes, run.summary)}
+    path.write_text(render(runs, {"items": [item], "note": HOSTILE}))
+    tab = visit(path)
+    assert tab.evaluate("window.hostile") is None
+    assert tab.locator("main img, main script, main b[onerror]").count() == 0
+    assert tab.title().startswith(HOSTILE.replace("\u2028", " ")[:40])
+    assert tab.locator(".utterance h3").evaluate("node => node.textContent") == HOSTILE
+
+
+def test_several_runs_share_their_charts_and_one_table(visit, demo, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(demo, other, ignore=shutil.ignore_patterns("checkpoint-*"))
+    summary = json.loads((other / "summary.json").read_text())
+    summary["stage3"]["wer"] = 0.5
+    (other / "summary.json").write_text(json.dumps(summary))
+    about = other / "stage2" / "run.json"
+    found = json.loads(about.read_text())
+    found["config"]["ctc_weight"] = 0.7
+    about.write_text(json.dumps(found))
+    tab = visit(write_report([demo, other], tmp_path / "report.html", utterances=1))
+    assert tab.locator("h1").inner_text() == "2 runs compared"
+    # Stage I has CTC, stage III next token, stage II both: four charts, each with a line a run.
+    charts = tab.locator("#training figure")
+    assert charts.count() == 4
+    for place in range(4):
+        strokes = (
+            charts.nth(place).locator("svg path").evaluate_all("all => all.map(one => one.getAttribute('stroke'))")
+        )
+        assert strokes == ["var(--c0)", "var(--c1)"]
+    row = tab.locator("#scores tr", has_text="word error rate, stage III")
+    assert row.locator("td").nth(1).inner_text() == "50.0 %"
+    assert row.locator("td.best").inner_text() == "50.0 %"
+    changed = tab.locator("#settings table").first
+    assert changed.locator("tbody tr").all_inner_texts() == ["ctc_weight II · shrinking\t0.3\t0.7"]
+    assert tab.locator(".answers .task", has_text="· other").count() == 2
+
+
+@pytest.mark.parametrize("width", [1280, 720, 390])
+def test_the_page_fits_the_window(visit, page, width):
+    tab = visit(page, width=width)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_training_that_has_just_begun_has_a_page_too(visit, tmp_path):
+    tab = visit(write_report([training(tmp_path / "run", steps=2)], tmp_path / "report.html"))
+    assert "There is no model in" in tab.locator("#recordings").inner_text()
+    assert tab.locator("#scores").count() == 0
+
+
+def test_what_was_left_out_and_skipped_is_listed(visit, tmp_path):
+    folder = training(tmp_path / "run")
+    lines(folder / "left_out.jsonl", [{"step": 0, "sample": "t.jsonl:4", "file": "a.wav", "reason": "is silent"}])
+    lines(folder / "skipped_steps.jsonl", [{"step": 7, "reason": "grad_norm = nan", "samples": ["t.jsonl:2"]}])
+    rows = visit(write_report([folder], tmp_path / "report.html")).locator("#left-out tbody tr").all_inner_texts()
+    assert [row.split("\t")[1:] for row in rows] == [
+        ["1", "is silent", "t.jsonl:4 a.wav"],
+        ["7", "grad_norm = nan", "t.jsonl:2"],
+    ]
