@@ -141,9 +141,9 @@ class SoundwaveConfig(PretrainedConfig):
         """
         from transformers import AutoTokenizer
 
-        audio = AutoConfig.from_pretrained(embedded.resolve(audio_tower))
+        audio = AutoConfig.from_pretrained(embedded.resolve(audio_tower), trust_remote_code=False)
         language_folder = embedded.resolve(language_model)
-        language = AutoConfig.from_pretrained(language_folder).get_text_config()
+        language = AutoConfig.from_pretrained(language_folder, trust_remote_code=False).get_text_config()
         if audio.model_type != "whisper":
             raise ValueError(
                 f"audio_tower = {audio_tower!r} is a {audio.model_type} model, but it must be a Whisper model"
@@ -153,7 +153,7 @@ class SoundwaveConfig(PretrainedConfig):
             "hidden_size": language.hidden_size,
             "num_attention_heads": language.num_attention_heads,
             "vocab_size": language.vocab_size,
-            "audio_placeholder_id": len(AutoTokenizer.from_pretrained(language_folder)),
+            "audio_placeholder_id": len(AutoTokenizer.from_pretrained(language_folder, trust_remote_code=False)),
         }
         return cls(audio_tower=audio_tower, language_model=language_model, **{**sizes, **kwargs})
 

@@ -4,7 +4,6 @@ import gc
 import json
 import platform
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from soundwave.hardware import pick_device
 from soundwave.modeling import SoundwaveForConditionalGeneration
 from soundwave.processing import SoundwaveProcessor
 from soundwave.report import write_report
-from soundwave.training.stages import StageConfig, make_config, train_stage
+from soundwave.training.stages import StageConfig, commit, make_config, train_stage
 
 LONGEST_ANSWER = 20  # tokens; the corpus has none longer in the direct format, and a poor model talks on
 EVALUATED_AT_ONCE = 48  # every step of generation reads all weights once, however many samples share it
@@ -130,7 +129,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     summary |= {
         "seed": seed,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS_OF},
-        "commit": _commit(),
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
     }
     plot_losses(logs, out / "losses.png")
@@ -196,17 +195,3 @@ def plot_losses(logs: dict[int, list[dict[str, float]]], path: Path) -> None:
     axes[0].set_ylabel("loss [nats a token]")
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that the package runs from, if it runs from one."""
-    if not (Path(__file__).parents[1] / ".git").exists() or shutil.which("git") is None:
-        return None
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or None

@@ -94,7 +94,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             language_model: False loads the language model's output embedding only (stage I).
         """
         model = cls(config)
-        whisper = WhisperModel.from_pretrained(embedded.resolve(config.audio_tower), dtype=dtype)
+        whisper = WhisperModel.from_pretrained(embedded.resolve(config.audio_tower), dtype=dtype, use_safetensors=True)
         model.audio_tower = whisper.get_encoder().requires_grad_(False)
         folder = embedded.resolve(config.language_model)
         if language_model:
@@ -483,7 +483,9 @@ def _load_language_model(folder: str, config: SoundwaveConfig, dtype: torch.dtyp
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=quantization, use_safetensors=True, trust_remote_code=False
+    )
     if quantization is not None:
         import bitsandbytes
 
@@ -506,7 +508,7 @@ def load_output_embedding(folder: str) -> Tensor:
     Reads `lm_head.weight`, or the input embedding where the two are tied, from safetensors, single-file or sharded.
     Raises FileNotFoundError or ValueError where there is no such file or tensor.
     """
-    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
+    tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().tie_word_embeddings
     names = ("lm_head.weight", "model.embed_tokens.weight") if tied else ("lm_head.weight",)
     index = _checkpoint_file(folder, "model.safetensors.index.json")
     if index is not None:

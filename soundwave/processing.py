@@ -41,7 +41,7 @@ class SoundwaveProcessor(ProcessorMixin):
         """The processor that fits two backbones (Hub ids, local folders or embedded names)."""
         return cls(
             WhisperFeatureExtractor.from_pretrained(embedded.resolve(audio_tower)),
-            AutoTokenizer.from_pretrained(embedded.resolve(language_model)),
+            AutoTokenizer.from_pretrained(embedded.resolve(language_model), trust_remote_code=False),
         )
 
     @classmethod

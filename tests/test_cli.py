@@ -22,7 +22,7 @@ from soundwave.modeling import SoundwaveForConditionalGeneration
 
 SCRIPT = Path(sys.executable).with_name("soundwave")
 FORMATS = ("wav", "flac", "ogg", "mp3")
-COMMANDS = ("demo", "train", "transcribe", "ask", "evaluate", "splice", "doctor")
+COMMANDS = ("demo", "train", "transcribe", "ask", "evaluate", "splice", "memory", "report", "bench", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,22 @@ def test_help_lists_every_command(soundwave):
     status, out, _ = soundwave("--help")
     assert status == 0
     assert all(f" {command} " in out for command in COMMANDS)
+
+
+def test_memory_predicts_a_step_and_names_the_largest_batch(soundwave):
+    status, out, _ = soundwave("memory", "--stage", "2", "--batch", "16")
+    assert status == 0
+    assert "Stage 2, 16 clips of 30 s, fused: predicted, not measured" in " ".join(out.split())
+    assert "largest batch of stage 2 on 24 GB: " in out
+
+
+def test_memory_says_where_nothing_fits(soundwave):
+    assert "largest batch of stage 3 on 8 GB: none" in soundwave("memory", "--stage", "3", "--gpu", "8")[1]
+
+
+def test_reports_want_something_to_tell(fault, tmp_path):
+    assert "holds no log.jsonl" in fault("report", tmp_path)
+    assert "holds no results" in fault("bench", "report", tmp_path, "--out", tmp_path / "out.md")
 
 
 # ---------------------------------------------------------------- using a model

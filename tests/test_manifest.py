@@ -310,10 +310,10 @@ def test_absolute_path_inside_the_folder_is_accepted(folder):
     assert read_manifest(path)[0].audio == folder / "a.wav"
 
 
-def test_symbolic_link_inside_the_folder_is_followed(folder):
-    (folder / "inner").mkdir()
-    (folder / "inner" / "a.wav").symlink_to(folder / "a.wav")
-    assert read_manifest(write(folder / "inner", ROW))[0].audio == folder / "inner" / "a.wav"
+def test_symbolic_link_to_within_the_folder_is_followed(folder):
+    (folder / "linked.wav").symlink_to(folder / "a.wav")
+    path = write(folder, ROW | {"audio_filepath": "linked.wav"})
+    assert read_manifest(path)[0].audio == folder / "linked.wav"
 
 
 # --- writing

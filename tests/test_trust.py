@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import soundwave
+from soundwave import embedded
+from soundwave.configuration import SoundwaveConfig
 from soundwave.data.manifest import ManifestError, read_manifest
 from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
 from soundwave.training.checkpoints import TENSOR_FILES, fault_of, newest_checkpoint
@@ -109,6 +111,30 @@ def test_code_in_a_model_folder_is_not_run(trained, tmp_path, mark):
     config["auto_map"] = {"AutoConfig": "code.A", "AutoModel": "code.A", "AutoProcessor": "code.A"}
     (model / "config.json").write_text(json.dumps(config))
     SoundwaveForConditionalGeneration.from_pretrained(model, language_model=False)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("part", ["audio_tower", "language_model"])
+def test_a_backbone_is_loaded_from_safetensors_only(small_llm, tmp_path, mark, part):
+    source = {"audio_tower": embedded.resolve(embedded.WHISPER), "language_model": small_llm}[part]
+    folder = Path(shutil.copytree(source, tmp_path / "backbone"))
+    (folder / "model.safetensors").unlink()
+    write_archive(Payload(mark), folder / "pytorch_model.bin")
+    backbones = {"audio_tower": embedded.WHISPER, "language_model": str(small_llm)} | {part: str(folder)}
+    config = SoundwaveConfig.from_backbones(**backbones, lora_rank=4)
+    with pytest.raises(OSError, match="model.safetensors"):
+        SoundwaveForConditionalGeneration.from_backbones(config)
+    assert not mark.exists()
+
+
+def test_a_language_model_that_brings_its_own_code_is_refused(small_llm, tmp_path, mark):
+    folder = Path(shutil.copytree(small_llm, tmp_path / "backbone"))
+    (folder / "code.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass A: ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.A", "AutoModelForCausalLM": "code.A"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="unheard_of|custom code"):
+        SoundwaveConfig.from_backbones(embedded.WHISPER, str(folder))
     assert not mark.exists()
 
 
