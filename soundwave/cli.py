@@ -129,7 +129,7 @@ def train(
 
     flags = {"resume": resume, "strict": strict or None, "allow_outside": allow_outside or None, "quiet": quiet or None}
     words = [f"{name}={str(value).lower()}" for name, value in flags.items() if value is not None]
-    values = load_config(stage, config, [*(settings or []), *words])
+    values = load_config(stage, config, [*(settings or []), *words], to_show=show)
     if show:
         from soundwave.training.stages import StageConfig
 

@@ -243,6 +243,11 @@ def test_train_show_prints_the_settings_and_trains_nothing(soundwave, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_train_shows_the_defaults_of_a_stage_without_data(soundwave):
+    status, out, _ = soundwave("train", "3", "--show")
+    assert status == 0 and "4000" in out and "optimiser steps" in out
+
+
 # ---------------------------------------------------------------- faults
 
 

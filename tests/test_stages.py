@@ -20,6 +20,7 @@ from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
 from soundwave.training.checkpoints import newest_checkpoint
 from soundwave.training.stages import (
     ConfigError,
+    StageConfig,
     _arguments,
     build_model,
     build_sampler,
@@ -405,6 +406,7 @@ def test_defaults_are_the_papers(stage, steps, batch, accumulation, rate):
     ("words", "message"),
     [
         (["learning_rat=1"], "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        (["lr=1"], "unknown setting 'lr'; did you mean 'learning_rate'?"),
         (["zzz=1"], "unknown setting 'zzz'; known are stage, train, "),
         ([], "setting 'train' is missing; give train=…; setting 'out' is missing; give out=…"),
         (["train=a", "out=b", "steps=many"], "steps = 'many': input should be a valid integer"),
@@ -413,7 +415,7 @@ def test_defaults_are_the_papers(stage, steps, batch, accumulation, rate):
         (["train=a", "out=b", "learning_rate=nan"], "learning_rate = nan: input should be greater than 0"),
         (["train=a", "out=b", "scheduler=cosin"], "scheduler = 'cosin': input should be 'cosine', 'linear' or"),
         (["train=[]", "out=b"], "train = []: list should have at least 1 item"),
-        (["train"], "'train': settings are written key=value, e.g. learning_rate=1e-4"),
+        (["train"], "'train': settings are written key=value, without spaces, e.g. learning_rate=1e-4"),
         (["train=a", "out=b", "stage=2"], "stage = 2, but stage 1 was asked for"),
         (["train=[a", "out=b"], "train = '[a' cannot be read; quote it"),
     ],
@@ -427,6 +429,15 @@ def test_a_bad_word_is_one_line_that_names_the_key(words, message):
 def test_a_number_may_be_written_in_any_way(tmp_path, value):
     file = yaml_file(tmp_path, f"train: a.jsonl\nout: o\nlearning_rate: {value}\n")
     assert load_config(1, file).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("value", ["1000", "1e3", "1.0e+3"])
+def test_a_whole_number_too(tmp_path, value):
+    assert load_config(1, None, ["train=a", "out=b", f"steps={value}"]).steps == 1000
+
+
+def test_every_setting_says_what_it_is():
+    assert not [name for name, field in StageConfig.model_fields.items() if not field.description]
 
 
 def test_a_files_paths_are_relative_to_it_and_a_words_to_the_working_directory(tmp_path):

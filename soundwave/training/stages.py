@@ -52,33 +52,37 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    stage: Literal[1, 2, 3]
+    stage: Literal[1, 2, 3] = Field(description="1 alignment, 2 shrinking, 3 instruction tuning")
     train: list[Path] = Field(min_length=1, description="manifests to train on")
     out: Path = Field(description="folder for checkpoints, logs and the model")
     model: Path | None = Field(None, description="model of the stage before; None starts from the backbones")
     audio_tower: str = Field(embedded.WHISPER, description="Whisper: Hub id, folder or embedded name")
     language_model: str = Field(embedded.LANGUAGE_MODEL, description="causal LM: Hub id, folder or embedded name")
-    semantics: Literal["paper", "released"] = "paper"
+    semantics: Literal["paper", "released"] = Field(
+        "paper", description="attention across frames and CTC peaks; or as the authors' inference code has it"
+    )
 
     steps: Positive = Field(description="optimiser steps")
     batch_size: Positive = Field(description="samples a device and forward pass")
     accumulation: Positive = Field(description="forward passes an optimiser step")
-    learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    learning_rate: float = Field(gt=0, description="at its height")
+    warmup_steps: int = Field(0, ge=0, description="over which the learning rate rises from 0")
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="how the learning rate falls afterwards"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down to this norm")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="8 bits: states of a quarter of the size")
     ctc_weight: float = Field(0.3, ge=0, description="of the CTC loss in stage II")
     train_shrinking: bool = Field(False, description="stage III trains the shrinking adapter beside LoRA")
     temperature: bool = Field(
         True, description="stage II draws tasks at T = 1 + 5·epoch; else every sample once an epoch"
     )
-    lora_rank: Positive = 64
-    lora_alpha: Positive = 16
+    lora_rank: Positive = Field(64, description="of the matrices on the LLM's attention")
+    lora_alpha: Positive = Field(16, description="LoRA is scaled by lora_alpha / lora_rank")
     quantization: Literal["auto", "nf4", "none"] = Field("auto", description="auto: nf4 on CUDA, none on the CPU")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of the frozen backbones")
-    spec_augment: bool = True
+    spec_augment: bool = Field(True, description="mask parts of the recordings in time and frequency")
     adapter_dropout: float | None = Field(None, ge=0, lt=1, description="None: 0.1, or that of the model given")
     implementation: Literal["fused", "eager"] = Field("fused", description="eager: plain PyTorch")
     exact: bool = Field(False, description="the fused CTC skips no column of its gradient")
@@ -86,10 +90,10 @@ class StageConfig(BaseModel):
         None, description="the LLM runs each layer again in backward, for a tenth of the memory; None: on CUDA"
     )
 
-    seed: int = 0
-    log_steps: Positive = 10
-    save_steps: Positive = 500
-    save_total_limit: Positive = 2
+    seed: int = Field(0, description="of fresh weights, dropout and the order of the samples")
+    log_steps: Positive = Field(10, description="steps between log entries")
+    save_steps: Positive = Field(500, description="steps between checkpoints")
+    save_total_limit: Positive = Field(2, description="checkpoints that are kept")
     workers: int = Field(0, ge=0, description="processes that load data")
     resume: bool | None = Field(
         None,
@@ -119,14 +123,21 @@ TRAINED = {
 }
 
 
+# What other trainers call a setting of ours.
+OTHER_NAMES = {"lr": "learning_rate", "batch": "batch_size", "gradient_accumulation_steps": "accumulation"}
+
+
 class ConfigError(ValueError):
     """Settings that cannot be used. One line a fault: key, value found, value wanted."""
 
 
-def load_config(stage: int, file: Path | None = None, overrides: list[str] | None = None) -> StageConfig:
+def load_config(
+    stage: int, file: Path | None = None, overrides: list[str] | None = None, *, to_show: bool = False
+) -> StageConfig:
     """Settings of a stage: the paper's, then a YAML file's, then `key=value` words.
 
-    Paths in the file are relative to its folder, those in words to the working directory.
+    Paths in the file are relative to its folder, those in words to the working directory. With `to_show` those that
+    have no default need not be given.
     """
     values: dict[str, Any] = {}
     if file is not None:
@@ -143,11 +154,13 @@ def load_config(stage: int, file: Path | None = None, overrides: list[str] | Non
     for word in overrides or []:
         key, equals, value = word.partition("=")
         if not equals:
-            raise ConfigError(f"{word!r}: settings are written key=value, e.g. learning_rate=1e-4")
+            raise ConfigError(f"{word!r}: settings are written key=value, without spaces, e.g. learning_rate=1e-4")
         try:
             values[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key} = {value!r} cannot be read; quote it") from error
+    if to_show:
+        values = {"train": ["…"], "out": "…"} | values
     return make_config(stage, **values)
 
 
@@ -158,7 +171,8 @@ def make_config(stage: int, /, **values: Any) -> StageConfig:
     values["stage"] = stage
     for key in values:
         if key not in StageConfig.model_fields:
-            near = difflib.get_close_matches(str(key), StageConfig.model_fields, n=1)
+            near = [OTHER_NAMES[key]] if key in OTHER_NAMES else []
+            near += difflib.get_close_matches(str(key), StageConfig.model_fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(StageConfig.model_fields)}"
             raise ConfigError(f"unknown setting {key!r}; {hint}")
     if isinstance(values.get("train"), str | Path):
@@ -174,6 +188,9 @@ def make_config(stage: int, /, **values: Any) -> StageConfig:
                 values[key] = float(value)
             except ValueError:
                 raise ConfigError(f"{key} = {value!r}, but a number is wanted") from None
+        if isinstance(value, str) and StageConfig.model_fields[key].annotation is int:
+            with suppress(ValueError):  # else pydantic says what is wrong with it
+                values[key] = float(value)
     try:
         return StageConfig(**(PAPER[stage] | values))
     except ValidationError as error:
