@@ -95,7 +95,7 @@ commit=$(git describe --always --dirty --exclude='*' 2>/dev/null || echo unknown
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
 # Files with tests for a GPU: others need packages that a bare machine does not have.
-gpu_files() { grep -l 'mark\.gpu' tests/test_*.py; }
+gpu_files() { grep -lE 'mark\.gpu|tests\.implementations' tests/test_*.py; }
 small="(bitwise or every_time) and cuda-triton"
 rehearsed=(tests/test_ctc_peaks.py -k "the_same_frames_every_time and cpu-torch")
 

@@ -13,16 +13,10 @@ from soundwave.kernels.ctc import ctc_ref
 from soundwave.kernels.ctc_lattice import ctc_lattice as lattice
 from soundwave.kernels.ctc_targets import feasible
 from tests.accuracy import assert_as_accurate, assert_rms
+from tests.implementations import everywhere
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in (FP16, BF16, FP32, FP64)]
-WHERE = [
-    pytest.param("cpu", "torch", id="cpu-torch"),
-    pytest.param("cpu", "triton", id="interpreter"),
-    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
-    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
-]
-everywhere = pytest.mark.parametrize(("device", "impl"), WHERE)
 EVERY_DRAW = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -11,14 +11,9 @@ from soundwave import eager
 from soundwave.fused.functional import ctc_peaks
 from soundwave.kernels.ctc_peaks import COPY_BLOCK, MAX_BLOCK_T, _config, _ctc_peaks, ctc_peaks_ref
 from soundwave.kernels.dispatch import interpreted
+from tests.implementations import WHERE
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-WHERE = [
-    pytest.param("cpu", "torch", id="cpu-torch"),
-    pytest.param("cpu", "triton", id="interpreter"),
-    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
-    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
-]
 BOTH = [pytest.param("torch", id="torch"), pytest.param("triton", id="interpreter")]
 KEEP = ["peaks", "runs"]
 BLANK = 3

@@ -10,16 +10,9 @@ from soundwave.eager import linear_cross_entropy as plain
 from soundwave.fused.functional import linear_cross_entropy
 from soundwave.kernels import linear_cross_entropy as kernel
 from tests.accuracy import assert_as_accurate, assert_rms
+from tests.implementations import everywhere, not_interpreted
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-WHERE = [
-    pytest.param("cpu", "torch", id="cpu-torch"),
-    pytest.param("cpu", "triton", id="interpreter"),
-    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
-    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
-]
-everywhere = pytest.mark.parametrize(("device", "impl"), WHERE)
-not_interpreted = pytest.mark.parametrize(("device", "impl"), [WHERE[0], *WHERE[2:]])  # which truncates to bfloat16
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 EVERY_DRAW = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -16,16 +16,9 @@ from soundwave.fused.functional import linear_ctc_loss, linear_ctc_path
 from soundwave.kernels import linear_ctc, vocab_rows
 from soundwave.kernels.linear_ctc_path import Head
 from tests.accuracy import assert_as_accurate, assert_rms
+from tests.implementations import everywhere, not_interpreted
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-WHERE = [
-    pytest.param("cpu", "torch", id="cpu-torch"),
-    pytest.param("cpu", "triton", id="interpreter"),
-    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
-    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
-]
-everywhere = pytest.mark.parametrize(("device", "impl"), WHERE)
-not_interpreted = pytest.mark.parametrize(("device", "impl"), [WHERE[0], *WHERE[2:]])  # which truncates to bfloat16
 EVERY_DRAW = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

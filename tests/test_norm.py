@@ -9,16 +9,11 @@ from soundwave.fused.functional import add_layer_norm
 from soundwave.kernels.dispatch import interpreted
 from soundwave.kernels.norm import MAX_D, PROGRAMS, _config, _forward, add_layer_norm_ref
 from tests.accuracy import assert_as_accurate, assert_rms
+from tests.implementations import WHERE
 
 EPS = 1e-5
 NAMES = ("y", "s", "dx", "dresidual", "dweight", "dbias")
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-WHERE = [
-    pytest.param("cpu", "torch", id="cpu-torch"),
-    pytest.param("cpu", "triton", id="interpreter"),
-    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
-    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
-]
 SIZES = [(1, 63), (7, 7), (13, 100), (33, 33)]
 
 

@@ -11,16 +11,11 @@ from soundwave.kernels.dispatch import interpreted
 from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
 from soundwave.kernels.shrink_attention import MAX_E, _backward, _config, _forward, shrink_attention_ref
 from tests.accuracy import assert_as_accurate, assert_rms
+from tests.implementations import WHERE
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = ("out", "dquery", "dkey", "dvalue")
 SETTINGS = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-WHERE = [
-    pytest.param("cpu", "torch", id="cpu-torch"),
-    pytest.param("cpu", "triton", id="interpreter"),
-    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
-    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
-]
 BOTH = [pytest.param("torch", id="torch"), pytest.param("triton", id="interpreter")]
 # Queries and keys of each utterance: odd, equal, few or none of either.
 LENGTHS = {

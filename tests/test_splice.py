@@ -11,15 +11,10 @@ from soundwave import eager
 from soundwave.fused.functional import Spliced, splice
 from soundwave.kernels.dispatch import interpreted
 from soundwave.kernels.splice import _config, _forward, _places, splice_places, splice_rows, splice_rows_ref
+from tests.implementations import WHERE
 
 AUDIO, PAD = 99, 0
 FP32, BF16 = torch.float32, torch.bfloat16
-WHERE = [
-    pytest.param("cpu", "torch", id="cpu-torch"),
-    pytest.param("cpu", "triton", id="interpreter"),
-    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
-    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
-]
 
 
 @pytest.fixture(autouse=True)

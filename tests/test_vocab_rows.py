@@ -5,15 +5,9 @@ import torch
 
 from soundwave.kernels import vocab_rows
 from soundwave.kernels.vocab_rows import RowStats
+from tests.implementations import everywhere
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-WHERE = [
-    pytest.param("cpu", "torch", id="cpu-torch"),
-    pytest.param("cpu", "triton", id="interpreter"),
-    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
-    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
-]
-everywhere = pytest.mark.parametrize(("device", "impl"), WHERE)
 # Columns, own columns, allocated columns: one and several blocks of both, with and without a tail.
 SHAPES = [(1, 1, 1), (7, 3, 64), (63, 7, 63), (300, 20, 320), (5000, 40, 5056), (9000, 1100, 9024)]
 shapes = pytest.mark.parametrize(("columns", "own", "stride"), SHAPES, ids=[f"V{v}-C{c}" for v, c, _ in SHAPES])
