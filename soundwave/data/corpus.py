@@ -25,7 +25,7 @@ from soundwave.data.manifest import write_manifest
 from soundwave.data.tasks import FORMATS, RATES, phrase
 from soundwave.embedded import Espeak
 
-VERSION = 12  # raise it when the same seed gives other files
+VERSION = 13  # raise it when the same seed gives other files
 
 # eSpeak voice -> its pitch, 0-100. Measured medians: female ones 180-250 Hz, male ones 80-125 Hz.
 FEMALE = {
@@ -61,8 +61,8 @@ SIZES = {
 STAGES = {
     "stage1": {"transcribe": 1},
     "labels": {"transcribe": 1},
-    "stage2": {"transcribe": 1.8, "voice": 0.5, "rate": 0.5, "qa": 3},
-    "stage3": {"transcribe": 1.5, "voice": 0.4, "rate": 0.4, "intent": 1.1, "question": 1.6, "qa": 1},
+    "stage2": {"transcribe": 1.6, "voice": 0.6, "rate": 0.6, "qa": 3},
+    "stage3": {"transcribe": 1.4, "voice": 0.45, "rate": 0.45, "intent": 1.1, "question": 1.6, "qa": 1},
 }
 # stage -> format -> weight, among the formats that a task has
 FORMAT_WEIGHTS = {
