@@ -17,7 +17,8 @@ the difference of its most probable label is taken as minus the sum of the other
 
 Shapes    hidden [B, T, D], weight [V, D], targets int [B, U], lengths int [B]; C = U + 1 columns of the lattice; N rows
           inside the lengths, packed. An extra blank row (`blank_weight` [D], `blank_bias`) never enters S.
-Numerics  products in `product_dtype`; labels, softmax and lattice in fp32 (fp64 if hidden or weight is).
+Numerics  products in `product_dtype`; labels, softmax and lattice in fp32 (fp64 if hidden or weight is). fp16 rounds
+          probabilities below 3e-8 to 0: where a model is sure, what lies beside its labels is lost; bf16 keeps it.
 Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it is trained (8 with reduction "none"), less
           what is skipped. Memory: one chunk of logits, dH, a few N·C of the lattice, and for a trained head dW in fp32.
 Bitwise deterministic: what is scattered goes to distinct labels.
@@ -128,9 +129,10 @@ def _run(
     dhidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
     dweight = own.new_zeros(weight.shape if need_weight else 0)
     dblank = own.new_zeros((batch, width + 1) if need_blank else 0)
-    row_share, row_sign = share.abs()[packed.utterance], share.sign().to(product_dtype)[packed.utterance, None]
+    true_share, row_sign = share.abs()[packed.utterance], share.sign().to(product_dtype)[packed.utterance, None]
+    row_share = true_share
     if not need_weight:
-        row_share = row_share.log2().round_().exp2_()  # only weighs what is skipped: dividing by it again is exact
+        row_share = true_share.log2().round_().exp2_()  # only weighs what is skipped: dividing by it again is exact
     active, skipped = 0.0, own.new_zeros(())
     chunks = vocab_chunks(
         rows, weight, own, labels.masked_fill(~used, -1), packed.utterance,
@@ -174,8 +176,9 @@ def _run(
             dweight *= greatest
     error_bound = own.new_zeros(())
     if active < len(rows) and need_hidden:
-        norm = (packed.pack(dhidden).to(dtype) * row_share[:, None]).norm()
-        error_bound = longest_row(head.weight, dtype) * skipped.sqrt() / norm
+        norm = (packed.pack(dhidden).to(dtype) * true_share[:, None]).norm()
+        rounded_down = torch.where(row_share > 0, true_share / row_share, 0.0).amax()  # what was skipped weighs more
+        error_bound = longest_row(head.weight, dtype) * skipped.sqrt() * rounded_down / norm
     if zero_infinity:
         nll = nll.masked_fill(nll == torch.inf, 0.0)
     if wrong is not None:

@@ -312,6 +312,31 @@ def report(
     _say(f"report {write_report(runs, out or runs[0] / 'report.html', utterances=utterances)}")
 
 
+@app.command()
+def ablate(
+    variants: Annotated[list[str] | None, typer.Argument(help="Which; all without.", metavar="VARIANT…")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("runs/ablations"),
+    scale: Annotated[float, typer.Option(min=0.01, max=10, help="Of the demonstration's steps.")] = 1.0,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; they share the processors.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the corpus, the weights and the order of the samples.")] = 0,
+) -> None:
+    """Leave out or replace parts of Soundwave and compare: word error rates, accuracies, lengths, times.
+
+    Nine variants, of which each takes two thirds of `soundwave demo`'s time, and four alignments that they start from.
+    The same command goes on where it was interrupted. Results: docs/ablations.md.
+    """
+    from soundwave.ablation import VARIANTS, run_ablations
+
+    _quiet_transformers()
+    results = run_ablations(out, variants or tuple(VARIANTS), scale=scale, jobs=jobs, seed=seed)
+    table = _table("variant", "WER", "voice", "rate", "intent", "question", "kept a second")
+    for name, found in results.items():
+        accuracies = (f"{found['accuracy'][task]['value']:.1%}" for task in ("voice", "rate", "intent", "question"))
+        table.add_row(name, f"{found['wer']['value']:.1%}", *accuracies, f"{found['kept_per_second']:.1f}")
+    console.print(table)
+    _say(f"tables {out / 'ablations.md'} · report {out / 'report.html'}")
+
+
 bench = typer.Typer(help="Results of the benches, which `pytest bench/` runs from a checkout.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

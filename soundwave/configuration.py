@@ -34,8 +34,10 @@ class SoundwaveConfig(PretrainedConfig):
         layer_norm_eps: epsilon of the adapters' LayerNorms.
         semantics: "paper" or "released" (the authors' inference code); sets `attend`, `keep` and `keys` together.
         attend: "frames" (attention across an utterance's frames) or "self" (each frame sees itself alone).
-        keep: "peaks" (most probable frame of each run of a non-blank id) or "runs" (first frame of every run).
-        keys: "all" (kept frames attend to every valid frame) or "kept" (to the kept frames only).
+        keep: "peaks" (most probable frame of each run of a non-blank id), "runs" (first frame of every run) or
+            "frames" (all of them: nothing is shrunk).
+        keys: "all" (kept frames attend to every valid frame), "kept" (to the kept frames only) or "none" (there is no
+            cross-attention: the LLM reads the normed kept frames).
         ctc_weight: weight of the CTC loss beside the next-token loss in stage II.
         lora_rank, lora_alpha, lora_dropout, lora_target_modules: LoRA on the language model.
         quantization: "nf4" (4-bit, double quantisation, through bitsandbytes) or None.
@@ -98,8 +100,8 @@ class SoundwaveConfig(PretrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.semantics = semantics
         self.attend = _one_of("attend", attend or rules["attend"], ("frames", "self"))
-        self.keep = _one_of("keep", keep or rules["keep"], ("peaks", "runs"))
-        self.keys = _one_of("keys", keys or rules["keys"], ("all", "kept"))
+        self.keep = _one_of("keep", keep or rules["keep"], ("peaks", "runs", "frames"))
+        self.keys = _one_of("keys", keys or rules["keys"], ("all", "kept", "none"))
         self.ctc_weight = ctc_weight
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha

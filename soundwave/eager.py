@@ -164,6 +164,13 @@ def ctc_peaks(path: Tensor, lengths: Tensor, *, blank: int, keep: str = "peaks",
     return Peaks(kept.flatten().nonzero().squeeze(1), cu_seqlens, int(counts.max()))
 
 
+def every_frame(lengths: Tensor, size: int) -> Peaks:
+    """All frames of utterances of `lengths` int [B], padded to `size`: in the place of `ctc_peaks`, nothing shrinks."""
+    kept = length_mask(lengths, size)
+    cu_seqlens = F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return Peaks(kept.flatten().nonzero().squeeze(1), cu_seqlens, int(lengths.max()) if len(lengths) else 0)
+
+
 def splice(
     embeddings: Tensor,
     input_ids: Tensor,
@@ -309,7 +316,7 @@ class AlignmentAdapter(nn.Module):
 class ShrinkingAdapter(nn.Module):
     """Kept frames gather what lies around them (arXiv 2502.12900, §2).
 
-    `LayerNorm(x' + Attn(x' W_q, x W_k, x W_v) W_o)`, x' the kept rows of x.
+    `LayerNorm(x' + Attn(x' W_q, x W_k, x W_v) W_o)`, x' the kept rows of x; LayerNorm(x') with `keys = "none"`.
     """
 
     def __init__(self, config: Any):
@@ -326,6 +333,8 @@ class ShrinkingAdapter(nn.Module):
     def forward(self, hidden: Tensor, lengths: Tensor, peaks: Peaks) -> Tensor:
         """`hidden` [B, T, D], `lengths` int [B], `peaks` of the same frames -> [K, D], packed."""
         batch, size, width = hidden.shape
+        if self.keys == "none":
+            return self.norm(hidden.reshape(-1, width)[peaks.index])
         weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
         bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
         counts = peaks.cu_seqlens.diff().to(hidden.device, torch.int64)

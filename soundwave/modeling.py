@@ -317,6 +317,14 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             ctc = ctc._replace(loss=(per_label * transcribed).sum() / transcribed.sum().clamp(min=1))
         return hidden, lengths, ctc
 
+    def kept_frames(self, ctc: eager.LinearCTCOutput, lengths: Tensor) -> eager.Peaks:
+        """The frames that the language model will read, by `config.keep`, of what `align` gave."""
+        if self.config.keep == "frames":
+            return eager.every_frame(lengths.to(ctc.path.device), ctc.path.shape[1])
+        return self._operations.ctc_peaks(
+            ctc.path, lengths, blank=self.blank, keep=self.config.keep, scores=ctc.path_log_prob
+        )
+
     @torch.no_grad()
     def initialise_blank(self, input_features: Tensor, feature_lengths: Tensor) -> float:
         """Set the blank's bias to the head's mean log-sum-exp over a first batch; returns it.
@@ -350,9 +358,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 torch.zeros(1, dtype=torch.int32),
             )
         else:
-            peaks = self._operations.ctc_peaks(
-                ctc.path, lengths, blank=self.blank, keep=self.config.keep, scores=ctc.path_log_prob
-            )
+            peaks = self.kept_frames(ctc, lengths)
             speech, cu_seqlens = self.shrinking(hidden, lengths, peaks), peaks.cu_seqlens
         embeddings, mask, labels = self._operations.splice(
             embeddings,

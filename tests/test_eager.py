@@ -266,6 +266,12 @@ def test_nothing_keeps_nothing(shape):
     assert peaks.index.dtype == torch.int64
 
 
+def test_every_frame_is_kept_up_to_each_length():
+    peaks = eager.every_frame(torch.tensor([3, 0, 5]), 5)
+    assert peaks.index.tolist() == [0, 1, 2, 10, 11, 12, 13, 14]
+    assert peaks.cu_seqlens.tolist() == [0, 3, 3, 8] and peaks.max_seqlen == 5
+
+
 def test_peaks_without_scores_are_refused():
     with pytest.raises(ValueError, match="scores = None"):
         eager.ctc_peaks(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2]), blank=0)

@@ -269,6 +269,17 @@ def test_without_labels_there_are_logits_and_no_loss(model, batch):
     assert out.logits.shape == (4, max(int(longest), int(batch["attention_mask"][1].sum())), model.config.vocab_size)
 
 
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_without_shrinking_every_frame_is_read(config, batch, implementation):
+    changes = {"keep": "frames", "keys": "none", "frame_stack": 3, "implementation": implementation}
+    model = SoundwaveForConditionalGeneration.from_backbones(SoundwaveConfig(**config.to_diff_dict() | changes))
+    out = model(**batch)
+    assert out.cu_seqlens.diff().tolist() == [11, 15, 20]  # of 31, 45 and 59 encoder frames
+    out.lm_loss.backward()
+    assert model.shrinking.in_proj_weight.grad is None
+    assert float(model.alignment.projector.weight.grad.norm()) > 0
+
+
 def test_more_recordings_than_placeholders_are_refused(model, batch):
     inputs = rows(batch, 1) | {name: batch[name] for name in ("input_features", "feature_lengths")}
     with pytest.raises(ValueError, match="input_ids has 0 rows with an audio placeholder.* 3 recordings"):

@@ -114,6 +114,13 @@ def check(problem, keys, impl, dtype, device, autocast=None, hidden_dtype=None):
 # ---------------------------------------------------------------- accuracy of the module
 
 
+def test_without_keys_the_result_is_the_norm_of_the_kept_frames():
+    adapter, hidden, lengths, peaks = make(LENGTHS["ragged"], "none")
+    out = fused_of(adapter, "none", "auto")(hidden, lengths, peaks)
+    assert torch.equal(out, adapter.norm(hidden.flatten(0, 1)[peaks.index]))
+    assert torch.equal(out, adapter(hidden, lengths, peaks))
+
+
 @pytest.mark.parametrize(("device", "impl"), WHERE)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("keys", KEYS)

@@ -333,12 +333,24 @@ def test_a_model_of_the_wrong_stage_is_refused(chain, stage, of):
 
 @pytest.mark.parametrize(
     ("name", "value", "of"),
-    [("lora_rank", 7, 2), ("semantics", "released", 1), ("language_model", "another/model", 1)],
+    [
+        ("lora_rank", 7, 2),
+        ("keep", "runs", 2),
+        ("frame_stack", 3, 1),
+        ("semantics", "released", 1),
+        ("language_model", "another/model", 1),
+    ],
 )
 def test_a_setting_that_the_model_has_decided_is_refused(chain, name, value, of):
     config = make_config(2, train="t", out="o", model=chain[of].folder, **{name: value})
     with pytest.raises(ConfigError, match=f"{name} = {value!r}, but the model in .* has .*: leave it out"):
         build_model(config, CPU)
+
+
+def test_stage_two_may_choose_what_is_kept_and_attended_to(chain):
+    config = make_config(2, train="t", out="o", model=chain[1].folder, keep="frames", keys="none", dtype="float32")
+    model = build_model(config, CPU)
+    assert (model.config.keep, model.config.keys, model.shrinking.keys) == ("frames", "none", "none")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -146,6 +146,8 @@ class ShrinkingAdapter(eager.ShrinkingAdapter):
             raise ValueError(
                 f"lengths is {lengths.dtype} of shape {list(lengths.shape)}, but it must be int [{hidden.shape[0]}]"
             )
+        if self.keys == "none":
+            return super().forward(hidden, lengths, peaks)
         x, norm, kept = hidden.reshape(-1, width), self.norm, self.keys == "kept"
         cu_seqlens, longest = peaks.cu_seqlens, peaks.max_seqlen
         rows, cu_seqlens_k, longest_k = (None, cu_seqlens, longest) if kept else _valid_rows(lengths, hidden)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from soundwave import eager
 from soundwave.configuration import SoundwaveConfig
 from soundwave.data.audio import SAMPLING_RATE, load_audio
 from soundwave.data.collate import answer_of, prompt_of
@@ -139,14 +138,13 @@ def examine(
     """What the model makes of a recording, float32 [samples] at 16 kHz, as the page draws it.
 
     `mel`, `used` (probability of any sub-word, a frame), `kept` frames with their tokens, `attention` (mean over heads;
-    None before stage II), `audio`. Arrays are base64 of bytes 0-255.
+    None where there is none), `audio`. Arrays are base64 of bytes 0-255.
     """
     mel = processor.features(audio)
     batch = batch_to(processor.pad_features([mel]), model.device)
     with torch.autocast(model.device.type, dtype=model.compute_dtype, enabled=model.compute_dtype != torch.float32):
         hidden, lengths, ctc = model.align(**batch)
-    peaks = eager.ctc_peaks(ctc.path, lengths, blank=model.blank, keep=model.config.keep, scores=ctc.path_log_prob)
-    hidden, kept = hidden[0].float(), peaks.index
+    hidden, kept = hidden[0].float(), model.kept_frames(ctc, lengths).index
     blank = hidden @ model.blank_weight.float() + model.blank_bias.float()
     words = F.linear(hidden, model.head_weight.float())
     probability = torch.cat([words, blank[:, None]], dim=1).softmax(-1)
@@ -155,7 +153,7 @@ def examine(
     for token in {*best.indices.flatten().tolist(), *ctc.path[0, kept].tolist()}:
         text[token] = "" if token == model.blank else processor.tokenizer.decode([token])
     attention = None
-    if model.config.stage > 1:
+    if model.config.stage > 1 and model.config.keys != "none":
         weights = cross_attention(model.shrinking, hidden, kept).mean(0)
         highest = weights.amax(1, keepdim=True)
         attention = {"rows": _bytes(weights / highest), "scale": _rounded(highest.flatten())}

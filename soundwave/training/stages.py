@@ -61,6 +61,13 @@ class StageConfig(BaseModel):
     semantics: Literal["paper", "released"] = Field(
         "paper", description="attention across frames and CTC peaks; or as the authors' inference code has it"
     )
+    frame_stack: Positive = Field(2, description="encoder frames (50 a second) to a frame of the adapters")
+    keep: Literal["peaks", "runs", "frames"] | None = Field(
+        None, description="frames that the LLM reads: CTC's peaks, the first of each run, or all; None: by semantics"
+    )
+    keys: Literal["all", "kept", "none"] | None = Field(
+        None, description="what a kept frame attends to: all frames, kept ones, or nothing; None: by semantics"
+    )
 
     steps: Positive = Field(description="optimiser steps")
     batch_size: Positive = Field(description="samples a device and forward pass")
@@ -114,6 +121,7 @@ PAPER: dict[int, dict[str, Any]] = {
 # Settings that may differ between a run and the one that goes on from its checkpoint: they decide no weight.
 FREE = ("out", "log_steps", "save_steps", "save_total_limit", "workers", "resume", "allow_outside")
 FREE += ("strict", "max_skipped", "quiet")
+OF_STAGE_2 = ("keep", "keys", "lora_rank", "lora_alpha")  # not decided by a model of stage I
 VERSIONS_OF = ("soundwave", "torch", "triton", "transformers", "peft", "numpy")
 LONGEST = 30.0  # seconds that Whisper's encoder takes
 TRAINED = {
@@ -398,6 +406,9 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
             raise ConfigError("setting 'model' is missing; stage 3 goes on from a model of stage 2: give model=…")
         changes |= {
             "semantics": config.semantics,
+            "frame_stack": config.frame_stack,
+            "keep": config.keep,
+            "keys": config.keys,
             "lora_rank": config.lora_rank,
             "lora_alpha": config.lora_alpha,
         }
@@ -458,11 +469,11 @@ def _adopted(config: StageConfig) -> dict[str, Any]:
             f"of stage {max(config.stage - 1, 1)}" + (f" or {config.stage}" if config.stage > 1 else "")
         )
     changes = {}
-    for name in ("audio_tower", "language_model", "semantics", "lora_rank", "lora_alpha"):
+    for name in ("audio_tower", "language_model", "semantics", "frame_stack", *OF_STAGE_2):
         wanted, found = getattr(config, name), getattr(saved, name)
-        if name not in config.model_fields_set or wanted == found:
+        if name not in config.model_fields_set or wanted in (None, found):
             continue
-        if saved.stage >= 2 or not name.startswith("lora_"):
+        if saved.stage >= 2 or name not in OF_STAGE_2:
             raise ConfigError(f"{name} = {wanted!r}, but the model in {config.model} has {found!r}: leave it out")
         changes[name] = wanted
     return changes

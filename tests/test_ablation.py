@@ -1,0 +1,104 @@
+"""The ablations: what is swapped and drawn, intervals, a whole run of two variants on the real backbones."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from soundwave import ablation
+from soundwave.data.manifest import read_manifest
+from soundwave.training.stages import ConfigError
+
+
+@pytest.fixture(scope="module")
+def settings(small_llm) -> dict:
+    """Two steps a training, on two layers of the language model."""
+    changes = {"language_model": str(small_llm), "lora_rank": 4, "batch_size": 2, "dtype": "float32", "log_steps": 1}
+    return {"scale": 0.01, "size": "tiny", **changes, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def done(settings, tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("ablations")
+    return out, ablation.run_ablations(out, ["no-stage-1", "stacked-4"], **settings)
+
+
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_interval_of_a_share_is_that_of_the_normal_approximation():
+    low, high = ablation.interval([1] * 60 + [0] * 140, [1] * 200)
+    half = 1.96 * (0.3 * 0.7 / 200) ** 0.5
+    assert low == pytest.approx(0.3 - half, abs=0.01) and high == pytest.approx(0.3 + half, abs=0.01)
+
+
+def test_interval_weighs_long_samples():
+    low, high = ablation.interval([5, 0], [5, 5])
+    assert (low, high) == (0.0, 1.0)
+    assert ablation.interval([0] * 9, [4] * 9) == (0.0, 0.0)
+
+
+def test_a_fifth_of_the_transcripts_is_swapped_and_nothing_else(done):
+    corpus = done[0] / "corpus"
+    for name in ("stage1", "labels"):
+        clean, swapped = rows(corpus / f"{name}.jsonl"), rows(corpus / f"{name}-swapped.jsonl")
+        assert [row["audio_filepath"] for row in clean] == [row["audio_filepath"] for row in swapped]
+        assert Counter(row["text"] for row in clean) == Counter(row["text"] for row in swapped)
+        differ = sum(a["text"] != b["text"] for a, b in zip(clean, swapped, strict=True))
+        assert 0.1 * len(clean) < differ <= round(0.2 * len(clean))
+        assert all(b["ctc_text"].startswith(b["text"]) for b in swapped if "ctc_text" in b)
+        read_manifest(corpus / f"{name}-swapped.jsonl")
+
+
+def test_every_variant_is_scored_with_its_interval(done):
+    out, results = done
+    assert json.loads((out / "ablations.json").read_text()) == results
+    for found in results.values():
+        for score in (found["wer"], *found["accuracy"].values()):
+            low, high = score["interval"]
+            assert 0 <= low <= score["value"] <= high
+        assert set(found["accuracy"]) == {"voice", "rate", "intent", "question"}
+        assert len(found["lm_loss"]) == 3 and sum(found["drawn"].values()) == pytest.approx(1)
+        assert found["seconds_a_step"] > 0 and found["seconds_to_first_token"] > 0
+
+
+def test_stacked_frames_are_all_read(done):
+    found = done[1]["stacked-4"]
+    assert found["kept_per_second"] == pytest.approx(12.5, rel=0.05)  # a last group may not be full
+    assert found["alignment"]["ctc_loss"] > 0
+
+
+def test_without_stage_one_there_is_no_alignment(done):
+    assert done[1]["no-stage-1"]["alignment"] is None
+    assert json.loads((done[0] / "no-stage-1/stage2/run.json").read_text())["config"]["model"] is None
+
+
+def test_tables_and_page_name_every_variant(done):
+    out, results = done
+    tables, page = (out / "ablations.md").read_text(), (out / "report.html").read_text()
+    assert all(tables.count(f"| {name} |") == 3 and name in page for name in results)
+
+
+def test_the_same_call_goes_on_and_trains_only_what_is_missing(done, settings):
+    out, results = done
+    before = {file: file.stat().st_mtime_ns for file in out.glob("**/model.safetensors")}
+    (out / "stacked-4" / "result.json").unlink()
+    again = ablation.run_ablations(out, ["stacked-4"], **settings)
+    assert again["stacked-4"]["wer"] == results["stacked-4"]["wer"]
+    assert {file: file.stat().st_mtime_ns for file in out.glob("**/model.safetensors")} == before
+
+
+def test_a_folder_of_other_settings_is_refused(done, settings):
+    with pytest.raises(ConfigError, match="holds ablations with"):
+        ablation.run_ablations(done[0], ["runs"], **settings | {"scale": 0.02})
+
+
+def test_an_unknown_variant_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="variant = 'soundwav', but known are soundwave, no-cross-attention"):
+        ablation.run_ablations(tmp_path, ["soundwav"])
+
+
+def test_alignments_and_variants_fit():
+    assert {variant.alignment for variant in ablation.VARIANTS.values()} - {None} == set(ablation.ALIGNMENTS)
