@@ -2,17 +2,22 @@
 
 Each variant is trained as the demonstration is (`soundwave.demo.FULL`), with a share of its steps. Those that differ
 after stage I alone start from one alignment, which is trained once. What is there already is not trained again.
+
+Intervals are of the test sentences; another seed of the training moves a figure, too.
 """
 
 import gc
 import json
 import multiprocessing
-import os
 import random
+import shutil
+import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +26,12 @@ import jiwer
 import numpy as np
 import torch
 
+from soundwave.data import corpus as embedded_corpus
 from soundwave.data.collate import features, prompt_of
-from soundwave.data.corpus import build_corpus
 from soundwave.data.manifest import Sample, read_manifest
 from soundwave.demo import EVALUATED_AT_ONCE, FULL, LONGEST_ANSWER, STAGE, one_task
-from soundwave.evaluation import answer, evaluate, load_model, normalise
+from soundwave.evaluation import answer, evaluate, evaluate_ctc, load_model, normalise
+from soundwave.hardware import pick_device, pick_dtype
 from soundwave.modeling import batch_to
 from soundwave.report import write_report
 from soundwave.training.journal import say, write_text
@@ -37,6 +43,7 @@ SWAPPED = 0.2  # share of transcripts that stand beside another recording
 UNEVEN = {"transcribe": 300, "qa": 40, "voice": 20, "rate": 20}
 RESAMPLED, CONFIDENCE = 2000, 0.95
 TIMED = 20  # recordings, whose first token is waited for
+STAMP, RESULT = "settings.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,11 @@ ALIGNMENTS = {
 VARIANTS = {
     "soundwave": Variant("as it is"),
     "no-cross-attention": Variant("kept frames gather nothing", settings={"keys": "none"}),
-    "no-stage-1": Variant("stage II starts from fresh adapters", alignment=None),
+    "no-stage-1": Variant("stage II starts from fresh adapters; its steps and stage III's are all", alignment=None),
     "runs": Variant("the first frame of every run is kept, of blank too", settings={"keep": "runs"}),
-    "swapped": Variant(f"{SWAPPED:.0%} of stage I's transcripts belong to another recording", alignment="swapped"),
-    "stacked-3": Variant("3 encoder frames side by side, all read", "stacked-3", UNSHRUNK),
-    "stacked-4": Variant("4 encoder frames side by side, all read", "stacked-4", UNSHRUNK),
+    "swapped": Variant(f"{SWAPPED:.0%} of what CTC learns in stage I belongs to another recording", "swapped"),
+    "stacked-3": Variant("3 encoder frames side by side, all read, no cross-attention", "stacked-3", UNSHRUNK),
+    "stacked-4": Variant("4 encoder frames side by side, all read, no cross-attention", "stacked-4", UNSHRUNK),
     "uneven": Variant("uneven tasks in stage II, drawn at T = 1 + 5·epoch", manifest="uneven"),
     "uneven-plain": Variant("the same, every sample once an epoch", settings={"temperature": False}, manifest="uneven"),
 }
@@ -92,40 +99,51 @@ def run_ablations(
     Args:
         names: keys of VARIANTS.
         scale: of the demonstration's steps, above 0.
-        jobs: trainings at a time, each with its share of the processors.
+        jobs: trainings at a time, each with its share of the processors; what is timed is then slower.
         size: of the corpus, see `build_corpus`.
         settings: of every training (`StageConfig`), in place of the demonstration's.
 
     Returns:
-        Results by name, as `ablations.json` has them.
+        Results of all variants that are in `out`, by name, as `ablations.json` has them.
 
     Raises:
-        ConfigError: an unknown name; or `out` holds results of another scale, seed, size or settings.
+        ConfigError: an unknown name or setting; or `out` holds results of another scale, seed, size or recipe.
+        Interrupted: Ctrl-C or SIGTERM; the same call goes on.
     """
+    names = list(dict.fromkeys(names))
     for name in names:
         if name not in VARIANTS:
             raise ConfigError(f"variant = {name!r}, but known are {', '.join(VARIANTS)}")
+    if not names or not scale > 0 or jobs < 1:
+        raise ConfigError(f"{len(names)} variants, scale = {scale}, jobs = {jobs}, but none may be 0 or less")
+    make_config(1, **{"train": ["-"], "out": "-"} | settings)  # a wrong one is told before anything is written
     out = Path(out)
-    _stamp(out, {"scale": scale, "seed": seed, "size": size, **settings})
-    corpus = build_corpus(out / "corpus", seed=seed, size=size)
+    stamp = _stamp(out, scale, seed, size, settings)
+    corpus = embedded_corpus.build_corpus(out / "corpus", seed=seed, size=size)
     _write_manifests(corpus, seed)
-    wanted = {VARIANTS[name].alignment for name in names} - {None}
-    common = {"out": out, "corpus": corpus, "scale": scale, "settings": {"seed": seed, "quiet": jobs > 1} | settings}
-    _each(_train_alignment, sorted(wanted), common, jobs)
-    results = dict(zip(names, _each(_run_variant, list(names), common, jobs), strict=True))
+    write_text(out / STAMP, json.dumps(stamp, indent=2) + "\n")
+    settings = {"seed": seed, "quiet": jobs > 1} | settings | {"dtype": stamp["dtype"]}
+    common = {"out": out, "corpus": corpus, "scale": scale, "settings": settings}
+    missing = [name for name in names if not (out / name / RESULT).is_file()]
+    _each(_train_alignment, sorted({VARIANTS[name].alignment for name in missing} - {None}), common, jobs)
+    _each(_run_variant, missing, common, jobs)
+    found = {name: out / name / RESULT for name in VARIANTS}
+    results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in found.items() if file.is_file()}
     write_text(out / "ablations.json", json.dumps(results, indent=2) + "\n")
     write_text(out / "ablations.md", markdown(results))
-    write_report([out / name for name in names], out / "report.html", utterances=3)
+    write_report([out / name for name in results], out / "report.html", utterances=3)
     return results
 
 
-def interval(wrong: Sequence[float], of: Sequence[float]) -> tuple[float, float]:
-    """Bootstrap interval of sum(wrong) / sum(of): samples are drawn again, with their own counts of both."""
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(of), size=(RESAMPLED, len(of)))
-    ratios = np.asarray(wrong, float)[drawn].sum(1) / np.asarray(of, float)[drawn].sum(1)
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+def interval(wrong: Sequence[float], of: Sequence[float], sentences: Sequence[str]) -> list[float]:
+    """Bootstrap interval of sum(wrong) / sum(of), by sentence: samples that say the same are drawn together."""
+    counts: dict[str, np.ndarray] = {}
+    for sentence, pair in zip(sentences, zip(wrong, of, strict=True), strict=True):
+        counts[sentence] = counts.get(sentence, np.zeros(2)) + np.asarray(pair, float)
+    groups = np.stack(list(counts.values()))
+    sums = groups[np.random.default_rng(0).integers(len(groups), size=(RESAMPLED, len(groups)))].sum(1)
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return [float(low), float(high)]
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
@@ -144,12 +162,12 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         ]
         for name, found in results.items()
     ]
-    losses = ["variant", "CTC, end of stage I", "largest jump of it", "next token, ¼ of stage II", "½", "end"]
+    losses = ["variant", "WER of CTC", "its largest jump", "next token, ¼ of stage II", "½", "end"]
     losses += ["tasks drawn in stage II"]
     courses = []
     for name, found in results.items():
-        ctc, jump = (found["alignment"] or {}).get("ctc_loss"), (found["alignment"] or {}).get("jump")
-        numbers = [ctc, jump, *found["lm_loss"]]
+        alignment = found["alignment"] or {"wer": None, "jump": None}
+        numbers = [alignment["wer"] and 100 * alignment["wer"], alignment["jump"], *found["lm_loss"]]
         drawn = ", ".join(f"{task} {share:.0%}" for task, share in found["drawn"].items())
         courses.append([name, *("–" if number is None else f"{number:.2f}" for number in numbers), drawn])
     about = [[name, found["about"]] for name, found in results.items()]
@@ -160,15 +178,24 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
 # ---------------------------------------------------------------- data
 
 
-def _stamp(out: Path, stamp: dict[str, Any]) -> None:
-    """Refuse a folder of other settings: what is there already would be taken for theirs."""
-    file = out / "settings.json"
+def _stamp(out: Path, scale: float, seed: int, size: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides the results. A folder of another stamp is refused: what is there would be taken for these."""
+    file, found = out / STAMP, None
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found != stamp:
-            raise ConfigError(f"out = {str(out)!r} holds ablations with {found}, but wanted are {stamp}; name another")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(stamp) + "\n")
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ConfigError(f"{file} is damaged; name another folder, or delete this one") from None
+    dtype = settings.get("dtype") or (found or {}).get("dtype")
+    if dtype in (None, "auto"):  # decided once: a timing on CPUs, which may end otherwise beside other work
+        dtype = str(pick_dtype(pick_device()[0].type)[0]).removeprefix("torch.")
+    stamp = {"scale": scale, "seed": seed, "size": size, "settings": settings, "dtype": dtype}
+    stamp |= {"corpus": embedded_corpus.VERSION, "uneven": UNEVEN, "swapped": SWAPPED, "passes": FULL.passes}
+    stamp = json.loads(json.dumps(stamp, default=str))
+    if found not in (None, stamp):
+        changed = [f"{key} = {found.get(key)!r}, now {stamp[key]!r}" for key in stamp if found.get(key) != stamp[key]]
+        raise ConfigError(f"out = {str(out)!r} holds ablations with {'; '.join(changed)}; name another folder")
+    return stamp
 
 
 def _write_manifests(corpus: Path, seed: int) -> None:
@@ -197,15 +224,41 @@ def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 # ---------------------------------------------------------------- training
 
 
-def _each(work: Callable, names: list[str], common: dict[str, Any], jobs: int) -> list[Any]:
-    """`work` for each name, in order, `jobs` of them at a time."""
-    if jobs == 1:
-        return [work(name, **common) for name in names]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+def _each(work: Callable[..., None], names: list[str], common: dict[str, Any], jobs: int) -> None:
+    """`work` for each name, `jobs` of them at a time; after an error or Ctrl-C none is begun."""
+    jobs = min(jobs, len(names))
+    if jobs <= 1:
+        for name in names:
+            work(name, **common)
+        return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(threads,)) as pool:
-        futures = [pool.submit(work, name, **common) for name in names]
-        return [future.result() for future in futures]
+    threads = max(1, torch.get_num_threads() // jobs)
+    waiting, running = list(names), set()
+    with _sigterm_reaches_children(), ProcessPoolExecutor(jobs, context, _begin, (threads,)) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.add(pool.submit(work, waiting.pop(0), **common))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+        except KeyboardInterrupt:  # the trainings have got it, too, and stop after their step
+            for future in wait(running).done:
+                future.result()
+            raise
+
+
+@contextmanager
+def _sigterm_reaches_children() -> Iterator[None]:
+    def pass_on(*_: Any) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _begin(threads: int) -> None:
@@ -224,25 +277,30 @@ def _pass(name: str, folder: Path, manifest: Path, model: Path | None, scale: fl
     steps = max(1, round(scale * wanted["steps"]))
     shortened = wanted | {"steps": steps, "warmup_steps": min(wanted["warmup_steps"], steps // 4), "save_steps": 50}
     config = {"train": [manifest], "out": folder, "model": model, "accumulation": 1, "spec_augment": False}
-    return train_stage(make_config(STAGE[name], **config | shortened | settings))[0]
+    model, _, _ = train_stage(make_config(STAGE[name], **config | shortened | settings))
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return model
 
 
-def _train_alignment(name: str, *, out: Path, corpus: Path, scale: float, settings: dict[str, Any]) -> Path:
-    """Stage I of ALIGNMENTS[name], the words and then the labels: the model's folder."""
-    one, model = ALIGNMENTS[name], None
+def _train_alignment(name: str, *, out: Path, corpus: Path, scale: float, settings: dict[str, Any]) -> None:
+    """Stage I of ALIGNMENTS[name], the words and then the labels; what CTC reads after the words is scored."""
+    folder, one, model = out / "alignments" / name, ALIGNMENTS[name], None
+    if (folder / RESULT).is_file():
+        return
     say(f"alignment {name}")
     for step in ("stage1", "labels"):
         manifest = corpus / f"{step}{'-swapped' if one.swapped else ''}.jsonl"
         changes = settings | (one.settings if model is None else {})
-        model = _pass(step, out / "alignments" / name / step, manifest, model, scale, changes)
-    return model
+        model = _pass(step, folder / step, manifest, model, scale, changes)
+    network, processor = load_model(folder / "stage1" / "model")
+    report = evaluate_ctc(network, processor, one_task(read_manifest(corpus / "test.jsonl"), "transcribe"))
+    result = {"wer": report.wer, "jump": _jump(_rows(folder / "stage1" / "log.jsonl"))}
+    write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
 
 
-def _run_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: dict[str, Any]) -> dict[str, Any]:
+def _run_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: dict[str, Any]) -> None:
     """Stages II and III of VARIANTS[name], scored."""
-    done = out / name / "result.json"
-    if done.is_file():
-        return json.loads(done.read_text(encoding="utf-8"))
     variant = VARIANTS[name]
     say(f"variant {name}: {variant.about}")
     aligned = out / "alignments" / variant.alignment if variant.alignment else None
@@ -250,32 +308,30 @@ def _run_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: 
     manifest = corpus / f"{variant.manifest}.jsonl"
     model = _pass("stage2", out / name / "stage2", manifest, model, scale, settings | variant.settings)
     model = _pass("stage3", out / name / "stage3", corpus / "stage3.jsonl", model, scale, settings)
-    result = {"about": variant.about, "alignment": _course(aligned / "stage1") if aligned else None}
+    result: dict[str, Any] = {"about": variant.about, "alignment": None}
+    if aligned:
+        result["alignment"] = json.loads((aligned / RESULT).read_text(encoding="utf-8"))
     result |= _of_stage_2(_rows(out / name / "stage2" / "log.jsonl"))
     result |= _score(model, read_manifest(corpus / "test.jsonl"), out / name)
-    write_text(done, json.dumps(result, indent=2) + "\n")
+    write_text(out / name / RESULT, json.dumps(result, indent=2) + "\n")
     gc.collect()  # a Trainer and its model hold each other
-    return result
 
 
-def _course(folder: Path) -> dict[str, float]:
-    """How stage I's loss went: its last value, and the largest ratio of a value to the median of the three before."""
-    losses = [entry["ctc_loss"] for entry in _rows(folder / "log.jsonl")]
-    jumps = [loss / statistics.median(losses[i : i + 3]) for i, loss in enumerate(losses[3:])]
-    return {"ctc_loss": losses[-1], "jump": max(jumps, default=1.0)}
+def _jump(log: list[dict[str, Any]]) -> float:
+    """The largest ratio of a CTC loss to the median of the three before it."""
+    losses = [entry["ctc_loss"] for entry in log if entry.get("ctc_loss") is not None]
+    return max((loss / statistics.median(losses[i : i + 3]) for i, loss in enumerate(losses[3:])), default=1.0)
 
 
 def _of_stage_2(log: list[dict[str, Any]]) -> dict[str, Any]:
-    drawn: dict[str, int] = {}
+    drawn: Counter[str] = Counter()
     for entry in log:
-        for task, count in entry["tasks"].items():
-            drawn[task] = drawn.get(task, 0) + count
-    total = sum(drawn.values())
-    places = (len(log) // 4, len(log) // 2, len(log) - 1)
+        drawn.update(entry.get("tasks") or {})
+    losses = [entry["lm_loss"] for entry in log if entry.get("lm_loss") is not None]
     return {
-        "lm_loss": [log[place]["lm_loss"] for place in places],
+        "lm_loss": [losses[place] for place in (len(losses) // 4, len(losses) // 2, len(losses) - 1)],
         "seconds_a_step": log[-1]["seconds"] / log[-1]["step"],
-        "drawn": {task: count / total for task, count in sorted(drawn.items())},
+        "drawn": {task: count / drawn.total() for task, count in sorted(drawn.items())},
     }
 
 
@@ -292,18 +348,19 @@ def _score(folder: Path, samples: list[Sample], out: Path) -> dict[str, Any]:
     summary = {"stage3": {"wer": report.wer, "accuracy": report.accuracy}, "samples": report.samples}
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     found: dict[str, Any] = {"samples": report.samples, "accuracy": {}}
+    said = {sample.id: sample.text for sample in chosen}
     for task in TASKS:
-        pairs = [(normalise(row["reference"]), normalise(row["answer"])) for row in rows if row["task"] == task]
+        of_task = [row for row in rows if row["task"] == task]
+        sentences = [said[row["sample"]] for row in of_task]
+        pairs = [(normalise(row["reference"]), normalise(row["answer"])) for row in of_task]
         if task == "transcribe":
             aligned = [jiwer.process_words(*pair) for pair in pairs]
             wrong = [one.substitutions + one.deletions + one.insertions for one in aligned]
-            found["wer"] = {"value": report.wer, "interval": list(interval(wrong, [len(a.split()) for a, _ in pairs]))}
+            words = [len(reference.split()) for reference, _ in pairs]
+            found["wer"] = {"value": report.wer, "interval": interval(wrong, words, sentences)}
         else:
-            right = [a == b for a, b in pairs]
-            found["accuracy"][task] = {
-                "value": report.accuracy[task],
-                "interval": list(interval(right, [1] * len(pairs))),
-            }
+            right = interval([a == b for a, b in pairs], [1] * len(pairs), sentences)
+            found["accuracy"][task] = {"value": report.accuracy[task], "interval": right}
     return found | _cost(model, processor, one_task(samples, "transcribe")[:TIMED])
 
 

@@ -314,16 +314,23 @@ def report(
 
 @app.command()
 def ablate(
-    variants: Annotated[list[str] | None, typer.Argument(help="Which; all without.", metavar="VARIANT…")] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="All without: soundwave, no-cross-attention, no-stage-1, runs, swapped, stacked-3, stacked-4, uneven, "
+            "uneven-plain.",
+            metavar="VARIANT…",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("runs/ablations"),
     scale: Annotated[float, typer.Option(min=0.01, max=10, help="Of the demonstration's steps.")] = 1.0,
-    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; they share the processors.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; what is timed is right with 1.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the corpus, the weights and the order of the samples.")] = 0,
 ) -> None:
     """Leave out or replace parts of Soundwave and compare: word error rates, accuracies, lengths, times.
 
     Nine variants, of which each takes two thirds of `soundwave demo`'s time, and four alignments that they start from.
-    The same command goes on where it was interrupted. Results: docs/ablations.md.
+    The same command goes on where it was interrupted.
     """
     from soundwave.ablation import VARIANTS, run_ablations
 

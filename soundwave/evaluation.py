@@ -1,7 +1,7 @@
 """Using a trained model: what it writes and answers, and how often it is right."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Report:
         accuracy: for each other task, the share of answers that equal the reference, case and punctuation aside.
         samples: number of samples of each task.
         blank_share: blank frames of all frames. kept_per_label: CTC peaks over transcript tokens.
-        compression: frames at 25 Hz over kept frames.
+        compression: frames of the alignment adapter over kept frames.
         answers: (sample id, task, reference, answer) in the samples' order.
     """
 
@@ -158,9 +158,9 @@ def evaluate(
     samples: Sequence[Sample],
     *,
     batch_size: int = 16,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | Mapping[str, int] = 256,
 ) -> Report:
-    """Word error rate and accuracies of what the language model answers."""
+    """Word error rate and accuracies of what the language model answers, `max_new_tokens` long at most, or by task."""
     if not samples:
         raise ValueError("samples is empty: there is nothing to evaluate")
     # A recording in which nothing is said has no word error rate.
@@ -168,12 +168,13 @@ def evaluate(
     model.eval()
     answers: dict[int, str] = {}
     for indices in alike(samples, batch_size):
+        limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[samples[indices[0]].task]
         texts = answer(
             model,
             processor,
             [prompt_of(samples[i]) for i in indices],
             [features(processor, samples[i]) for i in indices],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=limit,
         )
         answers.update(zip(indices, texts, strict=True))
     report = Report(answers=[(s.id, s.task, answer_of(s), answers[i]) for i, s in enumerate(samples)])

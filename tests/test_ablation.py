@@ -29,15 +29,18 @@ def rows(file: Path) -> list[dict]:
 
 
 def test_interval_of_a_share_is_that_of_the_normal_approximation():
-    low, high = ablation.interval([1] * 60 + [0] * 140, [1] * 200)
+    low, high = ablation.interval([1] * 60 + [0] * 140, [1] * 200, [str(i) for i in range(200)])
     half = 1.96 * (0.3 * 0.7 / 200) ** 0.5
     assert low == pytest.approx(0.3 - half, abs=0.01) and high == pytest.approx(0.3 + half, abs=0.01)
 
 
 def test_interval_weighs_long_samples():
-    low, high = ablation.interval([5, 0], [5, 5])
-    assert (low, high) == (0.0, 1.0)
-    assert ablation.interval([0] * 9, [4] * 9) == (0.0, 0.0)
+    assert ablation.interval([5, 0], [5, 5], ["a", "b"]) == [0.0, 1.0]
+
+
+def test_interval_draws_a_sentence_that_comes_twice_as_one():
+    once = ablation.interval([1, 0, 0, 1, 0], [1] * 5, list("abcde"))
+    assert ablation.interval([1, 0, 0, 1, 0] * 2, [1] * 10, list("abcde") * 2) == once
 
 
 def test_a_fifth_of_the_transcripts_is_swapped_and_nothing_else(done):
@@ -67,7 +70,7 @@ def test_every_variant_is_scored_with_its_interval(done):
 def test_stacked_frames_are_all_read(done):
     found = done[1]["stacked-4"]
     assert found["kept_per_second"] == pytest.approx(12.5, rel=0.05)  # a last group may not be full
-    assert found["alignment"]["ctc_loss"] > 0
+    assert found["alignment"]["wer"] > 0 and found["alignment"]["jump"] > 0
 
 
 def test_without_stage_one_there_is_no_alignment(done):
@@ -86,13 +89,36 @@ def test_the_same_call_goes_on_and_trains_only_what_is_missing(done, settings):
     before = {file: file.stat().st_mtime_ns for file in out.glob("**/model.safetensors")}
     (out / "stacked-4" / "result.json").unlink()
     again = ablation.run_ablations(out, ["stacked-4"], **settings)
+    assert again.keys() == results.keys()  # the table keeps what was there
     assert again["stacked-4"]["wer"] == results["stacked-4"]["wer"]
+    assert not list(out.glob("**/checkpoint-*"))
     assert {file: file.stat().st_mtime_ns for file in out.glob("**/model.safetensors")} == before
 
 
-def test_a_folder_of_other_settings_is_refused(done, settings):
-    with pytest.raises(ConfigError, match="holds ablations with"):
-        ablation.run_ablations(done[0], ["runs"], **settings | {"scale": 0.02})
+@pytest.mark.parametrize("change", [{"scale": 0.02}, {"seed": 1}, {"lora_rank": 8}], ids=str)
+def test_a_folder_of_other_settings_is_refused(done, settings, change):
+    with pytest.raises(ConfigError, match=f"holds ablations with .*{next(iter(change))}.*, now .*; name another"):
+        ablation.run_ablations(done[0], ["runs"], **settings | change)
+
+
+def test_a_folder_of_another_recipe_is_refused(done, settings, monkeypatch):
+    monkeypatch.setitem(ablation.FULL.passes["stage2"], "steps", 1)
+    with pytest.raises(ConfigError, match="holds ablations with passes = "):
+        ablation.run_ablations(done[0], ["runs"], **settings)
+
+
+@pytest.mark.parametrize("change", [{"scale": 0}, {"scale": float("nan")}, {"jobs": 0}, {"lora_rnk": 4}], ids=str)
+def test_wrong_settings_are_told_before_anything_is_written(tmp_path, settings, change):
+    with pytest.raises(ConfigError, match="none may be 0 or less|unknown setting 'lora_rnk'; did you mean 'lora_rank'"):
+        ablation.run_ablations(tmp_path / "out", ["runs"], **settings | change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_trainings_side_by_side_give_what_one_after_the_other_does(done, settings, tmp_path):
+    results = ablation.run_ablations(tmp_path, ["no-stage-1", "stacked-4"], jobs=2, **settings)
+    for name, found in results.items():
+        assert found["lm_loss"] == pytest.approx(done[1][name]["lm_loss"], rel=1e-3)
+        assert found["kept_per_second"] == done[1][name]["kept_per_second"]
 
 
 def test_an_unknown_variant_is_refused_by_name(tmp_path):

@@ -120,6 +120,17 @@ def test_accuracy_is_the_share_of_right_answers_case_and_full_stop_aside(model, 
     assert found.wer is None
 
 
+def test_each_task_may_have_a_longest_answer_of_its_own(model, processor, samples, report):
+    found = evaluate(
+        model, processor, samples, batch_size=3, max_new_tokens={"transcribe": 6, "capital": 1, "intent": 6}
+    )
+    for (_, task, _, long), (_, _, _, short) in zip(report.answers, found.answers, strict=True):
+        if task == "capital":
+            assert len(processor.tokenizer(short)["input_ids"]) <= 1 and long.startswith(short)
+        else:
+            assert short == long
+
+
 def test_the_language_model_knows_what_it_knew(report):
     answers = {sample_id: given for sample_id, task, _, given in report.answers if task == "capital"}
     assert any("Paris" in given for given in answers.values())

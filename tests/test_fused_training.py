@@ -52,7 +52,7 @@ def test_losses_agree_at_every_step(runs, stage, loss):
     eager, fused = (
         {entry["step"]: entry[loss] for entry in runs[stage, name][1] if loss in entry} for name in ("eager", "fused")
     )
-    assert len(eager) >= STEPS // 2  # a batch of text alone has no CTC
+    assert len(eager) >= STEPS // 3  # a batch of text alone has no CTC
     assert fused == pytest.approx(eager, rel=1e-3)
 
 

@@ -459,6 +459,15 @@ def test_a_files_paths_are_relative_to_it_and_a_words_to_the_working_directory(t
     assert (config.out, config.model) == (Path("here"), tmp_path / "../m")
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    file = tmp_path / "stage.yaml"
+    file.write_text("train: [~/a.jsonl, b.jsonl]\nout: ~/out\n")
+    config = load_config(2, file, ["model=~/model"])
+    assert config.train == [Path("/home/somebody/a.jsonl"), tmp_path / "b.jsonl"]
+    assert (config.out, config.model) == (Path("/home/somebody/out"), Path("/home/somebody/model"))
+
+
 def test_a_backbones_relative_folder_becomes_absolute(tmp_path, monkeypatch):
     (tmp_path / "llm").mkdir()
     file = yaml_file(tmp_path, "train: a\nout: o\nlanguage_model: llm\naudio_tower: openai/whisper-tiny\n")

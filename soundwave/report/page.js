@@ -101,7 +101,7 @@ function alignment() {
   return section("alignment", "Alignment",
     block("Blank share", "Of all frames, those whose most probable label is blank. Most often it settles between 50 "
       + "and 85 %; at 0 or 100 % nothing was aligned.", share),
-    block("Compression", "Frames (25 a second) for each frame that is kept.", curvesOf({ compression: "frames" }, {})),
+    block("Compression", "The adapters' frames for each one that is kept.", curvesOf({ compression: "frames" }, {})),
     block("Kept frames per token of the transcript", "Close to 1 where CTC writes each token once.", kept));
 }
 

@@ -63,10 +63,12 @@ class StageConfig(BaseModel):
     )
     frame_stack: Positive = Field(2, description="encoder frames (50 a second) to a frame of the adapters")
     keep: Literal["peaks", "runs", "frames"] | None = Field(
-        None, description="frames that the LLM reads: CTC's peaks, the first of each run, or all; None: by semantics"
+        None,
+        description="what the LLM reads: CTC's peaks, the first frame of each run, or all; None: by semantics or model",
     )
     keys: Literal["all", "kept", "none"] | None = Field(
-        None, description="what a kept frame attends to: all frames, kept ones, or nothing; None: by semantics"
+        None,
+        description="what a kept frame attends to: all frames, kept ones, or nothing; None: by semantics or model",
     )
 
     steps: Positive = Field(description="optimiser steps")
@@ -121,6 +123,7 @@ PAPER: dict[int, dict[str, Any]] = {
 # Settings that may differ between a run and the one that goes on from its checkpoint: they decide no weight.
 FREE = ("out", "log_steps", "save_steps", "save_total_limit", "workers", "resume", "allow_outside")
 FREE += ("strict", "max_skipped", "quiet")
+PATHS = ("train", "out", "model")
 OF_STAGE_2 = ("keep", "keys", "lora_rank", "lora_alpha")  # not decided by a model of stage I
 VERSIONS_OF = ("soundwave", "torch", "triton", "transformers", "peft", "numpy")
 LONGEST = 30.0  # seconds that Whisper's encoder takes
@@ -185,6 +188,11 @@ def make_config(stage: int, /, **values: Any) -> StageConfig:
             raise ConfigError(f"unknown setting {key!r}; {hint}")
     if isinstance(values.get("train"), str | Path):
         values["train"] = [values["train"]]
+    for key in PATHS:  # a shell leaves the ~ in `train=~/data` alone
+        if isinstance(values.get(key), list):
+            values[key] = [Path(item).expanduser() if isinstance(item, str) else item for item in values[key]]
+        elif isinstance(values.get(key), str):
+            values[key] = Path(values[key]).expanduser()
     for key in ("audio_tower", "language_model"):
         # The saved model names its backbones, and is used from other working directories.
         if key in values and Path(str(values[key])).is_dir():
@@ -214,10 +222,10 @@ def make_config(stage: int, /, **values: Any) -> StageConfig:
 
 def _beside(folder: Path, key: str, value: Any) -> Any:
     """A file's path settings, relative to the folder the file is in."""
-    if key in ("train", "out", "model") and isinstance(value, str):
-        return folder / value
+    if key in PATHS and isinstance(value, str):
+        return folder / Path(value).expanduser()
     if key == "train" and isinstance(value, list):
-        return [folder / item if isinstance(item, str) else item for item in value]
+        return [folder / Path(item).expanduser() if isinstance(item, str) else item for item in value]
     if key in ("audio_tower", "language_model") and (folder / str(value)).is_dir():
         return folder / value
     return value

@@ -42,7 +42,7 @@ class SoundwaveTrainer(Trainer):
         loss: mean over the batches that could be trained on.  ctc_loss, lm_loss: its parts.
         blank_share: of all frames, those whose most probable id is blank.
         kept_per_second, kept_per_label: kept frames over audio seconds, and over transcript tokens.
-        compression: frames (25 Hz) per kept frame.  audio_per_second: audio seconds trained on per second.
+        compression: adapter frames per kept frame.  audio_per_second: audio seconds trained on per second.
         batch_samples: samples a step.
 
     Args:
