@@ -29,7 +29,7 @@ from bench.shapes import Case
 PARTS = ("forward", "backward", "both")
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
 CURVE_ROUNDS = 3  # at least, for a point of a growth curve
-SECONDS = {"cuda": 1.0, "cpu": 1.0, "tiny": 0.0}  # for the rounds of a group, as far as the fewest rounds allow
+SECONDS = {"cuda": 1.0, "cpu": 0.5, "tiny": 0.0}  # for the rounds of a group, as far as the fewest rounds allow
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 1024, "tiny": 128}
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26, "tiny": 2**16}  # read, and as many written: past every cache
 MAX_COPIES = 64  # of the inputs

@@ -232,7 +232,7 @@ def linear_cross_entropy(size: str) -> list[Case]:
     """The next-token loss over N rows: the head frozen, as in every stage here, and trained, as elsewhere."""
     N, D, V, dtype = {
         "cuda": (4096, 4096, 128_256, torch.bfloat16),
-        "cpu": (512, 576, 49_152, torch.float32),
+        "cpu": (256, 576, 49_152, torch.float32),
         "tiny": (24, 64, 512, torch.float32),
     }[size]
     base = Case("frozen head", dtype, N=N, D=D, V=V)
