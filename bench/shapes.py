@@ -214,7 +214,7 @@ def linear_ctc(size: str) -> list[Case]:
         base = Case("", torch.float32, B=4, T=20, D=64, V=512, U=4)
         return [replace(base, name="random"), replace(base, name="peaky", logits="peaky"), *_grow(base, V=(256, 512))]
     if size == "cpu":
-        base = Case("", torch.float32, B=4, T=250, D=1024, V=128_256, U=25)
+        base = Case("", torch.float32, B=2, T=250, D=1024, V=128_256, U=25)
         small = replace(base, B=2, T=100, D=256, V=16_384, U=10)
         growth = _grow(small, T=(50, 100, 200), V=(4096, 8192, 16_384, 32_768), B=(1, 2, 4), U=(5, 10, 40))
         return [replace(base, name="random"), replace(base, name="peaky", logits="peaky"), *growth]
@@ -232,7 +232,7 @@ def linear_cross_entropy(size: str) -> list[Case]:
     """The next-token loss over N rows: the head frozen, as in every stage here, and trained, as elsewhere."""
     N, D, V, dtype = {
         "cuda": (4096, 4096, 128_256, torch.bfloat16),
-        "cpu": (256, 576, 49_152, torch.float32),
+        "cpu": (256, 576, 24_576, torch.float32),
         "tiny": (24, 64, 512, torch.float32),
     }[size]
     base = Case("frozen head", dtype, N=N, D=D, V=V)
