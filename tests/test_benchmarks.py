@@ -189,7 +189,8 @@ def run_benches(results: Path, *options: str, **environment: str) -> subprocess.
     return subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        # pytest-benchmark measures nothing in a worker of pytest-xdist, which this process may be.
+        env={name: value for name, value in os.environ.items() if "XDIST" not in name} | environment,
         capture_output=True,
         text=True,
     )
