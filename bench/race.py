@@ -28,7 +28,6 @@ from bench.shapes import Case
 
 PARTS = ("forward", "backward", "both")
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
-CURVE_ROUNDS = 3  # at least, for a point of a growth curve
 SECONDS = {"cuda": 1.0, "cpu": 0.5, "tiny": 0.0}  # for the rounds of a group, as far as the fewest rounds allow
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 1024, "tiny": 128}
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26, "tiny": 2**16}  # read, and as many written: past every cache
@@ -263,15 +262,8 @@ def _roofs(dtype: torch.dtype, size: str, device: torch.device) -> tuple[Runner,
     return product, copy, 2.0 * n**3, 2.0 * count * dtype.itemsize
 
 
-def race(
-    problem: Problem,
-    names: list[str],
-    dtype: torch.dtype,
-    size: str,
-    device: torch.device,
-    fewest: int = MIN_ROUNDS,
-) -> Result:
-    """Time the contenders `names` of a problem in alternating rounds, at least `fewest` of them."""
+def race(problem: Problem, names: list[str], dtype: torch.dtype, size: str, device: torch.device) -> Result:
+    """Time the contenders `names` of a problem in alternating rounds."""
     laps, runners = {name: Laps() for name in names}, {}
     copies = _copies(problem, device)
     for name in names:
@@ -294,7 +286,7 @@ def race(
     product.step(()), copy.step(())
     product_seconds, copy_seconds = [], []
     total = sum(lasted for _, lasted in runners.values())
-    rounds = min(MAX_ROUNDS, max(fewest, int(SECONDS[size] / max(total, 1e-9))))
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS[size] / max(total, 1e-9))))
     order, run = list(runners), 0
     gc.collect()
     gc.disable()  # or a collection falls into somebody's round

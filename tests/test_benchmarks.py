@@ -229,8 +229,7 @@ def test_every_figure_says_where_when_what_and_how_far_from_the_roof(run):
     assert {entry.contender for entry in run.entries} == {"eager", "ours-torch"}
     assert {entry.part for entry in run.entries} == set(benchmarks.PARTS)
     for entry in run.entries:
-        fewest = race.CURVE_ROUNDS if entry.over else race.MIN_ROUNDS
-        assert entry.shape and entry.dtype == "float32" and entry.rounds >= fewest
+        assert entry.shape and entry.dtype == "float32" and entry.rounds >= 5
         assert entry.seconds > 0 and entry.spread >= 0 and entry.ratio > 0 and entry.peak_bytes > 0
         assert entry.share > 0
 

@@ -1,5 +1,6 @@
 """Training on the fused modules takes the course that it takes on the eager ones: in fp32, exact, without dropout."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from safetensors.torch import load_file
 
 from soundwave import eager, fused
 from soundwave.configuration import SoundwaveConfig
+from soundwave.data.manifest import write_manifest
 from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
 from soundwave.training.stages import make_config, train_stage
 
@@ -25,6 +27,15 @@ SAME = {
 STAGES = {1: {"learning_rate": 5e-4}, 2: {"learning_rate": 3e-4}}
 
 
+def few_written_questions(corpus: Path, stage: int, folder: Path) -> Path:
+    """A stage's manifest with no more samples of text alone than recordings: of so small a corpus they are most."""
+    rows = [json.loads(line) for line in (corpus / f"stage{stage}.jsonl").read_text().splitlines()]
+    spoken = [row | {"audio_filepath": str(corpus / row["audio_filepath"])} for row in rows if "audio_filepath" in row]
+    written = [row for row in rows if "audio_filepath" not in row][: len(spoken)]
+    write_manifest(folder / f"stage{stage}.jsonl", [*spoken, *written])
+    return folder / f"stage{stage}.jsonl"
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_corpus, small_llm, tmp_path_factory) -> dict[tuple[int, str], tuple[Path, list[dict]]]:
     """Stages I and II on both implementations; stage II goes on from the eager stage I."""
@@ -35,7 +46,8 @@ def runs(tiny_corpus, small_llm, tmp_path_factory) -> dict[tuple[int, str], tupl
         for implementation in ("eager", "fused"):
             config = make_config(
                 stage,
-                train=tiny_corpus / f"stage{stage}.jsonl",
+                train=few_written_questions(tiny_corpus, stage, out),
+                allow_outside=True,
                 out=out / f"{stage}-{implementation}",
                 implementation=implementation,
                 **start,
@@ -52,7 +64,7 @@ def test_losses_agree_at_every_step(runs, stage, loss):
     eager, fused = (
         {entry["step"]: entry[loss] for entry in runs[stage, name][1] if loss in entry} for name in ("eager", "fused")
     )
-    assert len(eager) >= STEPS // 3  # a batch of text alone has no CTC
+    assert len(eager) >= STEPS // 2  # a batch of text alone has no CTC
     assert fused == pytest.approx(eager, rel=1e-3)
 
 
