@@ -141,11 +141,11 @@ def _run(
     for start, stop, p in chunks:
         if need_hidden:
             s = row_share[start:stop]
-            product, columns, lost = probabilities_times_weight(p, weight, stats.off[start:stop] * s, exact)
+            product, columns, missing = probabilities_times_weight(p, weight, stats.off[start:stop] * s, exact)
             product *= torch.where(s > 0, 1 / s, 0.0)[:, None]
             dhidden.view(-1, width)[packed.place[start:stop]] = product.to(hidden.dtype)
             active += columns * (stop - start)
-            skipped += lost
+            skipped += missing
         if need_weight:
             add_weight_gradient(dweight, p, rows[start:stop] * row_sign[start:stop])
 
@@ -178,7 +178,8 @@ def _run(
     if active < len(rows) and need_hidden:
         norm = (packed.pack(dhidden).to(dtype) * true_share[:, None]).norm()
         rounded_down = torch.where(row_share > 0, true_share / row_share, 0.0).amax()  # what was skipped weighs more
-        error_bound = longest_row(head.weight, dtype) * skipped.sqrt() * rounded_down / norm
+        largest = longest_row(head.weight, dtype) * skipped.sqrt() * rounded_down
+        error_bound = torch.where(largest == 0, 0.0, largest / norm)
     if zero_infinity:
         nll = nll.masked_fill(nll == torch.inf, 0.0)
     if wrong is not None:

@@ -247,6 +247,29 @@ def test_the_error_of_skipping_is_within_its_certificate(device, impl, dtype):
     assert torch.equal(skipping["blank_weight"], exact["blank_weight"])
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_skipping_changes_nothing_else(dtype):
+    """Whatever is drawn: loss and path to the bit, and hidden's gradient within the certificate."""
+    shares = []
+
+    @EVERY_DRAW
+    @given(**{name: value for name, value in draws(300, 5000, 120).items() if name not in ("reduction", "trained")})
+    def every_draw(batch, frames, rows, width, labels, kinds, place, sharpness, seed):
+        blank = {"first": 0, "middle": rows // 2, "last": rows - 1, "extra": rows}[place]
+        case = make(batch, frames, rows, width, labels, blank=blank, kinds=kinds, sharpness=sharpness, seed=seed)
+        common = {"reduction": "mean", "zero_infinity": True}
+        out, skipping = run(linear_ctc_loss, to(case, dtype, trained=("hidden",)), **common)
+        whole, exact = run(linear_ctc_loss, to(case, dtype, trained=("hidden",)), exact=True, **common)
+        assert torch.equal(out.loss, whole.loss) and torch.equal(out.path, whole.path)
+        norm = skipping["hidden"].double().norm()
+        error = (skipping["hidden"].double() - exact["hidden"].double()).norm()
+        assert error <= (float(out.error_bound) + torch.finfo(dtype).eps) * norm
+        shares.append(float(out.active_share))
+
+    every_draw()
+    assert any(0 < share < vocab_rows.MOST_ACTIVE for share in shares)
+
+
 def test_flat_rows_skip_nothing():
     case = make(2, 50, 3000, 16, 5, sharpness=0.1)
     out, _ = run(linear_ctc_loss, to(case, FP32))
