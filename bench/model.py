@@ -9,16 +9,16 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, WhisperConfig, WhisperModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from bench.shapes import WIDTHS, Case, kept_frames, lengths, planted_path
-from soundwave import SoundwaveConfig, SoundwaveForConditionalGeneration, eager
+from bench.shapes import DIMS, Case, kept_frames, lengths, planted_path
+from soundwave import SoundwaveForConditionalGeneration, eager
 from soundwave.eager import IGNORE_INDEX
 from soundwave.modeling import freeze_all_but
 from soundwave.training.stages import TRAINED
 
 PROMPT, ANSWER = 24, 40  # text tokens around the recording, and those that are learned
-ENCODER_FRAMES = 1500  # of 30 s, the most that Whisper's encoder takes
 
 
 class Planted(SoundwaveForConditionalGeneration):
@@ -34,32 +34,10 @@ class Planted(SoundwaveForConditionalGeneration):
 
 def make_backbones(size: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, PreTrainedModel]:
     """Whisper's encoder and a Llama of these widths, frozen."""
-    widths = WIDTHS[size]
-    whisper = WhisperConfig(
-        d_model=widths.E,
-        encoder_layers=widths.encoder_layers,
-        encoder_attention_heads=widths.encoder_heads,
-        encoder_ffn_dim=4 * widths.E,
-        decoder_layers=1,
-        decoder_attention_heads=widths.encoder_heads,
-        decoder_ffn_dim=4 * widths.E,
-        num_mel_bins=widths.mels,
-        max_source_positions=ENCODER_FRAMES,
-    )
-    llama = LlamaConfig(
-        hidden_size=widths.D,
-        intermediate_size=widths.mlp,
-        num_hidden_layers=widths.layers,
-        num_attention_heads=widths.H,
-        num_key_value_heads=widths.kv_heads,
-        vocab_size=widths.V,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    dims = DIMS[size]
+    llama = dims.llama_config(tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=0)
     with device:
-        encoder = WhisperModel(whisper).get_encoder().to(dtype)
+        encoder = WhisperEncoder(dims.whisper_config()).to(dtype)
         language_model = AutoModelForCausalLM.from_config(llama, dtype=dtype)
     return encoder.requires_grad_(False).eval(), language_model.requires_grad_(False).eval()
 
@@ -70,18 +48,11 @@ def make_models(size: str, dtype: torch.dtype, device: torch.device) -> "dict[st
 
     In bfloat16 the backbones have that dtype and the trained parts float32, under autocast, as in training.
     """
-    widths = WIDTHS[size]
     encoder, language_model = make_backbones(size, dtype, device)
     models = {}
     for name, kind in {"eager": Planted, "compiled": Compiled, "ours": Planted}.items():
-        config = SoundwaveConfig(
-            audio_hidden_size=widths.E,
-            hidden_size=widths.D,
-            num_attention_heads=widths.H,
-            vocab_size=widths.V,
-            audio_placeholder_id=widths.V,
+        config = DIMS[size].soundwave_config(
             adapter_dropout=0.0,
-            lora_rank=4 if size == "tiny" else 64,
             spec_augment_time_masks=0,
             spec_augment_mel_masks=0,
             implementation="fused" if name == "ours" else "eager",
@@ -102,7 +73,7 @@ def make_models(size: str, dtype: torch.dtype, device: torch.device) -> "dict[st
 def prepare(case: Case, device: torch.device) -> "dict[str, Planted]":
     """The models, set to train the stage of the case (stage 0: to generate)."""
     models = make_models(case.size, case.dtype, device)
-    blank = WIDTHS[case.size].V
+    blank = DIMS[case.size].vocab
     path, scores = planted_path(lengths(case.B, case.T, case.lengths), blank, blank, device)
     for model in models.values():
         freeze_all_but(model, TRAINED[case.stage] if case.stage else ())
@@ -139,20 +110,20 @@ def batch_of(case: Case, device: torch.device, *, padded: bool = False, seed: in
     Clips have their true lengths; with `padded` all are as long as the longest clip of the size, and the padding counts
     as audio, as in the released code.
     """
-    widths, generator = WIDTHS[case.size], torch.Generator().manual_seed(seed)
+    dims, generator = DIMS[case.size], torch.Generator().manual_seed(seed)
     frames = lengths(case.B, case.T, case.lengths)
     mels = torch.full_like(frames, 4 * case.T) if padded else 4 * frames
     batch = {
-        "input_features": torch.randn(case.B, widths.mels, 4 * case.T, generator=generator),
+        "input_features": torch.randn(case.B, dims.mels, 4 * case.T, generator=generator),
         "feature_lengths": mels,
     }
     if case.stage in (1, 2):
-        labels = torch.randint(widths.V, (case.B, case.U), generator=generator)
+        labels = torch.randint(dims.vocab, (case.B, case.U), generator=generator)
         counts = (frames * case.U // case.T).clamp(min=1)
         batch["ctc_labels"] = labels.masked_fill(torch.arange(case.U) >= counts[:, None], IGNORE_INDEX)
     if case.stage != 1:
-        text = torch.randint(widths.V, (case.B, PROMPT + ANSWER if case.stage else PROMPT), generator=generator)
-        text[:, 1] = widths.V  # the recording's place
+        text = torch.randint(dims.vocab, (case.B, PROMPT + ANSWER if case.stage else PROMPT), generator=generator)
+        text[:, 1] = dims.vocab  # the recording's place
         batch |= {"input_ids": text, "attention_mask": torch.ones_like(text)}
         if case.stage:
             batch["labels"] = text.masked_fill(torch.arange(PROMPT + ANSWER) < PROMPT, IGNORE_INDEX)
@@ -171,15 +142,15 @@ def flops(case: Case, model: Planted) -> float:
     def matrices(module: nn.Module) -> int:
         return sum(p.numel() for name, p in module.named_parameters() if p.dim() == 2 and "lora_" not in name)
 
-    widths = WIDTHS[case.size]
+    dims = DIMS[case.size]
     encoder = 2 * matrices(model.audio_tower.layers) * 2 * frames.sum()
-    encoder = encoder + 4 * widths.E * widths.encoder_layers * ((2 * frames) ** 2).sum()
-    alignment = 2 * matrices(model.alignment) * frames.sum() + 4 * widths.D * (frames**2).sum()
-    product = 2 * widths.V * widths.D * frames.sum()
-    shrinking = 4 * widths.D**2 * (frames.sum() + kept_frames(frames.long()).sum())
+    encoder = encoder + 4 * dims.audio_width * dims.audio_layers * ((2 * frames) ** 2).sum()
+    alignment = 2 * matrices(model.alignment) * frames.sum() + 4 * dims.width * (frames**2).sum()
+    product = 2 * dims.vocab * dims.width * frames.sum()
+    shrinking = 4 * dims.width**2 * (frames.sum() + kept_frames(frames.long()).sum())
     layers = 2 * matrices(model.language_model.base_model.layers) * tokens.sum()
-    layers = layers + 2 * widths.D * widths.layers * (tokens**2).sum()  # causal: half the pairs
-    answers = 2 * widths.V * widths.D * case.B * ANSWER
+    layers = layers + 2 * dims.width * dims.layers * (tokens**2).sum()  # causal: half the pairs
+    answers = 2 * dims.vocab * dims.width * case.B * ANSWER
     total = {
         0: encoder + alignment + product + shrinking + layers * (1 + case.new_tokens / tokens.mean()),
         1: encoder + 3 * alignment + 2 * product,

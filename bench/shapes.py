@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from soundwave.memory import LLAMA_8B_WHISPER_LARGE, Dims
+
 SIZES = ("cuda", "cpu", "tiny")
 FRAMES_PER_SECOND = 25  # after the alignment adapter; the encoder gives twice, log-mel four times as many
 KEPT_PER_SECOND = 3  # sub-words that speech has, and so the peaks that stay
@@ -28,26 +30,18 @@ BLANK_SHARE = 0.7  # of the frames, behind each label; less where labels have fe
 SHORTEST = 0.1  # of the longest clip, in the mixture: 3 of 30 s
 
 
-class Widths(NamedTuple):
-    """Of the backbones."""
-
-    E: int
-    D: int
-    H: int
-    V: int
-    encoder_layers: int
-    encoder_heads: int
-    layers: int
-    mlp: int
-    kv_heads: int
-    mels: int
-
-
-WIDTHS = {
-    "cuda": Widths(1280, 4096, 32, 128_256, 32, 20, 32, 14_336, 8, 128),  # Whisper-large-v3, Llama-3.1-8B
-    "cpu": Widths(384, 576, 9, 49_152, 4, 6, 4, 1536, 3, 80),  # Whisper tiny, SmolLM2-135M with 4 of its 30 layers
-    "tiny": Widths(32, 64, 4, 512, 1, 2, 1, 128, 2, 80),
-}
+DIMS = {
+    "cuda": LLAMA_8B_WHISPER_LARGE,
+    # Whisper tiny, SmolLM2-135M with 4 of its 30 layers
+    "cpu": Dims(
+        mels=80, audio_width=384, audio_layers=4, audio_heads=6, audio_mlp=1536, audio_positions=1500,
+        width=576, layers=4, heads=9, kv_heads=3, mlp=1536, vocab=49_152,
+    ),
+    "tiny": Dims(
+        mels=80, audio_width=32, audio_layers=1, audio_heads=2, audio_mlp=128, audio_positions=1500,
+        width=64, layers=1, heads=4, kv_heads=2, mlp=128, vocab=512, lora_rank=4,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class Case:
     keys: str = "all"
     new_tokens: int = 0
     stage: int = 0
-    size: str = ""  # whose `WIDTHS` a whole model has
+    size: str = ""  # whose `DIMS` a whole model has
     over: str = ""  # the letter that a growth curve runs over
 
     def shape(self) -> dict[str, int]:
@@ -244,16 +238,16 @@ def linear_cross_entropy(size: str) -> list[Case]:
 
 def _clips(size: str, batch: int = 0, dtype: torch.dtype | None = None) -> list[Case]:
     """All clips of the longest length, and the mixture."""
-    widths = WIDTHS[size]
+    dims = DIMS[size]
     B, seconds = {"cuda": (16, 30), "cpu": (4, 5), "tiny": (4, 1)}[size]
     base = Case(
         f"all {seconds} s",
         dtype or (torch.bfloat16 if size == "cuda" else torch.float32),
         B=batch or B,
         T=seconds * FRAMES_PER_SECOND,
-        D=widths.D,
-        E=widths.E,
-        H=widths.H,
+        D=dims.width,
+        E=dims.audio_width,
+        H=dims.heads,
         size=size,
     )
     name = f"{seconds * SHORTEST:g} to {seconds} s"
@@ -279,7 +273,7 @@ def stages(size: str) -> list[Case]:
     """One training step of each stage, without the optimiser; V and U are those of its CTC and its answers."""
     batches = {"cuda": (16, 8, 8), "cpu": (4, 4, 4), "tiny": (4, 4, 4)}[size]
     return [
-        replace(case, name=f"stage {stage}, {case.name}", stage=stage, V=WIDTHS[size].V, U=max(2, case.T // 9))
+        replace(case, name=f"stage {stage}, {case.name}", stage=stage, V=DIMS[size].vocab, U=max(2, case.T // 9))
         for stage, batch in enumerate(batches, start=1)
         for case in _clips(size, batch)
     ]
@@ -288,4 +282,5 @@ def stages(size: str) -> list[Case]:
 def generate(size: str) -> list[Case]:
     """Answers to recordings: prompt and kept frames in, new tokens out."""
     new_tokens = {"cuda": 32, "cpu": 8, "tiny": 2}[size]
-    return [replace(case, new_tokens=new_tokens, V=WIDTHS[size].V) for case in _clips(size, 8 if size == "cuda" else 4)]
+    cases = _clips(size, 8 if size == "cuda" else 4)
+    return [replace(case, new_tokens=new_tokens, V=DIMS[size].vocab) for case in cases]

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 
 from soundwave import memory
 from soundwave.benchmarks import commit, slug, spread, versions
-from soundwave.configuration import SoundwaveConfig
 from soundwave.eager import IGNORE_INDEX
 from soundwave.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.training.stages import TRAINED
@@ -85,17 +84,7 @@ class PlantedPath(SoundwaveForConditionalGeneration):
 
 def build_model(stage: int, implementation: str, dims: memory.Dims, device: torch.device) -> PlantedPath:
     """A stage's model with random weights, frozen and trained as in its training, its backbones in bfloat16."""
-    config = SoundwaveConfig(
-        audio_hidden_size=dims.audio_width,
-        hidden_size=dims.width,
-        num_attention_heads=dims.heads,
-        vocab_size=dims.vocab,
-        audio_placeholder_id=dims.vocab,
-        lora_rank=dims.lora_rank,
-        quantization="nf4",
-        implementation=implementation,
-        stage=stage,
-    )
+    config = dims.soundwave_config(quantization="nf4", implementation=implementation, stage=stage)
     with device:
         model = PlantedPath(config)
         model.audio_tower = random_encoder(dims).requires_grad_(False)
@@ -118,36 +107,19 @@ def checkpoint_layers(language_model: Any) -> None:
 
 
 def random_encoder(dims: memory.Dims) -> nn.Module:
-    from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    config = WhisperConfig(
-        num_mel_bins=dims.mels,
-        d_model=dims.audio_width,
-        encoder_layers=dims.audio_layers,
-        encoder_attention_heads=dims.audio_heads,
-        encoder_ffn_dim=dims.audio_mlp,
-        max_source_positions=dims.audio_positions,
-    )
     with bfloat16():
-        return WhisperEncoder(config)
+        return WhisperEncoder(dims.whisper_config())
 
 
 def random_language_model(dims: memory.Dims) -> nn.Module:
     """Llama with its products in NF4, of which at no time more than one is there in bfloat16."""
     import bitsandbytes
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    config = LlamaConfig(
-        hidden_size=dims.width,
-        intermediate_size=dims.mlp,
-        num_hidden_layers=0,
-        num_attention_heads=dims.heads,
-        num_key_value_heads=dims.kv_heads,
-        vocab_size=dims.vocab,
-        max_position_embeddings=8192,
-    )
+    config = dims.llama_config(num_hidden_layers=0, max_position_embeddings=8192)
 
     def quantised(linear: nn.Linear) -> nn.Module:
         layer = bitsandbytes.nn.Linear4bit(

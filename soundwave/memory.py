@@ -19,11 +19,17 @@ what the audio in its place would.
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import rich.box
 import rich.table
 
 from soundwave.kernels.vocab_rows import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, WhisperConfig
+
+    from soundwave.configuration import SoundwaveConfig
 
 GIB = 2**30
 BF16, FP32 = 2, 4
@@ -92,6 +98,48 @@ class Dims:
     def shrinking_parameters(self) -> int:
         """Attention and a LayerNorm."""
         return 4 * self.width * self.width + 4 * self.width + 2 * self.width
+
+    def whisper_config(self, **settings: Any) -> "WhisperConfig":
+        """Of a Whisper whose encoder has these sizes; `settings` are added."""
+        from transformers import WhisperConfig
+
+        return WhisperConfig(
+            num_mel_bins=self.mels,
+            d_model=self.audio_width,
+            encoder_layers=self.audio_layers,
+            encoder_attention_heads=self.audio_heads,
+            encoder_ffn_dim=self.audio_mlp,
+            max_source_positions=self.audio_positions,
+            **settings,
+        )
+
+    def llama_config(self, **settings: Any) -> "LlamaConfig":
+        """Of a Llama of these sizes; `settings` are added, or replace."""
+        from transformers import LlamaConfig
+
+        sizes = {
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.vocab,
+        }
+        return LlamaConfig(**sizes | settings)
+
+    def soundwave_config(self, **settings: Any) -> "SoundwaveConfig":
+        """Of the model over backbones of these sizes, the placeholder behind the vocabulary; `settings` are added."""
+        from soundwave.configuration import SoundwaveConfig
+
+        return SoundwaveConfig(
+            audio_hidden_size=self.audio_width,
+            hidden_size=self.width,
+            num_attention_heads=self.heads,
+            vocab_size=self.vocab,
+            audio_placeholder_id=self.vocab,
+            lora_rank=self.lora_rank,
+            **settings,
+        )
 
 
 LLAMA_8B_WHISPER_LARGE = Dims(
