@@ -12,8 +12,9 @@ Shapes    log_probs [T, B, C], any strides; targets int [B, U]; lengths int [B] 
           the columns that `distinct_labels` names: blank, then the utterance's distinct labels. W = U + 1.
 Numerics  Triton: float32 inside for float32 and the half types, float64 for float64. A frame's emissions are shifted by
           their maximum and the shifts summed in float64; every RENORM frames an integer, which rounds nothing, is taken
-          off the states; a frame's posteriors are divided by their own sum. torch: float64 inside. An infeasible
-          utterance has nll inf and posteriors 0; NaN or inf among the log-probabilities it uses gives NaN.
+          off the states (not beyond LARGEST_BLOCK - 1 labels: 2 600 frames of 1 100 labels then have posteriors within
+          6e-4 instead of 4e-6); a frame's posteriors are divided by their own sum. torch: float64 inside. An
+          infeasible utterance has nll inf and posteriors 0; NaN or inf among the log-probabilities it uses gives NaN.
 Cost      gathers B·T·W log-probabilities, holds six times B·T·W float32 while it runs, returns one of them (16 clips of
           30 s, 80 labels: 4 MB each); T steps in sequence.
 Bitwise deterministic: a label's positions are summed by a scan over them in order of their labels.
