@@ -32,7 +32,7 @@ REQUIRES = [
     "filelock",
 ]
 EXTRAS = {
-    "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "setuptools>=77"],
+    "dev": ["pytest", "pytest-benchmark", "hypothesis", "playwright", "ruff", "setuptools>=77"],
     "flash": ["flash-attn"],
     # What the benches compare with. flag-gems pins numpy 1.26: take it by itself, pip install --no-deps flag-gems (its
     # CTC is younger than its release 5.0.2). flash-attn is a source build, which needs torch and nvcc there first.
