@@ -13,37 +13,38 @@ import random
 import shutil
 import signal
 import statistics
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import jiwer
-import numpy as np
 import torch
 
+from soundwave.comparison import TASKS, differences, markdown, scores, tally
 from soundwave.data import corpus as embedded_corpus
 from soundwave.data.collate import features, prompt_of
 from soundwave.data.manifest import Sample, read_manifest
 from soundwave.demo import EVALUATED_AT_ONCE, FULL, LONGEST_ANSWER, STAGE, one_task
-from soundwave.evaluation import answer, evaluate, evaluate_ctc, load_model, normalise
+from soundwave.evaluation import answer, evaluate, evaluate_ctc, load_model
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.modeling import batch_to
 from soundwave.report import write_report
 from soundwave.training.journal import say, write_text
 from soundwave.training.stages import ConfigError, make_config, train_stage
 
-TASKS = ("transcribe", "voice", "rate", "intent", "question")
 SWAPPED = 0.2  # share of transcripts that stand beside another recording
 # An epoch of stage II that a run sees several times, its tasks as uneven as the paper's.
 UNEVEN = {"transcribe": 300, "qa": 40, "voice": 20, "rate": 20}
-RESAMPLED, CONFIDENCE = 2000, 0.95
 TIMED = 20  # recordings, whose first token is waited for
-STAMP, RESULT = "settings.json", "result.json"
+TIMED_STEPS, UNTIMED_STEPS = 10, 3  # of stage II; the first ones are slower
+STAMP, RESULT, TIMING = "settings.json", "result.json", "timing.json"
+PLAIN = "soundwave"  # the variant that the others differ from
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ ALIGNMENTS = {
     "stacked-4": Alignment({"frame_stack": 4}),
 }
 VARIANTS = {
-    "soundwave": Variant("as it is"),
+    PLAIN: Variant("as it is"),
     "no-cross-attention": Variant("kept frames gather nothing", settings={"keys": "none"}),
     "no-stage-1": Variant("stage II starts from fresh adapters; its steps and stage III's are all", alignment=None),
     "runs": Variant("the first frame of every run is kept, of blank too", settings={"keep": "runs"}),
@@ -99,7 +100,8 @@ def run_ablations(
     Args:
         names: keys of VARIANTS.
         scale: of the demonstration's steps, above 0.
-        jobs: trainings at a time, each with its share of the processors; what is timed is then slower.
+        jobs: trainings at a time, each with its share of the processors. What is timed comes after all of them, one
+            variant after the other.
         size: of the corpus, see `build_corpus`.
         settings: of every training (`StageConfig`), in place of the demonstration's.
 
@@ -127,52 +129,27 @@ def run_ablations(
     missing = [name for name in names if not (out / name / RESULT).is_file()]
     _each(_train_alignment, sorted({VARIANTS[name].alignment for name in missing} - {None}), common, jobs)
     _each(_run_variant, missing, common, jobs)
-    found = {name: out / name / RESULT for name in VARIANTS}
-    results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in found.items() if file.is_file()}
+    for name in names:
+        if not (out / name / TIMING).is_file():
+            _time_variant(name, **common)
+    results = _results(out, read_manifest(corpus / "test.jsonl"))
     write_text(out / "ablations.json", json.dumps(results, indent=2) + "\n")
     write_text(out / "ablations.md", markdown(results))
     write_report([out / name for name in results], out / "report.html", utterances=3)
     return results
 
 
-def interval(wrong: Sequence[float], of: Sequence[float], sentences: Sequence[str]) -> list[float]:
-    """Bootstrap interval of sum(wrong) / sum(of), by sentence: samples that say the same are drawn together."""
-    counts: dict[str, np.ndarray] = {}
-    for sentence, pair in zip(sentences, zip(wrong, of, strict=True), strict=True):
-        counts[sentence] = counts.get(sentence, np.zeros(2)) + np.asarray(pair, float)
-    groups = np.stack(list(counts.values()))
-    sums = groups[np.random.default_rng(0).integers(len(groups), size=(RESAMPLED, len(groups)))].sum(1)
-    low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return [float(low), float(high)]
-
-
-def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """Two tables: how good and how fast each variant is, and how its losses went."""
-    asked = [task for task in TASKS if task != "transcribe"]
-    header = ["variant", "WER", *asked, "kept a second", "positions", "s a step", "ms to first token"]
-    rows = [
-        [
-            name,
-            _percent(found["wer"]),
-            *(_percent(found["accuracy"][task]) for task in asked),
-            f"{found['kept_per_second']:.1f}",
-            f"{found['positions']:.0f}",
-            f"{found['seconds_a_step']:.2f}",
-            f"{1000 * found['seconds_to_first_token']:.0f}",
-        ]
-        for name, found in results.items()
-    ]
-    losses = ["variant", "WER of CTC", "its largest jump", "next token, ¼ of stage II", "½", "end"]
-    losses += ["tasks drawn in stage II"]
-    courses = []
-    for name, found in results.items():
-        alignment = found["alignment"] or {"wer": None, "jump": None}
-        numbers = [alignment["wer"] and 100 * alignment["wer"], alignment["jump"], *found["lm_loss"]]
-        drawn = ", ".join(f"{task} {share:.0%}" for task, share in found["drawn"].items())
-        courses.append([name, *("–" if number is None else f"{number:.2f}" for number in numbers), drawn])
-    about = [[name, found["about"]] for name, found in results.items()]
-    tables = (_table(["variant", "what it is"], about), _table(header, rows), _table(losses, courses))
-    return "\n".join(tables)
+def _results(out: Path, samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
+    """Of every variant that is scored and timed, with its differences from the plain one."""
+    results, tallies, said = {}, {}, {sample.id: sample.text for sample in samples}
+    for name in VARIANTS:
+        files = out / name / RESULT, out / name / TIMING
+        if all(file.is_file() for file in files):
+            score, timing = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+            tallies[name] = tally(_rows(out / name / "answers.jsonl"), said)
+            results[name] = score | timing | scores(tallies[name])
+            results[name]["differences"] = differences(tallies[name], tallies[PLAIN]) if PLAIN in tallies else None
+    return results
 
 
 # ---------------------------------------------------------------- data
@@ -312,9 +289,27 @@ def _run_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: 
     if aligned:
         result["alignment"] = json.loads((aligned / RESULT).read_text(encoding="utf-8"))
     result |= _of_stage_2(_rows(out / name / "stage2" / "log.jsonl"))
-    result |= _score(model, read_manifest(corpus / "test.jsonl"), out / name)
+    result["samples"] = _answer_all(model, read_manifest(corpus / "test.jsonl"), out / name)
     write_text(out / name / RESULT, json.dumps(result, indent=2) + "\n")
     gc.collect()  # a Trainer and its model hold each other
+
+
+def _time_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: dict[str, Any]) -> None:
+    """The first steps of its stage II once more, and recordings that its model answers to."""
+    variant = VARIANTS[name]
+    say(f"timing of {name}")
+    aligned = out / "alignments" / variant.alignment / "labels" / "model" if variant.alignment else None
+    manifest = corpus / f"{variant.manifest}.jsonl"
+    steps = {"steps": UNTIMED_STEPS + TIMED_STEPS, "warmup_steps": 0, "log_steps": 1, "quiet": True}
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        _pass("stage2", Path(folder), manifest, aligned, 1.0, settings | variant.settings | steps)
+        ends = [entry["seconds"] for entry in _rows(Path(folder) / "log.jsonl")]
+    taken = [after - before for before, after in pairwise(ends)]
+    samples = one_task(read_manifest(corpus / "test.jsonl"), "transcribe")[:TIMED]
+    timing = {"seconds_a_step": statistics.median(taken[UNTIMED_STEPS - 1 :])}
+    timing |= _cost(*load_model(out / name / "stage3" / "model"), samples)
+    write_text(out / name / TIMING, json.dumps(timing, indent=2) + "\n")
+    gc.collect()
 
 
 def _jump(log: list[dict[str, Any]]) -> float:
@@ -330,7 +325,6 @@ def _of_stage_2(log: list[dict[str, Any]]) -> dict[str, Any]:
     losses = [entry["lm_loss"] for entry in log if entry.get("lm_loss") is not None]
     return {
         "lm_loss": [losses[place] for place in (len(losses) // 4, len(losses) // 2, len(losses) - 1)],
-        "seconds_a_step": log[-1]["seconds"] / log[-1]["step"],
         "drawn": {task: count / drawn.total() for task, count in sorted(drawn.items())},
     }
 
@@ -338,8 +332,8 @@ def _of_stage_2(log: list[dict[str, Any]]) -> dict[str, Any]:
 # ---------------------------------------------------------------- scoring
 
 
-def _score(folder: Path, samples: list[Sample], out: Path) -> dict[str, Any]:
-    """Scores with their intervals, what the language model reads, and how soon it answers."""
+def _answer_all(folder: Path, samples: list[Sample], out: Path) -> dict[str, int]:
+    """Writes the model's answers, and the summary that the report reads; returns how many of each task."""
     model, processor = load_model(folder)
     chosen = [sample for task in TASKS for sample in one_task(samples, task)]
     report = evaluate(model, processor, chosen, batch_size=EVALUATED_AT_ONCE, max_new_tokens=LONGEST_ANSWER)
@@ -347,21 +341,7 @@ def _score(folder: Path, samples: list[Sample], out: Path) -> dict[str, Any]:
     _write_rows(out / "answers.jsonl", rows)
     summary = {"stage3": {"wer": report.wer, "accuracy": report.accuracy}, "samples": report.samples}
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    found: dict[str, Any] = {"samples": report.samples, "accuracy": {}}
-    said = {sample.id: sample.text for sample in chosen}
-    for task in TASKS:
-        of_task = [row for row in rows if row["task"] == task]
-        sentences = [said[row["sample"]] for row in of_task]
-        pairs = [(normalise(row["reference"]), normalise(row["answer"])) for row in of_task]
-        if task == "transcribe":
-            aligned = [jiwer.process_words(*pair) for pair in pairs]
-            wrong = [one.substitutions + one.deletions + one.insertions for one in aligned]
-            words = [len(reference.split()) for reference, _ in pairs]
-            found["wer"] = {"value": report.wer, "interval": interval(wrong, words, sentences)}
-        else:
-            right = interval([a == b for a, b in pairs], [1] * len(pairs), sentences)
-            found["accuracy"][task] = {"value": report.accuracy[task], "interval": right}
-    return found | _cost(model, processor, one_task(samples, "transcribe")[:TIMED])
+    return report.samples
 
 
 @torch.no_grad()
@@ -384,13 +364,3 @@ def _cost(model: Any, processor: Any, samples: list[Sample]) -> dict[str, float]
         "positions": statistics.mean(positions),
         "seconds_to_first_token": statistics.median(times),
     }
-
-
-def _percent(score: dict[str, Any]) -> str:
-    low, high = score["interval"]
-    return f"{100 * score['value']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

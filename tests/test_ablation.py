@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from soundwave import ablation
+from soundwave import ablation, comparison
 from soundwave.data.manifest import read_manifest
 from soundwave.training.stages import ConfigError
 
@@ -29,18 +29,49 @@ def rows(file: Path) -> list[dict]:
 
 
 def test_interval_of_a_share_is_that_of_the_normal_approximation():
-    low, high = ablation.interval([1] * 60 + [0] * 140, [1] * 200, [str(i) for i in range(200)])
+    low, high = comparison.interval([1] * 60 + [0] * 140, [1] * 200, [str(i) for i in range(200)])
     half = 1.96 * (0.3 * 0.7 / 200) ** 0.5
     assert low == pytest.approx(0.3 - half, abs=0.01) and high == pytest.approx(0.3 + half, abs=0.01)
 
 
 def test_interval_weighs_long_samples():
-    assert ablation.interval([5, 0], [5, 5], ["a", "b"]) == [0.0, 1.0]
+    assert comparison.interval([5, 0], [5, 5], ["a", "b"]) == [0.0, 1.0]
 
 
 def test_interval_draws_a_sentence_that_comes_twice_as_one():
-    once = ablation.interval([1, 0, 0, 1, 0], [1] * 5, list("abcde"))
-    assert ablation.interval([1, 0, 0, 1, 0] * 2, [1] * 10, list("abcde") * 2) == once
+    once = comparison.interval([1, 0, 0, 1, 0], [1] * 5, list("abcde"))
+    assert comparison.interval([1, 0, 0, 1, 0] * 2, [1] * 10, list("abcde") * 2) == once
+
+
+def test_differences_are_those_of_the_same_sentences():
+    """Who errs on one sentence of 50 differs from himself by nothing; one more error is told more surely than either WER."""
+    said = {str(i): f"sentence {i}" for i in range(50)}
+
+    def answers(wrong):
+        rows = [(i, "transcribe", said[i], "sentence" if i in wrong else said[i]) for i in said]
+        rows += [(i, task, "yes", "no" if i in wrong else "Yes.") for i in said for task in comparison.TASKS[1:]]
+        return [dict(zip(("sample", "task", "reference", "answer"), row, strict=True)) for row in rows]
+
+    one, two = (comparison.tally(answers(wrong), said) for wrong in ({"3"}, {"3", "7"}))
+    assert comparison.scores(one)["wer"]["value"] == 0.01  # of 100 words
+    assert comparison.scores(one)["accuracy"]["voice"]["value"] == 0.98
+    assert comparison.differences(one, one)["wer"] == {"value": 0.0, "interval": [0.0, 0.0]}
+    found = comparison.differences(two, one)
+    assert found["wer"]["value"] == 0.01 and found["accuracy"]["rate"]["value"] == pytest.approx(-0.02)
+    wide, narrow = comparison.scores(two)["wer"]["interval"], found["wer"]["interval"]
+    assert narrow[1] - narrow[0] < wide[1] - wide[0]
+
+
+def test_answers_to_other_samples_are_not_compared():
+    said = {"a": "light on", "b": "light off"}
+    rows = [{"sample": i, "task": "transcribe", "reference": said[i], "answer": said[i]} for i in said]
+    with pytest.raises(ValueError, match="'transcribe' belong to other samples"):
+        comparison.differences(comparison.tally(rows, said), comparison.tally(rows[:1], said))
+
+
+def test_what_surely_differs_stands_out():
+    rows = {"value": 0.03, "interval": [0.01, 0.05]}, {"value": -0.01, "interval": [-0.02, 0.005]}
+    assert [comparison._points(row) for row in rows] == ["**+3.0 (+1.0 to +5.0)**", "-1.0 (-2.0 to +0.5)"]
 
 
 def test_a_fifth_of_the_transcripts_is_swapped_and_nothing_else(done):
@@ -65,6 +96,17 @@ def test_every_variant_is_scored_with_its_interval(done):
         assert set(found["accuracy"]) == {"voice", "rate", "intent", "question"}
         assert len(found["lm_loss"]) == 3 and sum(found["drawn"].values()) == pytest.approx(1)
         assert found["seconds_a_step"] > 0 and found["seconds_to_first_token"] > 0
+        assert found["differences"] is None  # nothing to compare with
+
+
+def test_scores_are_those_of_the_answers(done):
+    """As the evaluation of the whole counts them."""
+    out, results = done
+    for name, found in results.items():
+        summary = json.loads((out / name / "summary.json").read_text())["stage3"]
+        assert found["wer"]["value"] == pytest.approx(summary["wer"])
+        for task, score in found["accuracy"].items():
+            assert score["value"] == pytest.approx(summary["accuracy"][task])
 
 
 def test_stacked_frames_are_all_read(done):
@@ -82,6 +124,9 @@ def test_tables_and_page_name_every_variant(done):
     out, results = done
     tables, page = (out / "ablations.md").read_text(), (out / "report.html").read_text()
     assert all(tables.count(f"| {name} |") == 3 and name in page for name in results)
+    again = {name: found | {"differences": found} for name, found in results.items()}
+    compared = comparison.markdown(again)
+    assert compared.count("| stacked-4 |") == 4 and compared.count("| no-stage-1 |") == 3  # the first is the plain one
 
 
 def test_the_same_call_goes_on_and_trains_only_what_is_missing(done, settings):

@@ -1,0 +1,120 @@
+"""Scores of several models that answered the same samples: intervals, paired differences, tables.
+
+Intervals are percentile bootstraps over sentences: samples that say the same, in other voices, are drawn together. A
+difference is drawn with both models' answers to the same sentences, so that what is hard for both cancels.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jiwer
+import numpy as np
+
+from soundwave.evaluation import normalise
+
+TASKS = ("transcribe", "voice", "rate", "intent", "question")
+RESAMPLED, CONFIDENCE = 2000, 0.95
+
+
+class Counts(NamedTuple):
+    """Of one task, sample by sample: word errors or right answers, words or 1, and what was said."""
+
+    count: list[int]
+    of: list[int]
+    sentences: list[str]
+
+
+def tally(answers: Iterable[dict[str, str]], said: dict[str, str]) -> dict[str, Counts]:
+    """By task; `answers` have sample, task, reference and answer, `said` the sentence of each sample."""
+    counts = {task: Counts([], [], []) for task in TASKS}
+    for row in answers:
+        reference, given = normalise(row["reference"]), normalise(row["answer"])
+        count, of = int(reference == given), 1
+        if row["task"] == "transcribe":
+            words = jiwer.process_words(reference, given)
+            count, of = words.substitutions + words.deletions + words.insertions, len(reference.split())
+        for values, value in zip(counts[row["task"]], (count, of, said[row["sample"]]), strict=True):
+            values.append(value)
+    return counts
+
+
+def interval(counts: Sequence[float], of: Sequence[float], sentences: Sequence[str]) -> list[float]:
+    """Bootstrap interval of sum(counts) / sum(of), by sentence."""
+    groups: dict[str, np.ndarray] = {}
+    for sentence, pair in zip(sentences, zip(counts, of, strict=True), strict=True):
+        groups[sentence] = groups.get(sentence, np.zeros(2)) + np.asarray(pair, float)
+    values = np.stack(list(groups.values()))
+    sums = values[np.random.default_rng(0).integers(len(values), size=(RESAMPLED, len(values)))].sum(1)
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return [float(low), float(high)]
+
+
+def _score(counts: Counts) -> dict[str, Any]:
+    return {"value": sum(counts.count) / sum(counts.of), "interval": interval(*counts)}
+
+
+def scores(tallies: dict[str, Counts]) -> dict[str, Any]:
+    """`wer` and `accuracy` by task, each a value and its interval."""
+    accuracy = {task: _score(counts) for task, counts in tallies.items() if task != "transcribe"}
+    return {"wer": _score(tallies["transcribe"]), "accuracy": accuracy}
+
+
+def differences(one: dict[str, Counts], other: dict[str, Counts]) -> dict[str, Any]:
+    """`scores` of `one` less those of `other`, whose samples are the same in the same order."""
+    less = {}
+    for task, counts in one.items():
+        if (counts.of, counts.sentences) != (other[task].of, other[task].sentences):
+            raise ValueError(f"the answers to {task!r} belong to other samples than those that they are compared with")
+        less[task] = counts._replace(count=[a - b for a, b in zip(counts.count, other[task].count, strict=True)])
+    return scores(less)
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    """Four tables: what each variant is, how good, how much better or worse than the plain one, and its losses."""
+    asked = [task for task in TASKS if task != "transcribe"]
+    about = [[name, found["about"]] for name, found in results.items()]
+    good = [
+        [
+            name,
+            _percent(found["wer"]),
+            *(_percent(found["accuracy"][task]) for task in asked),
+            f"{found['kept_per_second']:.1f}",
+            f"{found['positions']:.0f}",
+            f"{found['seconds_a_step']:.2f}",
+            f"{1000 * found['seconds_to_first_token']:.0f}",
+        ]
+        for name, found in results.items()
+    ]
+    compared = [
+        [name, _points(found["wer"]), *(_points(found["accuracy"][task]) for task in asked)]
+        for name, found in ((name, found["differences"]) for name, found in results.items())
+        if found and name != next(iter(results))
+    ]
+    courses = []
+    for name, found in results.items():
+        alignment = found["alignment"] or {"wer": None, "jump": None}
+        numbers = [alignment["wer"] and 100 * alignment["wer"], alignment["jump"], *found["lm_loss"]]
+        drawn = ", ".join(f"{task} {share:.0%}" for task, share in found["drawn"].items())
+        courses.append([name, *("–" if number is None else f"{number:.2f}" for number in numbers), drawn])
+    losses = ["variant", "WER of CTC", "its largest jump", "next token, ¼ of stage II", "½", "end"]
+    losses += ["tasks drawn in stage II"]
+    header = ["variant", "WER", *asked, "kept a second", "positions", "s a step", "ms to first token"]
+    tables = (["variant", "what it is"], about), (header, good), (["difference", "WER", *asked], compared)
+    return "\n".join(_table(*table) for table in (*tables, (losses, courses)) if table[1])
+
+
+def _percent(score: dict[str, Any]) -> str:
+    low, high = score["interval"]
+    return f"{100 * score['value']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def _points(score: dict[str, Any]) -> str:
+    """In percentage points; bold where the interval does not hold 0."""
+    low, high = (100 * end for end in score["interval"])
+    text = f"{100 * score['value']:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
