@@ -68,18 +68,19 @@ def _(log_probs, targets, input_lengths, target_lengths, blank, need_gradient, i
 
 @torch.library.custom_op("soundwave::ctc_bwd", mutates_args=())
 @ranged("soundwave.ctc_bwd")
-def _ctc_bwd(grad: Tensor, posteriors: Tensor, labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+def _ctc_bwd(grad: Tensor, nll: Tensor, posteriors: Tensor, labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     raise_pending()
+    grad = grad.masked_fill(nll == torch.inf, 0.0)  # inf where the loss was squared, and no posterior to multiply
     return spread((posteriors * -grad[:, None]).to(dtype), labels, classes)
 
 
 @_ctc_bwd.register_fake
-def _(grad, posteriors, labels, classes, dtype):
+def _(grad, nll, posteriors, labels, classes, dtype):
     return posteriors.new_empty(*posteriors.shape[:2], classes, dtype=dtype)
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(output[1], output[2])
+    ctx.save_for_backward(*output)
     ctx.classes, ctx.dtype = inputs[0].shape[2], inputs[0].dtype
     ctx.mark_non_differentiable(output[2])  # but not the posteriors: through them a second derivative is noticed
     ctx.set_materialize_grads(False)

@@ -268,9 +268,13 @@ def _lattice_torch(
     frames = before(input_lengths.to(device), size).T[..., None]
     emissions = log_probs.gather(2, labels.expand(size, -1, -1)).double()
     wrong = ((emissions.isnan() | (emissions == torch.inf)) & frames).any(2).any(0)
+    # Below 0, as aten takes for granted that they are: its gradient holds their exponentials.
+    shift = emissions.amax(2, keepdim=True)
+    shift = torch.where(frames & shift.isfinite(), shift, 0.0)
+    emissions -= shift
     lengths = input_lengths.tolist(), target_lengths.tolist()
     nll, log_alpha = torch.ops.aten._ctc_loss(emissions, column, *lengths, 0, False)
-    result = nll.add(0.0).masked_fill_(wrong, torch.nan).to(dtype)  # adding 0 makes -0 a 0
+    result = (nll - shift.sum((0, 2))).add(0.0).masked_fill_(wrong, torch.nan).to(dtype)  # adding 0 makes -0 a 0
     if not need_gamma:
         return result, result.new_zeros(0, *labels.shape), labels
     gradient = torch.ops.aten._ctc_loss_backward(

@@ -109,7 +109,7 @@ def _run(
     """`need`: the gradients of hidden, weight and blank; `upstream` [B]: what the losses in dW are multiplied with."""
     need_hidden, need_weight, need_blank = need
     (batch, size, width), dtype = hidden.shape, sum_dtype(hidden, head.weight)
-    given = input_lengths
+    given, given_targets, given_target_lengths = input_lengths, targets, target_lengths
     targets, input_lengths, target_lengths, wrong = check_targets(
         targets, input_lengths, target_lengths, frames=size, classes=head.size, blank=head.blank, device=hidden.device,
         validate=validate, frames_of="hidden", classes_of="rows of the head",
@@ -133,7 +133,10 @@ def _run(
     row_share = true_share
     if not need_weight:
         row_share = true_share.log2().round_().exp2_()  # only weighs what is skipped: dividing by it again is exact
-    active, skipped = 0.0, own.new_zeros(())
+    groups = packed.utterance == torch.arange(batch, device=hidden.device)[:, None]
+    if reduction != "none":  # which leaves the weights to backward: no utterance may lose more than its share then
+        groups = groups.any(0, keepdim=True)
+    active, skipped = 0.0, own.new_zeros(len(groups))
     chunks = vocab_chunks(
         rows, weight, own, labels.masked_fill(~used, -1), packed.utterance,
         row_share if need_hidden or need_weight else None, stats, impl,
@@ -141,7 +144,8 @@ def _run(
     for start, stop, p in chunks:
         if need_hidden:
             s = row_share[start:stop]
-            product, columns, missing = probabilities_times_weight(p, weight, stats.off[start:stop] * s, exact)
+            off = stats.off[start:stop] * s
+            product, columns, missing = probabilities_times_weight(p, weight, off, exact, groups[:, start:stop])
             product *= torch.where(s > 0, 1 / s, 0.0)[:, None]
             dhidden.view(-1, width)[packed.place[start:stop]] = product.to(hidden.dtype)
             active += columns * (stop - start)
@@ -157,8 +161,13 @@ def _run(
         blank=0, impl=impl, need_gamma=any(need),
     )  # fmt: skip
     lost = fits & (nll == torch.inf)  # it has frames enough, but what it needs has probability 0
+    if need_weight and bool((lost & (scale != 0)).any()):  # dW holds its P already: once more, without it
+        kept = scale.new_ones(batch).masked_fill(lost, 0.0)
+        return _run(
+            hidden, head, given_targets, given, given_target_lengths, product_dtype, reduction, zero_infinity, exact,
+            need, impl, validate, kept if upstream is None else torch.where(lost, 0.0, upstream),
+        )  # fmt: skip
     fits, scale = fits & ~lost, scale.masked_fill(lost, 0.0)
-    greatest = torch.where(lost.any(), torch.nan, greatest)  # dW already holds its P: better none than a wrong one
     if any(need):
         gradient = _label_gradient(log_probs, gamma.transpose(0, 1).flatten(0, 1)[packed.place], stats)
         gradient.masked_fill_(~fits[packed.utterance, None], 0.0)
@@ -176,10 +185,10 @@ def _run(
             dweight *= greatest
     error_bound = own.new_zeros(())
     if active < len(rows) and need_hidden:
-        norm = (packed.pack(dhidden).to(dtype) * true_share[:, None]).norm()
+        norms = groups.to(dtype) @ (packed.pack(dhidden).to(dtype) * true_share[:, None]).square().sum(1)
         rounded_down = torch.where(row_share > 0, true_share / row_share, 0.0).amax()  # what was skipped weighs more
         largest = longest_row(head.weight, dtype) * skipped.sqrt() * rounded_down
-        error_bound = torch.where(largest == 0, 0.0, largest / norm)
+        error_bound = torch.where(largest == 0, 0.0, largest / norms.sqrt()).amax()
     if zero_infinity:
         nll = nll.masked_fill(nll == torch.inf, 0.0)
     if wrong is not None:

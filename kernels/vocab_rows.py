@@ -17,7 +17,8 @@ is that use for the gradient of h, and leaves out the columns that carry next to
 
 A column whose maximum in the chunk is at most τ is skipped; with more than a quarter of them active, none is. A row's
 error is at most max ‖W_v‖ times its skipped mass, which is returned. A limit on P itself would not do: rows that are
-sure have flat tails, and these are all of their gradient.
+sure have flat tails, and these are all of their gradient. Where rows will be weighed by a factor that is not known yet,
+the rule holds for each group of rows that share it.
 
 Shapes    logits [n, V]; own [n, C] float32 (float64 for float64), -inf where unused; ids [G, C] int64, the own columns
           (none where outside 0 to V - 1), of which row r takes the line group[r]; scale [n] or None.
@@ -243,25 +244,30 @@ def _mm(p: Tensor, weight: Tensor, columns: Tensor | None, dtype: torch.dtype) -
     return out
 
 
-def probabilities_times_weight(p: Tensor, weight: Tensor, off: Tensor, exact: bool) -> tuple[Tensor, float, Tensor]:
-    """`P W` [n, D] in the dtype of `off`; the share of columns that took part; the squared 2-norm of the skipped mass.
+def probabilities_times_weight(
+    p: Tensor, weight: Tensor, off: Tensor, exact: bool, groups: Tensor | None = None
+) -> tuple[Tensor, float, Tensor]:
+    """`P W` [n, D] in the dtype of `off`; the share of columns that took part; the squared 2-norms of the skipped mass.
 
     Args:
         p: [n, V], from `vocab_chunks`.
         off: [n], the sums of its rows.
         exact: skip nothing.
+        groups: bool [G, n], the rows of each; one of all rows if None. The norms are [G].
 
     Two or three numbers come to the host, which wait for a GPU.
     """
     columns = p.shape[1]
+    groups = (off.new_ones(1, off.shape[0]) if groups is None else groups).to(off.dtype)
     if not exact:
         peak = p.amax(0).to(off.dtype)
         # Column v is in bin j where 2^-(j + 1) < its maximum <= 2^-j.
         bins = peak.log2_().neg_().floor_().nan_to_num_(0.0, BINS - 1, 0).clamp_(0, BINS - 1).to(torch.int64)
         below = bins[:, None] >= torch.arange(BINS, device=p.device)  # [v, j]: its maximum is at most 2^-j
         skipped = _mm(p, below.to(p.dtype), None, off.dtype)  # [n, j]: mass in these columns
-        limit = SKIPPED_MASS * off.norm()
-        too_much, *inactive = torch.cat([(skipped.norm(dim=0) > limit).sum()[None], below.sum(0)]).tolist()
+        limits = SKIPPED_MASS**2 * (groups @ off.square())
+        too_much = (groups @ skipped.square() > limits[:, None]).any(0).sum()
+        too_much, *inactive = torch.cat([too_much[None], below.sum(0)]).tolist()
         # The tail also holds the small entries of active columns; these are few, so they are looked at one by one.
         for j in range(max(too_much, 1), BINS):
             if columns - inactive[j] > MOST_ACTIVE * columns:
@@ -269,9 +275,10 @@ def probabilities_times_weight(p: Tensor, weight: Tensor, off: Tensor, exact: bo
             kept = (bins < j).nonzero()[:, 0]
             p_kept = _columns(p, kept)
             tail = skipped[:, j] + p_kept.masked_fill(p_kept > 2.0**-j, 0.0).sum(1, dtype=off.dtype)
-            if tail.norm() <= limit:
-                return _mm(p_kept, weight, kept, off.dtype), kept.shape[0] / columns, tail.square().sum()
-    return _mm(p, weight, None, off.dtype), 1.0, off.new_zeros(())
+            lost = groups @ tail.square()
+            if (lost <= limits).all():
+                return _mm(p_kept, weight, kept, off.dtype), kept.shape[0] / columns, lost
+    return _mm(p, weight, None, off.dtype), 1.0, off.new_zeros(groups.shape[0])
 
 
 def _columns(p: Tensor, kept: Tensor) -> Tensor:

@@ -293,12 +293,31 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         with torch.no_grad():
             frames, lengths = self.encode(input_features, feature_lengths)
         hidden, lengths = self.alignment(frames, lengths)
-        targets = target_lengths = None
-        if ctc_labels is not None:
-            target_lengths = (ctc_labels != eager.IGNORE_INDEX).sum(1)
-            targets = ctc_labels.masked_fill(ctc_labels == eager.IGNORE_INDEX, 0)
+        if ctc_labels is None:
+            return hidden, lengths, self._ctc(hidden, lengths)
+        known = ctc_labels != eager.IGNORE_INDEX
+        targets, counts = ctc_labels.masked_fill(~known, 0), known.sum(1)
+        transcribed = counts > 0
+        if transcribed.all():
+            return hidden, lengths, self._ctc(hidden, lengths, targets, counts)
+        path = torch.full(hidden.shape[:2], -1, device=hidden.device)
+        scores = torch.zeros(hidden.shape[:2], device=hidden.device)
+        trained = [x for x in (hidden, self.blank_weight, self.blank_bias) if x is not None]
+        loss = sum(x.flatten()[:0].sum() for x in trained)  # of no transcript: 0, and every gradient is there
+        for chosen in (transcribed, ~transcribed):
+            if chosen.any():
+                labels = (targets[chosen], counts[chosen]) if chosen is transcribed else ()
+                part = self._ctc(hidden[chosen], lengths[chosen.to(lengths.device)], *labels)
+                path[chosen], scores[chosen] = part.path, part.path_log_prob.to(scores.dtype)
+                loss = loss if part.loss is None else part.loss
+        return hidden, lengths, eager.LinearCTCOutput(loss, path, scores)
+
+    def _ctc(
+        self, hidden: Tensor, lengths: Tensor, targets: Tensor | None = None, target_lengths: Tensor | None = None
+    ) -> eager.LinearCTCOutput:
+        """CTC over the LLM's vocabulary; without targets the path only."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and targets is not None):
-            ctc = self._operations.linear_ctc_loss(
+            return self._operations.linear_ctc_loss(
                 hidden,
                 self.head_weight,
                 targets,
@@ -307,15 +326,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 blank=self.blank,
                 blank_weight=self.blank_weight,
                 blank_bias=self.blank_bias,
-                reduction="none",
+                reduction="mean",  # known beforehand, so that it may weigh what columns are skipped
                 zero_infinity=True,
                 **({"exact": self.config.exact} if self.config.implementation == "fused" else {}),
             )
-        if targets is not None:
-            per_label = ctc.loss / target_lengths.clamp(min=1)
-            transcribed = target_lengths > 0
-            ctc = ctc._replace(loss=(per_label * transcribed).sum() / transcribed.sum().clamp(min=1))
-        return hidden, lengths, ctc
 
     def kept_frames(self, ctc: eager.LinearCTCOutput, lengths: Tensor) -> eager.Peaks:
         """The frames that the language model will read, by `config.keep`, of what `align` gave."""

@@ -44,7 +44,7 @@ def test_interval_draws_a_sentence_that_comes_twice_as_one():
 
 
 def test_differences_are_those_of_the_same_sentences():
-    """Who errs on one sentence of 50 differs from himself by nothing; one more error is told more surely than either WER."""
+    """An error that both make is no difference; one more is told more surely than either word error rate."""
     said = {str(i): f"sentence {i}" for i in range(50)}
 
     def answers(wrong):

@@ -270,6 +270,26 @@ def test_skipping_changes_nothing_else(dtype):
     assert any(0 < share < vocab_rows.MOST_ACTIVE for share in shares)
 
 
+def test_without_a_reduction_the_certificate_holds_however_the_losses_are_weighed():
+    """A sure utterance beside an unsure one: what is little for both together is much for the first."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4000, 32, generator=generator)
+    weight[0] = 0
+    hidden = torch.zeros(2, 60, 32)
+    hidden[0] = weight[7]
+    hidden[1] = 0.2 * torch.randn(32, generator=generator) + 0.6 * weight[torch.arange(60) % 3 + 11]
+    common = {"targets": torch.tensor([[7], [9]]), "input_lengths": [60, 60], "target_lengths": [1, 1], "blank": 0}
+    for upstream in ([1.0, 0.0], [0.0, 1.0], [1.0, 1e-3]):
+        gradients = []
+        for exact in (True, False):
+            leaf = hidden.clone().requires_grad_()
+            out = linear_ctc_loss(leaf, weight, **common, reduction="none", exact=exact)
+            (out.loss * torch.tensor(upstream)).sum().backward()
+            gradients.append(leaf.grad)
+        whole, found = gradients
+        assert (found - whole).norm() <= (float(out.error_bound) + 1e-5) * whole.norm()
+
+
 def test_flat_rows_skip_nothing():
     case = make(2, 50, 3000, 16, 5, sharpness=0.1)
     out, _ = run(linear_ctc_loss, to(case, FP32))
@@ -708,3 +728,19 @@ def test_what_probability_0_makes_infeasible_has_no_gradient():
         case["blank_bias"].fill_(-torch.inf)
     out, gradients = run(linear_ctc_loss, case, reduction="none", zero_infinity=True)
     assert out.loss[0] == 0 and not gradients["hidden"][0].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("zero_infinity", [False, True])
+def test_what_probability_0_makes_infeasible_adds_nothing_to_a_trained_head(reduction, zero_infinity):
+    case = make(2, 6, 20, 7, 2, blank=20, full=True)
+    case["targets"][0], case["targets"][1] = 1, torch.tensor([2, 3])
+    case["blank_bias"].fill_(-torch.inf)
+    alone = {name: value[1:] if name not in (*GRADIENTS[1:], "blank") else value for name, value in case.items()}
+    trained = ("hidden", "weight")
+    out, found = run(linear_ctc_loss, to(case, FP32, trained=trained), reduction=reduction, zero_infinity=zero_infinity)
+    _, expected = run(linear_ctc_loss, to(alone, FP32, trained=trained), reduction=reduction)
+    share = 2 if reduction == "mean" else 1  # of an average over two
+    torch.testing.assert_close(found["weight"] * share, expected["weight"])
+    torch.testing.assert_close(found["hidden"][1:] * share, expected["hidden"])
+    assert not found["hidden"][0].any() and out.loss.isinf().any() != zero_infinity

@@ -193,6 +193,10 @@ def test_recordings_without_a_transcript_are_left_out_of_the_ctc_loss(model, bat
         torch.testing.assert_close(
             model(**inputs | {"ctc_labels": labels}).ctc_loss, model(**others).ctc_loss, rtol=1e-4, atol=0
         )
+        *_, mixed = model.align(**inputs | {"ctc_labels": labels})
+        *_, whole = model.align(**inputs)
+    assert torch.equal(mixed.path, whole.path)
+    torch.testing.assert_close(mixed.path_log_prob, whole.path_log_prob)
 
 
 def test_no_transcript_at_all_gives_a_ctc_loss_of_zero_with_a_gradient(model, batch):

@@ -125,9 +125,27 @@ def test_columns_are_skipped_by_the_tail_rule():
             active, tail = torch.ones_like(active), torch.zeros(())
         product, share, lost = vocab_rows.probabilities_times_weight(p, weight, mass[:, 0], exact=False)
         assert share == active.double().mean()
-        torch.testing.assert_close(lost, tail.double().square().sum())
+        torch.testing.assert_close(lost, tail.double().square().sum()[None])
         torch.testing.assert_close(product, p[:, active] @ weight[active])
         assert (product - p @ weight).norm() <= vocab_rows.longest_row(weight, FP64) * lost.sqrt() + 1e-12
+
+
+def test_no_group_of_rows_loses_more_than_its_share():
+    """Two rows that lose little of much, and one that would lose a great share of little: together, and apart."""
+    p = torch.zeros(3, 4000, dtype=FP64)
+    p[:2, :3] = 0.3
+    p[:2, 3:] = 2e-6
+    p[2, 3:] = 1e-6
+    weight, off = torch.ones(4000, 2, dtype=FP64), p.sum(1)
+    _, share, lost = vocab_rows.probabilities_times_weight(p, weight, off, exact=False)
+    assert share == 3 / 4000 and lost.shape == (1,) and lost > 0
+    alone = torch.tensor([[True, True, False], [False, False, True]])
+    product, share, lost = vocab_rows.probabilities_times_weight(p, weight, off, False, alone)
+    assert share == 1 and not lost.any()
+    torch.testing.assert_close(product, p @ weight)
+    _, share, lost = vocab_rows.probabilities_times_weight(p[:2], weight, off[:2], False, torch.eye(2).bool())
+    assert share == 3 / 4000
+    torch.testing.assert_close(lost, torch.full((2,), (3997 * 2e-6) ** 2, dtype=FP64))
 
 
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 1000])
