@@ -1,7 +1,8 @@
 """The alignment adapter: Whisper's frames [B, 2·T, E] -> hidden states [B, T, D], and the gradients of its parameters.
 
-Ours packs the rows and attends through `soundwave.attention`; `attention="flash_attn"` and `"varlen"` name the two
-FlashAttentions. The definition's operations are counted over valid frames, so that padding shows as time, not as work.
+Ours packs the rows and attends through `soundwave.attention`: through flash-attn where that is installed, else through
+torch's own FlashAttention; "ours-flash-attn", "ours-varlen" and "ours-sdpa" name theirs. What a frame of padding is
+made into does not count. The definition's operations are counted over valid frames: padding shows as time, not as work.
 """
 
 import pytest
@@ -41,6 +42,7 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
     add("ours-torch", fused_adapter(impl="torch"))
     add("ours-triton", fused_adapter(impl="triton"))
     add("ours-flash-attn", fused_adapter(impl="triton", attention="flash_attn"))
+    add("ours-varlen", fused_adapter(impl="triton", attention="varlen"))
     add("ours-sdpa", fused_adapter(impl="triton", attention="sdpa"))
 
     def inputs(seed: int) -> tuple:
@@ -59,6 +61,7 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
         parameters,
         flops={"forward": forward, "backward": 2 * forward - first, "both": 3 * forward - first},
         bytes={"forward": moved, "backward": 2 * moved, "both": 3 * moved},
+        counts=eager.length_mask(frames // 2, case.T)[..., None].to(device),
     )
 
 
@@ -66,8 +69,13 @@ ALIGNMENT = Operation(
     "alignment",
     shapes.alignment,
     problem,
-    ("eager", "compiled", "ours-torch", "ours-triton", "ours-flash-attn", "ours-sdpa"),
-    needs={"ours-triton": ("cuda",), "ours-flash-attn": ("cuda", "flash_attn"), "ours-sdpa": ("cuda",)},
+    ("eager", "compiled", "ours-torch", "ours-triton", "ours-flash-attn", "ours-varlen", "ours-sdpa"),
+    needs={
+        "ours-triton": ("cuda",),
+        "ours-flash-attn": ("cuda", "flash_attn"),
+        "ours-varlen": ("cuda",),
+        "ours-sdpa": ("cuda",),
+    },
 )
 
 

@@ -44,6 +44,7 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
         },
         flops={"forward": flops(case, models["eager"])},
         trains=False,
+        different=("released-padding",),
     )
 
 

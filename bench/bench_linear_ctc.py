@@ -69,7 +69,7 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
 
     rows = int(shapes.lengths(case.B, case.T, case.lengths).sum())
     product = 2.0 * rows * case.V * case.D
-    moved = case.dtype.itemsize * (case.V * case.D + 2.0 * rows * case.D)  # the head, the states, and back
+    moved = case.dtype.itemsize * (case.V * case.D + 2.0 * rows * case.D)  # the head, the states, and their gradient
     return Problem(
         inputs,
         {
@@ -81,7 +81,9 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
             "ours-triton-exact": plain(loss(functional.linear_ctc_loss, impl="triton", exact=True)),
         },
         flops={"both": 2 * product},
-        bytes={"both": 2 * moved},
+        bytes={"both": moved},
+        different=("two-products",),
+        agreement=0.05,  # skipping may leave out that much; `tests` hold it to its own, smaller bound
     )
 
 

@@ -133,8 +133,9 @@ def batch_of(case: Case, device: torch.device, *, padded: bool = False, seed: in
 def flops(case: Case, model: Planted) -> float:
     """Operations that a step of the case needs over valid frames and tokens, by its definition.
 
-    Two operations a weight and row forward; backward as many for the inputs, and again as many for weights that are
-    trained. The language model's weights are frozen, and LoRA is too small to count.
+    Two operations a weight and row forward; backward as many for the inputs, but those of the frozen encoder, and again
+    as many for weights that are trained; attention's scores and sums twice as many backward as forward. The language
+    model's weights are frozen, and LoRA is too small to count.
     """
     frames = lengths(case.B, case.T, case.lengths).double()
     tokens = kept_frames(frames.long()).double() + PROMPT - 1 + (ANSWER if case.stage else 0)
@@ -146,15 +147,22 @@ def flops(case: Case, model: Planted) -> float:
     encoder = 2 * matrices(model.audio_tower.layers) * 2 * frames.sum()
     encoder = encoder + 4 * dims.audio_width * dims.audio_layers * ((2 * frames) ** 2).sum()
     alignment = 2 * matrices(model.alignment) * frames.sum() + 4 * dims.width * (frames**2).sum()
+    trained_alignment = 3 * alignment - 4 * dims.audio_width * dims.width * frames.sum()  # no gradient for the encoder
     product = 2 * dims.vocab * dims.width * frames.sum()
     shrinking = 4 * dims.width**2 * (frames.sum() + kept_frames(frames.long()).sum())
     layers = 2 * matrices(model.language_model.base_model.layers) * tokens.sum()
-    layers = layers + 2 * dims.width * dims.layers * (tokens**2).sum()  # causal: half the pairs
-    answers = 2 * dims.vocab * dims.width * case.B * ANSWER
+    pairs = 2 * dims.width * dims.layers * (tokens**2).sum()  # causal: half of them
+    answers = 2 * dims.vocab * dims.width * case.B * (ANSWER if case.stage else case.new_tokens)
+    learning = 2 * layers + 3 * pairs + 2 * answers
     total = {
-        0: encoder + alignment + product + shrinking + layers * (1 + case.new_tokens / tokens.mean()),
-        1: encoder + 3 * alignment + 2 * product,
-        2: encoder + 3 * alignment + 2 * product + 3 * shrinking + 2 * layers + 2 * answers,
-        3: encoder + alignment + product + shrinking + 2 * layers + 2 * answers,
+        0: encoder
+        + alignment
+        + product
+        + shrinking
+        + (layers + pairs) * (1 + case.new_tokens / tokens.mean())
+        + answers,
+        1: encoder + trained_alignment + 2 * product,
+        2: encoder + trained_alignment + 2 * product + 3 * shrinking + learning,
+        3: encoder + alignment + product + shrinking + learning,
     }
     return float(total[case.stage])

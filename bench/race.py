@@ -2,8 +2,9 @@
 
 A round runs every contender of a group once, in an order that moves on by one each round, and with them a large product
 and a large copy: what a slow minute does to one it does to all, so a ratio is the median of the rounds' own ratios.
-Times are CUDA events, or the clock of the CPU. On CUDA each run takes the next copy of its inputs, so many that they do
-not fit into the L2 cache together.
+Before the rounds each contender's result and gradients are held to eager's: one that computes something else fails.
+Times are CUDA events, or the clock of the CPU. On CUDA each run takes the next copy of its inputs, so many that they
+do not fit into the L2 cache together.
 
 A training step is timed as a whole and in two parts: forward with everything kept for backward, and backward. An
 operation that has its gradient ready after forward (the linear losses) shows it there; `both` is what compares.
@@ -11,20 +12,28 @@ operation that has its gradient ready after forward (the linear losses) shows it
 
 import gc
 import json
+import math
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
-import nvtx
 import torch
 from torch import Tensor
 
 from bench.shapes import Case
+from soundwave.benchmarks import OURS
+
+try:
+    from nvtx import annotate
+except ModuleNotFoundError:  # ranges change no figure
+    annotate = None
 
 PARTS = ("forward", "backward", "both")
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
@@ -32,10 +41,16 @@ SECONDS = {"cuda": 1.0, "cpu": 0.5, "tiny": 0.0}  # for the rounds of a group, a
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 1024, "tiny": 128}
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26, "tiny": 2**16}  # read, and as many written: past every cache
 MAX_COPIES = 64  # of the inputs
+# How far from eager's a contender's result and gradients may lie, of their norm: products and sums in another order.
+AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class Absent(Exception):
     """A contender cannot run here; the message says why."""
+
+
+class Wrong(Exception):
+    """A contender's result is not what it should be."""
 
 
 @dataclass
@@ -50,6 +65,11 @@ class Problem:
         flops, bytes: that the definition needs, by part: what an ideal implementation would have to do and to move.
         trains: False for what has no backward.
         partial: contenders that do a part of the work only, to show its share; `flops` and `bytes` are not theirs.
+        different: contenders whose results need not be eager's: other inputs, or the work without the sense of it.
+        agreement: in place of AGREEMENT, where the definition of the operation allows more.
+        same_gradients: False where eager's are by another convention, so that only results are held to eager's.
+        counts: what the result is multiplied with before it is summed up and differentiated, and before it is held
+            to eager's; 0 on what is padding to some contenders. None for ones.
     """
 
     inputs: Callable[[int], tuple]
@@ -59,6 +79,10 @@ class Problem:
     bytes: dict[str, float] = field(default_factory=dict)
     trains: bool = True
     partial: tuple[str, ...] = ()
+    different: tuple[str, ...] = ()
+    agreement: float | None = None
+    same_gradients: bool = True
+    counts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +158,16 @@ def _synchronise(device: torch.device) -> None:
 class Runner:
     """Runs one contender: forward, and backward where there is one."""
 
-    def __init__(self, function: Callable[..., Tensor], parameters: list[Tensor], trains: bool, device: torch.device):
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        parameters: list[Tensor],
+        trains: bool,
+        device: torch.device,
+        counts: Tensor | None = None,
+    ):
         self.function, self.parameters, self.trains, self.device = function, parameters, trains, device
+        self.counts = counts
 
     def forward(self, inputs: tuple) -> Tensor:
         with torch.set_grad_enabled(self.trains):
@@ -144,14 +176,16 @@ class Runner:
 
     def backward(self, out: Tensor, inputs: tuple) -> tuple:
         leaves = leaves_of(inputs, self.parameters)
-        return torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+        upstream = torch.ones_like(out) if self.counts is None else self.counts.to(out.dtype).expand_as(out)
+        return torch.autograd.grad(out, leaves, upstream, allow_unused=True)
 
-    def warm_up(self, inputs: tuple) -> None:
+    def warm_up(self, inputs: tuple) -> "Outcome":
         """First run: compiles, and finds out whether there is a backward; without one only forward races."""
         out = self.forward(inputs)
         self.trains = self.trains and out.requires_grad
-        if self.trains:
-            self.backward(out, inputs)
+        gradients = self.backward(out, inputs) if self.trains else ()
+        out = out.detach() if self.counts is None else out.detach() * self.counts
+        return Outcome(out.cpu(), [None if x is None else x.cpu() for x in gradients])
 
     def step(self, inputs: tuple) -> dict[str, float]:
         """Seconds of one run by part."""
@@ -172,6 +206,32 @@ class Runner:
         """Most bytes that a run held beyond what was there before, by part."""
         measure = _peak_cuda if self.device.type == "cuda" else _peak_cpu
         return measure(self, inputs)
+
+
+class Outcome(NamedTuple):
+    """What a run gave: its result, and the gradients of the leaves, on the CPU. Without a backward there are none."""
+
+    out: Tensor
+    gradients: list[Tensor | None]
+
+    def differs(self, expected: "Outcome", limit: float) -> str:
+        """In which way, if it does by more than `limit` of the norm; results of integers may."""
+        if self.out.shape != expected.out.shape:
+            return f"the result has shape {list(self.out.shape)}, but eager's {list(expected.out.shape)}"
+        pairs = {"the result": [(self.out, expected.out)] if self.out.is_floating_point() else []}
+        if self.gradients and expected.gradients:
+            both = list(zip(self.gradients, expected.gradients, strict=True))
+            if missing := [i for i, (ours, theirs) in enumerate(both) if ours is None and theirs is not None]:
+                return f"it has no gradient for {len(missing)} of {len(both)} tensors, and eager has"
+            pairs["the gradient"] = [pair for pair in both if pair[1] is not None]
+        for name, parts in pairs.items():
+            error = sum(float((a.double() - b.double()).square().sum()) for a, b in parts) ** 0.5
+            norm = sum(float(b.double().square().sum()) for _, b in parts) ** 0.5
+            if not error <= limit * norm:
+                return (
+                    f"{name} lies {error / norm if norm else math.inf:.2g} of its norm from eager's ({limit:g} allowed)"
+                )
+        return ""
 
 
 class _Clock:
@@ -266,21 +326,39 @@ def race(problem: Problem, names: list[str], dtype: torch.dtype, size: str, devi
     """Time the contenders `names` of a problem in alternating rounds."""
     laps, runners = {name: Laps() for name in names}, {}
     copies = _copies(problem, device)
-    for name in names:
+    expected = None  # what eager gives, which is made first
+    limit = problem.agreement or AGREEMENT[dtype]
+    for name in sorted(names, key=lambda name: name != "eager"):
+        ours = name.startswith(OURS)
         try:
-            runner = Runner(problem.contenders[name](), problem.parameters.get(name, []), problem.trains, device)
-            runner.warm_up(copies[-1])
+            function, parameters = problem.contenders[name](), problem.parameters.get(name, [])
+            runner = Runner(function, parameters, problem.trains, device, problem.counts)
+            found = runner.warm_up(copies[-1])
+            if name == "eager":
+                expected = found
+            elif ours and problem.trains and not runner.trains:
+                raise Wrong("it has no backward")
+            held_to_eager = expected is not None and name not in ("eager", *problem.partial, *problem.different)
+            if not problem.same_gradients:
+                found = found._replace(gradients=[])
+            if held_to_eager and (difference := found.differs(expected, limit)):
+                raise Wrong(difference)
             laps[name].peak_bytes = runner.peak_bytes(copies[0])
             started = time.perf_counter()
             runner.step(copies[-1])
             runners[name] = (runner, time.perf_counter() - started)
-        except (Absent, ImportError) as error:
+        except Absent as error:
             laps[name].absent = f"{name}: {error}"
-        except torch.OutOfMemoryError:
-            laps[name].absent = f"{name}: out of memory"
-        except Exception:  # a peer that breaks fails its own tests, not those of the others
-            laps[name].failed = traceback.format_exc()
+        except Wrong as error:
+            laps[name].failed = f"{name}: {error}"
+        except Exception as error:  # a peer that breaks fails its own tests, not those of the others
+            if isinstance(error, ImportError | torch.OutOfMemoryError) and not ours:
+                reason = error if isinstance(error, ImportError) else "out of memory"
+                laps[name].absent = f"{name}: {reason}"
+            else:
+                laps[name].failed = traceback.format_exc()
         gc.collect()
+    expected = None
 
     product, copy, product_flops, copy_bytes = _roofs(dtype, size, device)
     product.step(()), copy.step(())
@@ -296,7 +374,7 @@ def race(problem: Problem, names: list[str], dtype: torch.dtype, size: str, devi
             copy_seconds.append(copy.step(())["forward"])
             first = turn % max(len(order), 1)
             for name in order[first:] + order[:first]:
-                with nvtx.annotate(name, domain="bench"):
+                with annotate(name, domain="bench") if annotate else nullcontext():
                     spans = runners[name][0].step(copies[run % len(copies)])
                 run += 1
                 for part, seconds in spans.items():

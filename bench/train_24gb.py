@@ -10,6 +10,7 @@ the package's own model, gradients accumulated over two batches, clipping and Ad
 second, and beside it all 25. For every stage and implementation, each in a process of its own, it looks for the largest
 batch that trains and reports its peak memory by phase and by part beside `soundwave.memory`'s prediction, audio-seconds
 and tokens a second, and the model's FLOPs (without what is recomputed) as a share of what a large product reaches.
+A search that its time has cut short says so ("≥ 44"), and so does a largest batch that could not be timed.
 
 The JSON goes to --out, else to $OUT, else to bench/results/<device>/ (a rehearsal's to runs/); it is written again
 after every process.
@@ -44,10 +45,11 @@ from soundwave.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.training.stages import TRAINED
 
 CAP_GIB = 22.0
-SECONDS, TEXT_TOKENS, ANSWER_TOKENS = 30.0, 150, 80  # 30 s of speech hold some 80 sub-words
+SECONDS, TEXT_TOKENS, ANSWER_TOKENS = 30.0, 150, memory.ANSWER_TOKENS
 KEPT_PER_SECOND = (3.0, 25.0)  # a speaking rate's sub-words, and every frame: nothing is shrunk
 ACCUMULATION = 2  # so that gradients are there while the next batch runs, as in every real training
 TIMED_STEPS = 5
+GRACE_SECONDS = 30.0  # for the step that a process is in when its time is over
 TINY = memory.Dims(
     mels=16, audio_width=64, audio_layers=2, audio_heads=2, audio_mlp=128, audio_positions=100,
     width=128, layers=2, heads=4, kv_heads=2, mlp=256, vocab=1000, lora_rank=4,
@@ -305,8 +307,12 @@ def quant_state_tensors(state: Any) -> list[Tensor]:
     return own + (quant_state_tensors(state.state2) if state.nested else [])
 
 
-def largest(trial: Trial, kept_per_second: float, tried: list[dict[str, Any]], deadline: float) -> int:
-    """The largest batch that fits, 0 if none; `tried` gets every one that was looked at. Starts at the prediction."""
+def largest(trial: Trial, kept_per_second: float, tried: list[dict[str, Any]], deadline: float) -> tuple[int, bool]:
+    """The largest batch that fits, 0 if none, and whether that is sure: it is not where `deadline` ended the search.
+
+    It starts at the prediction, which keeps some memory free, and goes up or down from there. `tried` gets every batch
+    that was looked at; `deadline` is a `time.time()`.
+    """
 
     def fits(size: int) -> bool:
         result = trial.attempt(size, kept_per_second)
@@ -314,14 +320,14 @@ def largest(trial: Trial, kept_per_second: float, tried: list[dict[str, Any]], d
         return result is not None
 
     if not trial.cuda:
-        return max(size for size in TINY_BATCHES if fits(size))
+        return max(size for size in TINY_BATCHES if fits(size)), True
     guess = memory.largest_batch(
         trial.stage, trial.seconds, gpu_gib=CAP_GIB + memory.RESERVED_GIB, implementation=trial.implementation,
         kept_per_second=kept_per_second, dims=trial.dims, **trial.text,
     )  # fmt: skip
     least, most, size = 0, None, max(guess, 1)
     stride = max(1, guess // 16)
-    while (most is None or most - least > 1) and time.monotonic() < deadline:
+    while (most is None or most - least > 1) and time.time() < deadline:
         if fits(size):
             least = size
         else:
@@ -330,11 +336,9 @@ def largest(trial: Trial, kept_per_second: float, tried: list[dict[str, Any]], d
             size, stride = least + stride, 2 * stride
         elif least == 0:
             size, stride = max(1, most - stride), 2 * stride
-            if most == 1:
-                break
         else:
             size = (least + most) // 2
-    return least
+    return least, most is not None and most - least == 1
 
 
 def product_flops(device: torch.device) -> float:
@@ -354,14 +358,17 @@ def product_flops(device: torch.device) -> float:
 
 
 def model_flops(stage: int, batch: int, seconds: float, kept: int, text: dict[str, int], dims: memory.Dims) -> float:
-    """Operations of one forward and backward pass: 2 a weight and row forward, 2 for each gradient; nothing twice."""
+    """Operations of the products of one forward and backward pass, 2 for a multiplication and its addition.
+
+    Convention: backward takes as much again for each factor whose gradient is needed (a trained weight, an input that
+    depends on one), so attention twice as much as forward; what is recomputed does not count.
+    """
     d = dims
     frames = round(memory.MEL_RATE * seconds) // 2
     rows = -(-frames // memory.STACK)
     clip = 2 * frames * (d.encoder_parameters - d.audio_positions * d.audio_width)
     clip += 4 * d.audio_layers * frames * frames * d.audio_width  # scores, and their product with the values
-    passes = 1 if stage == 3 else 3  # forward; gradients of weights and input
-    clip += passes * (2 * rows * d.alignment_parameters + 4 * rows * rows * d.width)
+    clip += alignment_flops(rows, d, trained=stage < 3)
     clip += (1 if stage == 3 else 2) * 2 * rows * d.vocab * d.width  # the head is frozen
     total = batch * clip
     if stage > 1:
@@ -375,28 +382,48 @@ def model_flops(stage: int, batch: int, seconds: float, kept: int, text: dict[st
     return total
 
 
-def run(stage: int, implementation: str, tiny: bool, seconds: float, write: Any) -> None:
-    """Measure a stage with one implementation, at both rates of kept frames; `write` gets what is there so far."""
-    start = time.monotonic()
+def alignment_flops(rows: int, dims: memory.Dims, trained: bool) -> float:
+    """Operations of the alignment adapter on a clip of `rows` frames, counted as in `model_flops`.
+
+    Its projector has no gradient of its input: the encoder below is frozen.
+    """
+    forward = 2 * rows * dims.alignment_parameters + 4 * rows * rows * dims.width
+    return 3 * forward - 2 * rows * dims.projector_parameters if trained else forward
+
+
+def run(stage: int, implementation: str, tiny: bool, until: float, write: Any) -> None:
+    """Measure a stage with one implementation, at both rates of kept frames, by `until`, a `time.time()`.
+
+    `write` gets what is there so far.
+    """
+    start = time.time()
     trial = Trial(stage, implementation, tiny)
     roof = product_flops(trial.device)
     results = []
     rates = KEPT_PER_SECOND if stage > 1 else KEPT_PER_SECOND[:1]  # stage I shrinks nothing
     for number, kept_per_second in enumerate(rates, 1):
-        deadline = start + seconds * (number / len(rates) - 0.1)
+        deadline = start + (until - start) * (number / len(rates) - 0.1)
         tried: list[dict[str, Any]] = []
-        size = largest(trial, kept_per_second, tried, deadline)
+        size, finished = largest(trial, kept_per_second, tried, deadline)
         result = {
             "stage": stage, "implementation": implementation, "kept_per_second": kept_per_second,
-            "seconds": trial.seconds, **trial.text, "largest_batch": size, "tried": tried,
+            "seconds": trial.seconds, **trial.text, "largest_batch": size, "search_finished": finished, "tried": tried,
             "bf16_product_tflops": roof / 1e12, "allocator": os.environ.get("PYTORCH_ALLOC_CONF", ""),
         }  # fmt: skip
         results.append(result)
-        write(results)
-        measured = trial.attempt(size, kept_per_second, 1 + TIMED_STEPS) if size else None
-        if measured:
-            result |= measured | speed(trial, size, kept_per_second, measured["step_seconds"], roof)
+        if not size:
+            result["not_timed"] = "no batch fits" if finished else "no batch was found to fit in time"
             write(results)
+            continue
+        result["not_timed"] = "ended before its timed steps had"  # what stays there if the process is killed now
+        write(results)
+        measured = trial.attempt(size, kept_per_second, 1 + TIMED_STEPS)
+        if measured:
+            del result["not_timed"]
+            result |= measured | speed(trial, size, kept_per_second, measured["step_seconds"], roof)
+        else:
+            result["not_timed"] = f"out of memory in {1 + TIMED_STEPS} steps of the batch that had fitted for one"
+        write(results)
 
 
 def speed(trial: Trial, size: int, kept_per_second: float, times: list[float], roof: float) -> dict[str, Any]:
@@ -420,6 +447,27 @@ def speed(trial: Trial, size: int, kept_per_second: float, times: list[float], r
     }
 
 
+def in_a_process(stage: int, implementation: str, tiny: bool, until: float) -> tuple[list[dict[str, Any]], str | None]:
+    """`run` in a process of its own: its results so far, and what went wrong.
+
+    The process has until `until`, a `time.time()`, however long it takes to start, and is killed some time after that.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        results = Path(scratch) / "results.json"
+        command = [sys.executable, __file__, "--stage", str(stage), "--implementation", implementation]
+        command += ["--until", str(until), "--child", str(results), *(["--tiny"] if tiny else [])]
+        # Segments that grow leave no holes between batches of different sizes.
+        environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        timeout = None if tiny else max(until - time.time(), 0.0) + GRACE_SECONDS
+        error = None
+        try:
+            code = subprocess.run(command, env=environment, timeout=timeout).returncode
+            error = f"exit status {code}" if code else None
+        except subprocess.TimeoutExpired:
+            error = f"not done after {timeout:.0f} s"
+        return json.loads(results.read_text()) if results.exists() else [], error
+
+
 # ---------------------------------------------------------------- the report
 
 
@@ -440,8 +488,9 @@ def header(tiny: bool) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
     table = Table("stage", "implementation", "kept/s", "largest batch", "peak GiB", "predicted", "audio s/s", "MFU")
     for result in report["runs"]:
-        row = [str(result[key]) for key in ("stage", "implementation", "kept_per_second", "largest_batch")]
-        if "peak_bytes" in result:
+        row = [str(result[key]) for key in ("stage", "implementation", "kept_per_second")]
+        row.append(f"{'' if result['search_finished'] else '≥ '}{result['largest_batch']}")
+        if "not_timed" not in result:
             row += [
                 f"{result['peak_bytes'] / memory.GIB:.2f}" if result["peak_bytes"] else "not on a CPU",
                 f"{max(result['predicted_peaks'].values()) / memory.GIB:.2f}",
@@ -450,6 +499,10 @@ def show(report: dict[str, Any]) -> None:
             ]
         table.add_row(*row)
     console.print(table)
+    for result in report["runs"]:
+        if "not_timed" in result:
+            what = f"stage {result['stage']}, {result['implementation']}, {result['kept_per_second']} kept/s"
+            console.print(f"{what}: not timed: {result['not_timed']}", markup=False)
     for failure in report["failures"]:
         console.print(f"stage {failure['stage']}, {failure['implementation']}: {failure['error']}", markup=False)
 
@@ -463,11 +516,12 @@ def main(
     child: Annotated[
         Path | None, typer.Option(hidden=True, help="Run here, and write the results to this file.")
     ] = None,
+    until: Annotated[float, typer.Option(hidden=True, help="When the child's time is over, in Unix seconds.")] = 0.0,
 ) -> None:
     """Find the largest batch of each stage that trains under 22.0 GiB, and measure it."""
     stages, implementations = stage or [1, 2, 3], implementation or ["fused", "eager"]
     if child is not None:
-        run(stages[0], implementations[0], tiny, 60 * minutes, lambda results: child.write_text(json.dumps(results)))
+        run(stages[0], implementations[0], tiny, until, lambda results: child.write_text(json.dumps(results)))
         return
     if not tiny and not torch.cuda.is_available():
         raise SystemExit("no CUDA GPU is there: measure on one, or rehearse with --tiny")
@@ -481,26 +535,13 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     name = "-".join(["train_24gb", *map(str, stages), report["date"], report["commit"]])
     todo = [(number, name) for number in stages for name in implementations]
-    start = time.monotonic()
+    end = time.time() + 60 * minutes
     for done, (number, which) in enumerate(todo):
-        left = 60 * minutes - (time.monotonic() - start)
-        share = max(left / (len(todo) - done), 1.0)
-        with tempfile.TemporaryDirectory() as scratch:
-            results = Path(scratch) / "results.json"
-            command = [sys.executable, __file__, "--stage", str(number), "--implementation", which]
-            command += ["--minutes", str(share / 60), "--child", str(results), *(["--tiny"] if tiny else [])]
-            # Segments that grow leave no holes between batches of different sizes.
-            environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-            error = None
-            try:
-                code = subprocess.run(command, env=environment, timeout=None if tiny else share).returncode
-                error = f"exit status {code}" if code else None
-            except subprocess.TimeoutExpired:
-                error = f"not done after {share:.0f} s"
-            if results.exists():
-                report["runs"] += json.loads(results.read_text())
-            if error:
-                report["failures"].append({"stage": number, "implementation": which, "error": error})
+        share = max((end - time.time()) / (len(todo) - done), 1.0)
+        runs, error = in_a_process(number, which, tiny, time.time() + share)
+        report["runs"] += runs
+        if error:
+            report["failures"].append({"stage": number, "implementation": which, "error": error})
         (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     show(report)
     console.print(f"written: {folder / name}.json", markup=False, soft_wrap=True)

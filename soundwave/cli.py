@@ -278,22 +278,34 @@ def memory(
     batch: Annotated[
         int | None, typer.Option(min=1, help="Clips a forward pass; without, the largest that fits.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Of each clip, up to 30.")] = 30.0,
-    gpu: Annotated[float, typer.Option(help="Memory of the card in GB.")] = 24.0,
+    seconds: Annotated[float, typer.Option(help="Of each clip, 0.01 to 30.")] = 30.0,
+    gpu: Annotated[float, typer.Option(help="Memory of the card in GiB; a 24 GB card has 24.")] = 24.0,
     eager: Annotated[bool, typer.Option("--eager", help="Plain PyTorch instead of the fused operations.")] = False,
-    kept: Annotated[float, typer.Option(help="Frames kept a second; 25: nothing is shrunk.")] = 3.0,
+    kept: Annotated[float, typer.Option(help="Frames kept a second, above 0; 25: nothing is shrunk.")] = 3.0,
     text_tokens: Annotated[int, typer.Option(min=1, help="Prompt and answer of a sample.")] = 150,
+    answer_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Those of them that are learned; without, 80 or all, if fewer.")
+    ] = None,
 ) -> None:
     """Predict the GPU memory of a training step, part by part, for Whisper-large-v3 and Llama-3.1-8B in 4 bits.
 
-    No GPU is needed: it is arithmetic. Also says the largest batch that fits.
+    No GPU is needed: it is arithmetic. Also says the largest batch that fits, with room left for what the prediction
+    may be off. All sizes are in GiB.
     """
-    from soundwave.memory import largest_batch, predict, table
+    from soundwave.memory import TOLERANCE, largest_batch, predict, table
 
-    settings = {"kept_per_second": kept, "text_tokens": text_tokens, "implementation": "eager" if eager else "fused"}
-    most = largest_batch(stage, seconds, gpu_gib=gpu, **settings)
-    console.print(table(predict(stage, batch or max(most, 1), seconds, gpu_gib=gpu, **settings)))
-    _say(f"largest batch of stage {stage} on {gpu:g} GB: {most or 'none'}")
+    settings = {
+        "gpu_gib": gpu, "kept_per_second": kept, "text_tokens": text_tokens, "answer_tokens": answer_tokens,
+        "implementation": "eager" if eager else "fused",
+    }  # fmt: skip
+    try:
+        most = largest_batch(stage, seconds, **settings)
+    except ValueError as error:  # "name = value, but …", where the name is the function's
+        name, _, rest = str(error).partition(" ")
+        option = {"gpu_gib": "gpu", "kept_per_second": "kept"}.get(name, name.replace("_", "-"))
+        raise ValueError(f"--{option} {rest.replace('text_tokens', '--text-tokens')}") from None
+    console.print(table(predict(stage, batch or max(most, 1), seconds, **settings)))
+    _say(f"largest batch of stage {stage} on {gpu:g} GiB, {TOLERANCE:.0%} kept free: {most or 'none'}")
 
 
 @app.command()

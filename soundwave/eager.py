@@ -239,6 +239,14 @@ def splice(
     return out, mask, new_labels
 
 
+def attention_mask(mask: Tensor) -> Tensor | None:
+    """For bool [B, T] of the keys: [B, 1, 1, T]; None where all are valid, with which attention is faster.
+
+    To look would break a compiled graph, and makes the host wait for a GPU.
+    """
+    return mask[:, None, None, :] if torch.compiler.is_compiling() or not mask.all() else None
+
+
 class SelfAttention(nn.Module):
     """Self-attention with the parameters of `nn.MultiheadAttention`; `attend="self"` keeps each frame to itself."""
 
@@ -258,7 +266,7 @@ class SelfAttention(nn.Module):
             return self.out_proj(F.linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :]))
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(batch, size, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask(mask))
         return self.out_proj(attended.transpose(1, 2).reshape(batch, size, width))
 
 
@@ -351,7 +359,7 @@ class ShrinkingAdapter(nn.Module):
             heads(F.linear(queries, weight_q, bias_q)),
             heads(F.linear(context, weight_k, bias_k)),
             heads(F.linear(context, weight_v, bias_v)),
-            attn_mask=mask[:, None, None, :],
+            attn_mask=attention_mask(mask),
         )
         attended = attended.transpose(1, 2).reshape(queries.shape)[kept_mask]
         return self.norm(residual + self.out_proj(attended))

@@ -1,13 +1,13 @@
 """How much GPU memory a training step takes, part by part, by arithmetic: no GPU is asked, nothing is allocated.
 
     print(table(predict(2, 16, 30.0)))          a step of stage II on 16 clips of 30 s
-    largest_batch(2, 30.0)                      what fits on 24 GB
+    largest_batch(2, 30.0)                      what fits on a card of 24 GiB, with `TOLERANCE` to spare
 
 A step goes through six phases, each with a peak of its own; the highest is what has to fit:
 
     encoder              Whisper without gradient: one layer at a time
     ctc                  the alignment adapter has run, CTC forms its loss and gradient
-    language model       the LLM has run forward, the loss over its vocabulary is formed
+    language model       the LLM's last layer runs, or the loss over its vocabulary is formed
     backward: LLM        the last layer is run again and differentiated while all others wait
     backward: adapters   the LLM is done; everything that the adapters kept is still there
     optimiser            weights, gradients and states, and what AdamW makes on the way
@@ -33,8 +33,13 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 BF16, FP32 = 2, 4
-# What the card, its driver and a desktop keep, and the CUDA context: a 24 GB card leaves 22.0 GiB to torch.
+# What the card, its driver and a desktop keep, and the CUDA context: a card of 24 GiB leaves 22.0 GiB to torch.
 RESERVED_GIB = 2.0
+# A prediction may be off by this share of itself, so as much is kept free where a batch is said to fit.
+TOLERANCE = 0.05
+MOST_GIB = 1024.0  # no card has more
+MOST_CLIPS = 1 << 20  # where `largest_batch` stops looking
+ANSWER_TOKENS = 80  # sub-words that 30 s of speech hold
 # Whisper reads 100 mel frames a second and halves them once.
 MEL_RATE, ENCODER_RATE, STACK = 100, 50, 2
 # NF4 takes half a byte; a block of 64 shares a scale of 8 bits, and 256 of these one of 32 bits (double quantisation).
@@ -183,7 +188,8 @@ class Table:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.limit
+        """Whether the peak and `TOLERANCE` of it are within what is left to torch."""
+        return self.peak * (1 + TOLERANCE) <= self.limit
 
 
 def predict(
@@ -195,7 +201,7 @@ def predict(
     implementation: str = "fused",
     kept_per_second: float = 3.0,
     text_tokens: int = 150,
-    answer_tokens: int = 80,
+    answer_tokens: int | None = None,
     checkpointing: bool = True,
     dims: Dims = LLAMA_8B_WHISPER_LARGE,
 ) -> Table:
@@ -203,37 +209,59 @@ def predict(
 
     Args:
         stage: 1 to 3; the third trains LoRA alone.
-        batch: clips a forward pass. seconds: of each.
-        gpu_gib: the card's memory; `RESERVED_GIB` of it are not torch's.
+        batch: clips a forward pass. seconds: of each, from one mel frame (0.01 s) to what the encoder takes (30 s).
+        gpu_gib: the card's memory in GiB; `RESERVED_GIB` of it are not torch's.
         implementation: "fused" or "eager".
         kept_per_second: frames that the shrinking adapter keeps, 25 at most (nothing is shrunk).
-        text_tokens: prompt, answer and template of a sample; `answer_tokens` of them are learned, and CTC's transcript
-            is as long.
+        text_tokens: prompt, answer and template of a sample; `answer_tokens` of them are learned (`ANSWER_TOKENS`, or
+            all of them where there are fewer), and CTC's transcript is as long.
         checkpointing: the LLM keeps the inputs of its layers alone and runs each again in backward.
         dims: of the backbones.
 
     Raises:
-        ValueError: a stage or implementation that does not exist, or a size that is not positive.
+        ValueError: a stage or implementation that does not exist, or a size that cannot be: "name = value, but …".
     """
     if stage not in (1, 2, 3):
         raise ValueError(f"stage = {stage}, but it must be 1, 2 or 3")
     if implementation not in ("fused", "eager"):
         raise ValueError(f"implementation = {implementation!r}, but it must be 'fused' or 'eager'")
-    limit = dims.audio_positions / ENCODER_RATE
-    if batch < 1 or not 0 < seconds <= limit:
-        raise ValueError(f"batch, seconds = {batch}, {seconds:g}, but they must be at least 1, and 0 to {limit:g}")
+    if batch < 1:
+        raise ValueError(f"batch = {batch}, but it must be at least 1")
+    longest, most_kept = dims.audio_positions / ENCODER_RATE, ENCODER_RATE / STACK
+    frame = 1 / MEL_RATE
+    # Each is written so that it refuses nan, too.
+    if not frame <= seconds <= longest:
+        raise ValueError(f"seconds = {seconds:g}, but a clip has {frame:g} (one mel frame) to {longest:g} seconds")
+    if not RESERVED_GIB < gpu_gib <= MOST_GIB:
+        raise ValueError(
+            f"gpu_gib = {gpu_gib:g}, but it must be above the {RESERVED_GIB:g} GiB that are not torch's "
+            f"and at most {MOST_GIB:g}"
+        )
+    if not 0 < kept_per_second <= most_kept:
+        raise ValueError(f"kept_per_second = {kept_per_second:g}, but it must be above 0 and at most {most_kept:g}")
+    if text_tokens < 1:
+        raise ValueError(f"text_tokens = {text_tokens}, but it must be at least 1")
+    if answer_tokens is None:
+        answer_tokens = min(ANSWER_TOKENS, text_tokens)
+    if not 1 <= answer_tokens <= text_tokens:
+        raise ValueError(f"answer_tokens = {answer_tokens}, but it must be 1 to text_tokens = {text_tokens}")
     step = _Step(stage, batch, seconds, implementation == "fused", kept_per_second, text_tokens, answer_tokens, dims)
     return Table(stage, batch, seconds, implementation, gpu_gib, step.phases(checkpointing))
 
 
 def largest_batch(stage: int, seconds: float, *, gpu_gib: float = 24.0, **kwargs) -> int:
-    """The most clips of `seconds` that fit a forward pass, 0 if not even one; `kwargs` as for `predict`."""
+    """The most clips of `seconds` that fit a forward pass with `TOLERANCE` to spare, 0 if not even one.
+
+    At most `MOST_CLIPS`. `kwargs`, and what is raised, are as for `predict`.
+    """
 
     def fits(batch: int) -> bool:
         return predict(stage, batch, seconds, gpu_gib=gpu_gib, **kwargs).fits
 
     least, most = 0, 1
     while fits(most):
+        if most >= MOST_CLIPS:
+            return MOST_CLIPS
         least, most = most, 2 * most
     while most - least > 1:
         middle = (least + most) // 2
@@ -253,8 +281,14 @@ def table(prediction: Table) -> rich.table.Table:
     for part, size in p.parts.items():
         out.add_row(part, f"{size / GIB:.2f}")
     out.add_section()
-    verdict = "fits" if p.fits else "does not fit"
-    out.add_row(f"together ({verdict} into {p.limit / GIB:.1f} of {p.gpu_gib:g})", f"{p.peak / GIB:.2f}")
+    room = f"{p.limit / GIB:.1f} of {p.gpu_gib:g}"
+    if p.fits:
+        verdict = f"fits into {room}, {TOLERANCE:.0%} kept free"
+    elif p.peak <= p.limit:
+        verdict = f"within {room}, but not {TOLERANCE:.0%} free"
+    else:
+        verdict = f"does not fit into {room}"
+    out.add_row(f"together ({verdict})", f"{p.peak / GIB:.2f}")
     out.add_section()
     for phase, size in p.peaks.items():
         out.add_row(f"peak of: {phase}", f"{size / GIB:.2f}")
@@ -407,10 +441,37 @@ class _Step:
         token += 4 * BF16 * d.lora_rank  # between LoRA's two matrices
         return token * self.tokens
 
+    def layer_forward(self) -> int:
+        """One layer running, at the MLP's product of factors: that, both factors, the residual and its norm."""
+        d = self.dims
+        return self.tokens * (3 * BF16 * d.mlp + 2 * BF16 * d.width)
+
     def layer_backward(self) -> int:
-        """On top of that at the MLP's product: gradients of the product, of both factors, and of the residual."""
+        """On top of what it keeps, there: gradients of the product, of both factors, and of the residual."""
         d = self.dims
         return self.tokens * (3 * BF16 * d.mlp + BF16 * d.width)
+
+    def written_out(self) -> dict[str, int]:
+        """The MLP's weight, the largest: bitsandbytes writes each out of NF4 for its product, and frees it after that.
+
+        The activations or gradients that follow the product are not there yet: the higher of both moments counts.
+        """
+        return {"LLM: a weight written out of NF4, bf16": BF16 * self.dims.width * self.dims.mlp}
+
+    def last_layer(self, checkpointing: bool) -> dict[str, int]:
+        """The last layer in forward: at its factors, or one of them before, where `up` is multiplied."""
+        name, weight = "LLM: one layer", self.written_out()
+        if not checkpointing:
+            return weight  # all else is kept, and counted there
+        factor = BF16 * self.tokens * self.dims.mlp
+        return _higher({name: self.layer_forward()}, {name: self.layer_forward() - factor, **weight})
+
+    def differentiated_layer(self, checkpointing: bool) -> dict[str, int]:
+        """The same layer in backward: at its factors, or two of their gradients before, where `down` is multiplied."""
+        name, weight = "LLM: one layer, and its gradients", self.written_out()
+        size = self.layer_backward() + (self.layer_saved() if checkpointing else 0)
+        factor = BF16 * self.tokens * self.dims.mlp
+        return _higher({name: size}, {name: size - 2 * factor, **weight})
 
     def kept_layers(self, checkpointing: bool) -> dict[str, int]:
         """What lies there when the LLM has run forward."""
@@ -450,16 +511,15 @@ class _Step:
             casts = (*casts, "shrinking", "lora") if self.stage == 2 else ("lora",)
             phases["language model"] = standing | below | hidden | {
                 **self.kept_layers(checkpointing),
-                "LLM: last norm and loss": self.loss(),
+                **_higher({"LLM: last norm and loss": self.loss()}, self.last_layer(checkpointing)),
                 "weights cast by autocast, bf16": self.casts(*casts),
             }  # fmt: skip
             # hidden is what the shrinking adapter reads again; in stage III nobody does.
             kept = hidden if self.stage == 2 else {}
             casts = ("alignment", "shrinking") if self.stage == 2 else ()
-            layer = self.layer_backward() + (self.layer_saved() if checkpointing else 0)
             phases["backward: LLM"] = standing | below | kept | {
                 **self.kept_layers(checkpointing),
-                "LLM: one layer, and its gradients": layer,
+                **self.differentiated_layer(checkpointing),
                 "weights cast by autocast, bf16": self.casts(*casts),
             }  # fmt: skip
         if self.stage < 3:
@@ -476,3 +536,8 @@ class _Step:
         parts = {**below, "gradients between modules": gradients}
         parts["weights cast by autocast, bf16"] = self.casts("alignment")
         return parts
+
+
+def _higher(*moments: dict[str, int]) -> dict[str, int]:
+    """Of some moments of a phase the parts of the one that takes most."""
+    return max(moments, key=lambda parts: sum(parts.values()))

@@ -147,11 +147,44 @@ def test_memory_predicts_a_step_and_names_the_largest_batch(soundwave):
     status, out, _ = soundwave("memory", "--stage", "2", "--batch", "16")
     assert status == 0
     assert "Stage 2, 16 clips of 30 s, fused: predicted, not measured" in " ".join(out.split())
-    assert "largest batch of stage 2 on 24 GB: " in out
+    assert "largest batch of stage 2 on 24 GiB, 5% kept free: " in out
 
 
 def test_memory_says_where_nothing_fits(soundwave):
-    assert "largest batch of stage 3 on 8 GB: none" in soundwave("memory", "--stage", "3", "--gpu", "8")[1]
+    line = "largest batch of stage 3 on 8 GiB, 5% kept free: none"
+    assert line in soundwave("memory", "--stage", "3", "--gpu", "8")[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--gpu", "-5", "but it must be above the 2 GiB"),
+        ("--gpu", "inf", "but it must be above the 2 GiB"),
+        ("--gpu", "nan", "but it must be above the 2 GiB"),
+        ("--kept", "-3", "but it must be above 0 and at most 25"),
+        ("--kept", "1000", "but it must be above 0 and at most 25"),
+        ("--kept", "nan", "but it must be above 0 and at most 25"),
+        ("--seconds", "0.004", "but a clip has 0.01 (one mel frame) to 30 seconds"),
+        ("--seconds", "4000", "but a clip has 0.01 (one mel frame) to 30 seconds"),
+        ("--answer-tokens", "151", "but it must be 1 to --text-tokens = 150"),
+    ],
+)
+def test_memory_names_an_option_that_cannot_be(fault, option, value, wanted):
+    line = fault("memory", option, value)
+    assert line.startswith(f"error: {option} = {value}, {wanted}") and "batch" not in line
+
+
+def test_memory_takes_the_answer_from_the_text(soundwave):
+    words = ("memory", "--eager", "--stage", "2", "--batch", "4", "--text-tokens", "30")
+    default, given, fewer = (
+        soundwave(*words, *more)[1] for more in ((), ("--answer-tokens", "30"), ("--answer-tokens", "1"))
+    )
+    assert default == given != fewer
+
+
+def test_memory_speaks_of_gib_alone(soundwave):
+    text = soundwave("memory", "--help")[1].replace("24 GB card", "")
+    assert "GiB" in text and "GB" not in text
 
 
 def test_reports_want_something_to_tell(fault, tmp_path):

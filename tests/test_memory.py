@@ -2,35 +2,57 @@
 
 The modules are traced at Llama-3.1-8B's sizes on the meta device, whose tensors have shapes, dtypes and lifetimes but
 no memory, with what CUDA does otherwise: its autocast, dropout and attention. Torch's own operations are counted so;
-what happens inside ours, a GPU has to measure: the last test compares with bench/results, once there is something.
+what happens inside ours, a GPU has to measure: a test compares with bench/results, once there is something. Last comes
+bench/train_24gb.py, which measures it: its search, its clock and its count of operations.
 """
 
 import contextlib
+import importlib.util
+import io
 import json
+import subprocess
+import time
 import weakref
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
 import torch
+from bitsandbytes.functional import QuantState
 from peft import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit
+from rich.console import Console
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperEncoderLayer
 
-from soundwave import eager, fused
+from soundwave import eager, fused, memory
 from soundwave.configuration import SoundwaveConfig
-from soundwave.memory import GIB, LLAMA_8B_WHISPER_LARGE, NF4_BYTES, _Step, largest_batch, predict, table
+from soundwave.memory import (
+    GIB,
+    LLAMA_8B_WHISPER_LARGE,
+    NF4_BYTES,
+    TOLERANCE,
+    _Step,
+    largest_batch,
+    predict,
+    table,
+)
 from soundwave.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.training.stages import TRAINED
 
 DIMS = LLAMA_8B_WHISPER_LARGE
-RESULTS = sorted((Path(__file__).resolve().parents[1] / "bench" / "results").glob("*/train_24gb*.json"))
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = sorted((ROOT / "bench" / "results").glob("*/train_24gb*.json"))
 CLIPS, ROWS, TOKENS = 2, 750, 150 + 90  # of the traces: clips of 30 s
 
 
@@ -211,20 +233,42 @@ def alignment_adapter(implementation):
     return adapter, lambda: adapter._layer(packed, bounds, ROWS)
 
 
-def llama_layer():
+def nf4(linear):
+    """A product of the same sizes with its weight in NF4, double quantisation."""
+    blocks = linear.weight.numel() // 64
+    with META:
+        scales = QuantState(torch.empty(blocks // 256), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+        state = QuantState(
+            torch.empty(blocks, dtype=torch.uint8), shape=linear.weight.shape, code=torch.empty(16), blocksize=64,
+            quant_type="nf4", dtype=torch.bfloat16, offset=torch.empty(()), state2=scales,
+        )  # fmt: skip
+        packed = torch.empty(linear.weight.numel() // 2, 1, dtype=torch.uint8)
+    layer = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, device=META
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer
+    )
+    return layer
+
+
+def llama_layer(clips=CLIPS, product=lambda linear: linear):
     """One layer in bfloat16 with LoRA in float32, and a call of it on new hidden states.
 
-    LoRA is peft's for 4-bit products; these are plain here, of which autograd keeps as little: the weight.
+    LoRA is peft's for 4-bit products; these are plain here, of which autograd keeps as little: the weight. Where
+    `product` is `nf4`, they are quantised.
     """
     config, lora = llama_config(attn_implementation="sdpa"), LoraConfig(r=DIMS.lora_rank)
     with META:
         layer = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False).train()
-        for name, product in list(layer.self_attn.named_children()):
-            adapted = Linear4bit(product, "default", config=lora, r=lora.r, lora_alpha=lora.lora_alpha)
+        for name, linear in list(layer.self_attn.named_children()):
+            adapted = Linear4bit(product(linear), "default", config=lora, r=lora.r, lora_alpha=lora.lora_alpha)
             for matrices in (adapted.lora_A, adapted.lora_B):
                 matrices.float()
             setattr(layer.self_attn, name, adapted)
-        hidden = torch.empty(CLIPS, TOKENS, DIMS.width, dtype=torch.bfloat16, requires_grad=True)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, product(getattr(layer.mlp, name)))
+        hidden = torch.empty(clips, TOKENS, DIMS.width, dtype=torch.bfloat16, requires_grad=True)
         positions = torch.arange(TOKENS)[None]
         embeddings = LlamaRotaryEmbedding(config)(hidden, positions)
     return layer, lambda: layer(hidden, position_embeddings=embeddings, position_ids=positions)
@@ -261,6 +305,21 @@ def test_what_a_layer_of_the_language_model_takes_in_backward():
     assert peak == pytest.approx(predicted, rel=0.05)  # what a whole prediction may be off
 
 
+@pytest.mark.parametrize("clips", [1, 2, 8, 9, 20])
+def test_what_a_quantised_layer_of_the_language_model_takes_in_backward(clips):
+    peak = peak_of_a_step(*llama_layer(clips, nf4))
+    predicted = sum(step(batch=clips).differentiated_layer(checkpointing=True).values())
+    assert peak == pytest.approx(predicted, rel=0.05)  # what a whole prediction may be off
+
+
+def test_what_a_layer_of_the_language_model_takes_in_forward():
+    layer, forward = llama_layer()
+    with Allocated(layer) as allocated, cuda_autocast():
+        checkpoint(forward, use_reentrant=False)
+    predicted = step().layer_forward() + step().casts("lora") / DIMS.layers
+    assert allocated.peak == pytest.approx(predicted, rel=0.01)
+
+
 def test_what_a_layer_of_the_encoder_takes():
     with META:
         layer = WhisperEncoderLayer(whisper_config()).to(torch.bfloat16).train()
@@ -288,6 +347,39 @@ def test_the_largest_batch_fits_and_one_more_does_not():
     assert largest_batch(2, 30.0, gpu_gib=12.0) == 0  # the weights alone
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_batch_fits_where_what_the_prediction_may_be_off_is_kept_free(stage):
+    most = largest_batch(stage, 30.0)
+    just, more = predict(stage, most, 30.0), predict(stage, most + 1, 30.0)
+    assert just.peak * (1 + TOLERANCE) <= just.limit < more.peak * (1 + TOLERANCE)
+
+
+def test_the_search_for_the_largest_batch_is_bounded(monkeypatch):
+    monkeypatch.setattr(memory, "MOST_CLIPS", 16)
+    assert largest_batch(1, 0.01) == 16
+
+
+def test_a_weight_out_of_nf4_counts_where_it_stands_at_a_peak():
+    part, size = "LLM: a weight written out of NF4, bf16", 2 * 14336 * 4096
+    few, many = predict(2, 4, 30.0), predict(2, 16, 30.0)
+    assert few.phases["backward: LLM"][part] == many.phases["language model"][part] == size
+    assert part not in few.phases["ctc"]
+    without = few.peaks["backward: LLM"] - size
+    assert without + 2 * (2 * DIMS.mlp) * step(batch=4).tokens < few.peaks["backward: LLM"]
+    # Two gradients of the MLP come after it and are larger here.
+    assert part not in many.phases["backward: LLM"]
+
+
+def test_answers_are_80_tokens_or_all_there_are():
+    few, all_, default, given = (
+        predict(2, 4, 30.0, text_tokens=30),
+        predict(2, 4, 30.0, text_tokens=30, answer_tokens=30),
+        predict(2, 4, 30.0),
+        predict(2, 4, 30.0, answer_tokens=80),
+    )
+    assert few == all_ and default == given
+
+
 @pytest.mark.parametrize("implementation", ["fused", "eager"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_more_audio_never_takes_less(stage, implementation):
@@ -308,28 +400,54 @@ def test_without_checkpointing_all_layers_are_kept():
 
 
 def test_parts_add_up_to_the_peak_and_are_printed():
-    from rich.console import Console
-
     prediction = predict(2, 16, 30.0)
     assert sum(prediction.parts.values()) == prediction.peak == max(prediction.peaks.values())
-    console = Console(record=True, width=120)
-    console.print(table(prediction))
-    text = console.export_text()
+    text = printed(table(prediction))
     assert all(part in text for part in prediction.parts)
-    assert f"{prediction.peak / GIB:.2f}" in text and "fits into 22.0 of 24" in text
+    assert f"{prediction.peak / GIB:.2f}" in text
+
+
+def printed(what) -> str:
+    console = Console(record=True, width=160, file=io.StringIO())
+    console.print(what)
+    return console.export_text()
+
+
+def test_the_table_says_how_a_batch_fits():
+    most = largest_batch(2, 30.0)
+    assert "fits into 22.0 of 24, 5% kept free" in printed(table(predict(2, most, 30.0)))
+    assert "within 22.0 of 24, but not 5% free" in printed(table(predict(2, most + 1, 30.0)))
+    assert "does not fit into 22.0 of 24" in printed(table(predict(2, 2 * most, 30.0)))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((4, 1, 30.0), "stage = 4"),
-        ((1, 0, 30.0), "batch, seconds = 0, 30"),
-        ((1, 1, 31.0), "0 to 30"),
+        ({"stage": 4}, "stage = 4"),
+        ({"batch": 0}, "batch = 0, but it must be at least 1"),
+        ({"seconds": 31.0}, "seconds = 31, but .* 0.01 .*to 30"),
+        ({"seconds": 0.004}, "seconds = 0.004, but .* 0.01 .one mel frame"),
+        ({"seconds": float("nan")}, "seconds = nan"),
+        ({"gpu_gib": -5.0}, "gpu_gib = -5, but it must be above the 2 GiB"),
+        ({"gpu_gib": float("inf")}, "gpu_gib = inf"),
+        ({"gpu_gib": float("nan")}, "gpu_gib = nan"),
+        ({"kept_per_second": -3.0}, "kept_per_second = -3, but it must be above 0 and at most 25"),
+        ({"kept_per_second": 1000.0}, "kept_per_second = 1000"),
+        ({"kept_per_second": float("nan")}, "kept_per_second = nan"),
+        ({"text_tokens": 0}, "text_tokens = 0"),
+        ({"answer_tokens": 0}, "answer_tokens = 0"),
+        ({"answer_tokens": 151}, "answer_tokens = 151, but it must be 1 to text_tokens = 150"),
     ],
+    ids=lambda value: "-".join(f"{name}-{x}" for name, x in value.items()) if isinstance(value, dict) else "",
 )
 def test_bad_input_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        predict(*arguments)
+    settings = {"stage": 1, "batch": 1, "seconds": 30.0} | arguments
+    with pytest.raises(ValueError, match="^" + message):
+        predict(**settings)
+    if "batch" not in arguments:
+        del settings["batch"]
+        with pytest.raises(ValueError, match="^" + message):
+            largest_batch(**settings)
 
 
 @pytest.mark.parametrize("path", RESULTS or [None], ids=lambda path: path.name if path else "none-yet")
@@ -342,3 +460,134 @@ def test_the_prediction_is_within_5_percent_of_what_a_gpu_measured(path):
             if tried["fits"]:
                 predicted = predict(run["stage"], tried["batch"], run["seconds"], **settings).peak
                 assert predicted == pytest.approx(tried["peak_bytes"], rel=0.05), (run["stage"], tried, settings)
+
+
+# ---------------------------------------------------------------- the bench that measures it
+
+
+@pytest.fixture(scope="module")
+def train_24gb():
+    spec = importlib.util.spec_from_file_location("train_24gb", ROOT / "bench" / "train_24gb.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Card:
+    """Stands for a trial on a GPU where `most` clips fit, and `timed` where several steps are made."""
+
+    cuda, stage, seconds, implementation, dims = True, 2, 30.0, "fused", DIMS
+    text = {"text_tokens": 150, "answer_tokens": 80}
+    device, kept = torch.device("cpu"), 90
+
+    def __init__(self, most, timed=None):
+        self.most, self.timed = most, most if timed is None else timed
+
+    def attempt(self, size, kept_per_second, steps=1):
+        if size > (self.most if steps == 1 else self.timed):
+            return None
+        return {"batch": size, "peak_bytes": size, "step_seconds": [1.0] * (steps - 1)}
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 7, 38, 39, 40, 41, 44, 63, 200])
+def test_the_bench_finds_the_largest_batch_below_at_and_above_the_prediction(train_24gb, most):
+    tried = []
+    assert train_24gb.largest(Card(most), 3.0, tried, time.time() + 60) == (most, True)
+    sizes = [row["batch"] for row in tried]
+    assert sizes[0] == largest_batch(2, 30.0) and len(sizes) == len(set(sizes)) < 20
+
+
+def test_the_bench_tells_a_search_that_its_time_has_ended(train_24gb, monkeypatch):
+    assert train_24gb.largest(Card(44), 3.0, [], time.time() - 1) == (0, False)
+    clock = iter(range(100))
+    monkeypatch.setattr(train_24gb.time, "time", lambda: next(clock))
+    least, finished = train_24gb.largest(Card(44), 3.0, tried := [], 2)
+    assert least == max(row["batch"] for row in tried if row["fits"]) and not finished
+
+
+@pytest.fixture
+def runs_on(train_24gb, monkeypatch):
+    """The results that `run` writes, one after the other, of a card."""
+
+    def results(card, until):
+        monkeypatch.setattr(train_24gb, "Trial", lambda *_: card)
+        monkeypatch.setattr(train_24gb, "product_flops", lambda _: 1e12)
+        written = []
+        train_24gb.run(2, "fused", False, until, lambda rows: written.append(json.loads(json.dumps(rows))))
+        return written
+
+    return results
+
+
+def test_the_bench_says_that_the_largest_batch_could_not_be_timed(runs_on):
+    rows = runs_on(Card(most=44, timed=43), time.time() + 60)[-1]
+    assert [row["largest_batch"] for row in rows] == [44, 44]
+    assert all("out of memory" in row["not_timed"] and "step_seconds_median" not in row for row in rows)
+
+
+def test_the_bench_has_said_so_where_its_process_is_killed_in_timing(runs_on):
+    first, second, *_ = runs_on(Card(44), time.time() + 60)
+    assert first[0]["search_finished"] and "ended before" in first[0]["not_timed"]
+    assert "not_timed" not in second[0] and second[0]["step_seconds_median"] == 1.0
+
+
+def test_the_bench_tells_that_nothing_fits_from_that_nothing_was_found(runs_on):
+    nothing, unknown = (runs_on(Card(most), until)[-1] for most, until in ((0, time.time() + 60), (44, time.time())))
+    assert [(row["search_finished"], row["not_timed"]) for row in nothing] == [(True, "no batch fits")] * 2
+    assert [(row["largest_batch"], row["search_finished"]) for row in unknown] == [(0, False)] * 2
+    assert unknown[0]["not_timed"] == "no batch was found to fit in time"
+
+
+def test_the_bench_marks_what_is_not_sure_in_its_table(train_24gb, monkeypatch):
+    console = Console(record=True, width=160, file=io.StringIO())
+    monkeypatch.setattr(train_24gb, "console", console)
+    row = {"stage": 2, "implementation": "fused", "kept_per_second": 3.0, "not_timed": "out of memory"}
+    cut_short, sure = {"largest_batch": 44, "search_finished": False}, {"largest_batch": 39, "search_finished": True}
+    train_24gb.show({"runs": [row | cut_short, row | sure], "failures": []})
+    text = console.export_text()
+    assert "≥ 44" in text and "≥ 39" not in text
+    assert text.count("stage 2, fused, 3.0 kept/s: not timed: out of memory") == 2
+
+
+def test_the_bench_gives_its_process_the_time_of_day_when_it_must_end(train_24gb, monkeypatch):
+    called = {}
+
+    def run(command, env, timeout):
+        called.update(command=command, timeout=timeout)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    until = time.time() + 100
+    assert train_24gb.in_a_process(2, "fused", False, until) == ([], None)
+    flags = dict(pairwise(called["command"]))
+    assert float(flags["--until"]) == until and flags["--stage"] == "2"
+    assert time.time() + called["timeout"] > until + train_24gb.GRACE_SECONDS / 2
+
+
+def test_the_bench_searches_by_the_time_of_day(train_24gb, runs_on, monkeypatch):
+    deadlines, until = [], time.time() + 100
+    monkeypatch.setattr(train_24gb, "largest", lambda *a: deadlines.append(a[-1]) or (0, False))
+    runs_on(Card(44), until)
+    assert len(deadlines) == 2 and time.time() < deadlines[0] < deadlines[1] < until
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_the_bench_counts_the_operations_of_the_alignment_adapter(train_24gb, trained):
+    with META:
+        adapter = eager.AlignmentAdapter(soundwave_config()).requires_grad_(trained)
+        frames, lengths = torch.empty(1, 2 * ROWS, DIMS.audio_width), torch.full((1,), 2 * ROWS)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        hidden = adapter(frames, lengths)[0]
+        if trained:
+            hidden.backward(torch.empty_like(hidden))
+    counted = train_24gb.alignment_flops(ROWS, DIMS, trained)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=1e-3)  # it has biases and norms as products
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_bench_counts_the_alignment_adapter_as_trained_in_stages_1_and_2(train_24gb, monkeypatch, stage):
+    flops, text = train_24gb.alignment_flops, {"text_tokens": 150, "answer_tokens": 80}
+    whole = train_24gb.model_flops(stage, 2, 30.0, 180, text, DIMS)
+    monkeypatch.setattr(train_24gb, "alignment_flops", lambda rows, dims, trained: 0)
+    rest = train_24gb.model_flops(stage, 2, 30.0, 180, text, DIMS)
+    assert whole - rest == 2 * flops(ROWS, DIMS, trained=stage < 3)
