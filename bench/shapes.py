@@ -181,7 +181,7 @@ def _peaky(
 def _grow(base: Case, **axes: tuple[int, ...]) -> list[Case]:
     """`base` with one size after the other replaced: the points of the growth curves."""
     return [
-        replace(base, name=f"{letter} {value}", over=letter, **{letter: value})
+        replace(base, name=f"{letter} {value}{', peaky' * (base.logits == 'peaky')}", over=letter, **{letter: value})
         for letter, values in axes.items()
         for value in values
     ]
@@ -209,7 +209,7 @@ def linear_ctc(size: str) -> list[Case]:
         return [replace(base, name="random"), replace(base, name="peaky", logits="peaky"), *_grow(base, V=(256, 512))]
     if size == "cpu":
         base = Case("", torch.float32, B=2, T=250, D=1024, V=128_256, U=25)
-        small = replace(base, B=2, T=100, D=256, V=16_384, U=10)
+        small = replace(base, B=2, T=100, D=256, V=16_384, U=10, logits="peaky")
         growth = _grow(small, T=(50, 100, 200), V=(4096, 8192, 16_384, 32_768), B=(1, 2, 4), U=(5, 10, 40))
         return [replace(base, name="random"), replace(base, name="peaky", logits="peaky"), *growth]
     base = Case("", torch.bfloat16, B=16, T=750, D=4096, V=128_256, U=80, logits="peaky")

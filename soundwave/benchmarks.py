@@ -2,6 +2,9 @@
 
 A run is one JSON file, `<results>/<device>/<date>-<commit>.json`. A ratio is eager's time over the contender's, the
 median of the rounds in which both ran: above 1 is faster than eager. A spread is an interquartile range.
+
+A run counts, in the report and for later comparisons, if it is of a clean checkout, was not restricted to some
+contenders or cases, and was not found worse than those before it.
 """
 
 import os
@@ -33,6 +36,9 @@ PACKAGES = (
     "flag-gems",
 )
 OURS = "ours"  # how the names of this library's contenders begin
+CHANGED = "-changed"  # how the commit of a checkout ends whose files differ from it
+DRIFT = 0.1  # of a ratio: what lies between two runs of the same code, beside the spread within each
+MORE_MEMORY = 1.05  # times as much as before is worse; an allocator's peak hardly varies
 
 
 class Entry(BaseModel):
@@ -100,12 +106,29 @@ class Entry(BaseModel):
 
 
 class Roof(BaseModel):
-    """Medians over a run: a large product and a large copy (bytes read and written)."""
+    """Medians over the groups of a run and their spreads: a large product, and a large copy (read and written)."""
 
     model_config = ConfigDict(extra="forbid")
 
     tflops: float
     gb_per_second: float
+    tflops_spread: float = 0.0
+    gb_per_second_spread: float = 0.0
+
+    @classmethod
+    def of_groups(cls, measured: Sequence[tuple[float, float]]) -> "Roof":
+        """From pairs of operations and bytes a second, one of each group."""
+        tflops, gigabytes = [flops / 1e12 for flops, _ in measured], [moved / 1e9 for _, moved in measured]
+        return cls(
+            tflops=statistics.median(tflops),
+            gb_per_second=statistics.median(gigabytes),
+            tflops_spread=spread(tflops),
+            gb_per_second_spread=spread(gigabytes),
+        )
+
+    def __str__(self) -> str:
+        copied = f"{self.gb_per_second:.3g} ± {self.gb_per_second_spread / 2:.2g} GB/s"
+        return f"{self.tflops:.3g} ± {self.tflops_spread / 2:.2g} TFLOP/s, {copied}"
 
 
 class Skipped(BaseModel):
@@ -119,7 +142,14 @@ class Skipped(BaseModel):
 
 
 class Run(BaseModel):
-    """One call of `pytest bench/`. `size` says which of the shapes ran; `roofs` are by dtype."""
+    """One call of `pytest bench/`.
+
+    Attributes:
+        size: which of the shapes ran.
+        roofs: by dtype.
+        whole: no choice of contenders or cases (`-k`, a test by its name); operations may have been chosen.
+        worse: what `compare` found.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -134,6 +164,13 @@ class Run(BaseModel):
     roofs: dict[str, Roof]
     entries: list[Entry]
     skipped: list[Skipped]
+    whole: bool = True
+    worse: list[str] = []
+
+    @property
+    def counts(self) -> bool:
+        """Whether others are held to it, and the report shows it."""
+        return self.whole and not self.worse and not self.commit.endswith(CHANGED)
 
     @property
     def name(self) -> str:
@@ -174,7 +211,7 @@ def device_name() -> str:
 
 def commit(root: Path) -> str:
     """Short commit of a checkout, with `-changed` where its files differ from it; "unknown" without git."""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty=-changed", "--abbrev=7", "--exclude=*"]
+    command = ["git", "-C", str(root), "describe", "--always", f"--dirty={CHANGED}", "--abbrev=7", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -206,28 +243,42 @@ def load(results: Path) -> list[Run]:
 
 
 def compare(now: Run, earlier: Sequence[Run]) -> tuple[list[str], int]:
-    """Where ours has become slower beside eager, and how many ratios could be compared.
+    """Where ours has become slower beside eager, or takes more memory; and how many figures could be compared.
 
-    Each ratio is held to the newest earlier one of the same device, case, shape, dtype and part. It is worse where it
-    is lower by more than its spread, of the two runs the larger one.
+    Each is held to the median over all earlier runs that count, of the same device, threads, torch, case, shape, dtype
+    and part. A ratio is worse where it is lower by more than its spread (the larger one, now or before) and DRIFT.
     """
-    before: dict[tuple, tuple[Run, Entry]] = {}
-    for run in sorted(earlier, key=lambda run: run.date):
-        if run.device == now.device:
-            before |= {entry.key: (run, entry) for entry in run.entries if entry.ratio is not None}
+    before: dict[tuple, list[Entry]] = {}
+    for run in earlier:
+        if run.counts and _machine(run) == _machine(now):
+            for entry in run.entries:
+                before.setdefault(entry.key, []).append(entry)
     worse, compared = [], 0
     for entry in now.entries:
-        if not entry.contender.startswith(OURS) or entry.ratio is None or entry.key not in before:
+        old = before.get(entry.key)
+        if not old or not entry.contender.startswith(OURS):
             continue
         compared += 1
-        run, old = before[entry.key]
-        allowed = max(entry.ratio_spread, old.ratio_spread)
-        if entry.ratio < old.ratio - allowed:
-            worse.append(
-                f"{entry.operation} · {entry.case} · {entry.part} · {entry.contender}: {entry.ratio:.2f} x eager, "
-                f"but {old.ratio:.2f} x on {run.date:%Y-%m-%d} ({run.commit}), and the spread is {allowed:.2f}"
-            )
+        name = f"{entry.operation} · {entry.case} · {entry.part} · {entry.contender}"
+        runs = f"in {len(old)} run{'s' if len(old) > 1 else ''} before"
+        if ratios := [one.ratio for one in old if one.ratio is not None]:
+            usual = statistics.median(ratios)
+            spreads = [one.ratio_spread for one in old if one.ratio is not None]
+            allowed = max(entry.ratio_spread or 0.0, statistics.median(spreads)) + DRIFT * usual
+            if entry.ratio is None:
+                worse.append(f"{name}: it has no ratio to eager, but {usual:.2f} x {runs}")
+            elif entry.ratio < usual - allowed:
+                worse.append(f"{name}: {entry.ratio:.2f} x eager, but {usual:.2f} x {runs}, {allowed:.2f} allowed")
+        if peaks := [one.peak_bytes for one in old if one.peak_bytes is not None]:
+            usual = statistics.median(peaks)
+            if entry.peak_bytes is not None and entry.peak_bytes > MORE_MEMORY * usual:
+                worse.append(f"{name}: {_size(entry.peak_bytes)} of memory, but {_size(round(usual))} {runs}")
     return worse, compared
+
+
+def _machine(run: Run) -> tuple:
+    """What must be the same for figures to be comparable."""
+    return run.device, run.size, run.threads, run.versions.get("torch")
 
 
 # ---------------------------------------------------------------- tables
@@ -317,7 +368,8 @@ def tables(run: Run) -> "Iterator[Table]":
 INTRODUCTION = """# Benchmarks
 
 Written by `soundwave bench report` from the files in `bench/results/`; `pytest bench/` adds one. The contenders of a
-case run in alternating rounds on the same inputs. Times are milliseconds, median ± half the interquartile range.
+case run in alternating rounds on inputs that are drawn alike, and their results are held to eager's. Times are
+milliseconds, median ± half the interquartile range.
 `x eager` is eager's time over the contender's, the median of the rounds' own ratios: above 1 is faster. `memory` is the
 most held beyond what was there before: on CUDA by the caching allocator, on a CPU by the events of torch's allocator in
 its profiler (scratch inside the libraries below is not seen). TFLOP/s and GB/s count what the definition needs, so work
@@ -337,9 +389,12 @@ def write_report(results: Path, out: Path) -> Path:
     Raises:
         FileNotFoundError: there are no results.
     """
-    runs = [run for run in load(results) if run.size != "tiny"]
+    runs = [run for run in load(results) if run.size != "tiny" and run.counts]
     if not runs:
-        raise FileNotFoundError(f"{results} holds no results; write some with pytest bench/")
+        raise FileNotFoundError(
+            f"{results} holds no results that count: of a clean checkout, without -k, not found worse; write some with "
+            "pytest bench/"
+        )
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     by_device: dict[str, list[Run]] = {}
@@ -362,9 +417,7 @@ def _device_section(device: str, runs: list[Run], folder: Path, root: Path) -> I
             newest.setdefault(operation, (run, entries))
     shown = [run for run in runs if any(run is source for source, _ in newest.values())]
     for run in shown:
-        roofs = "; ".join(
-            f"{dtype} {roof.tflops:.3g} TFLOP/s, {roof.gb_per_second:.3g} GB/s" for dtype, roof in run.roofs.items()
-        )
+        roofs = "; ".join(f"{dtype} {roof}" for dtype, roof in run.roofs.items())
         packages = ", ".join(f"{name} {number}" for name, number in run.versions.items())
         yield f"{_label(run)}: {packages}; {run.threads} threads. Roofs: {roofs}.\n"
     roofline = folder / f"{slug(device)}-roofline.png"
@@ -492,9 +545,8 @@ def _plot_roofline(newest: dict[str, tuple[Run, list[Entry]]], path: Path) -> bo
     intensities = [entry.flops / entry.bytes for _, entry in points]
     low, high = min(*intensities, 1.0) / 2, max(intensities) * 2
     for number, dtype in enumerate(sorted({entry.dtype for _, entry in points})):
-        of_dtype = [entry for _, entry in points if entry.dtype == dtype]
-        flops = statistics.median(entry.roof_flops for entry in of_dtype)
-        moved = statistics.median(entry.roof_bytes for entry in of_dtype)
+        roof = next(run.roofs[dtype] for run, entry in points if entry.dtype == dtype)
+        flops, moved = roof.tflops * 1e12, roof.gb_per_second * 1e9
         xs = sorted({low, flops / moved, max(high, 2 * flops / moved)})
         line = [min(flops, x * moved) / 1e12 for x in xs]
         axis.plot(xs, line, color="black", linestyle=("-", "--", ":")[number % 3], label=f"roof, {dtype}")

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -151,8 +152,59 @@ def test_the_peak_is_what_a_step_adds_to_its_inputs():
 
 def test_a_contender_without_backward_is_timed_forward_only():
     laps = time_it({"eager": lambda: lambda x: x.sum(), "forward-only": lambda: lambda x: x.detach().sum()}).laps
+    assert not laps["forward-only"].failed
     assert set(laps["forward-only"].seconds) == {"forward"}
     assert set(laps["eager"].seconds) == set(benchmarks.PARTS)
+
+
+def double(x):
+    return (2 * x).sum()
+
+
+@pytest.mark.parametrize(
+    ("contender", "told"),
+    [
+        (lambda x: (2.01 * x).sum(), "the result lies 0.005 of its norm from eager's"),
+        (lambda x: double(x.detach()) + (0 * x).sum(), "the gradient lies 1 of its norm from eager's"),
+        (lambda x: double(x.detach()) + torch.zeros((), requires_grad=True), "no gradient for 1 of 1 tensors"),
+        (lambda x: double(x)[None], r"the result has shape \[1\], but eager's \[\]"),
+        (lambda x: double(x) * float("nan"), "the result lies nan of its norm"),
+    ],
+)
+def test_a_contender_that_computes_something_else_fails(contender, told):
+    laps = time_it({"eager": lambda: double, "peer": lambda: contender}).laps
+    assert re.search(told, laps["peer"].failed) and not laps["peer"].seconds
+    assert laps["eager"].seconds and not laps["eager"].failed
+
+
+def test_contenders_that_need_not_agree_are_named():
+    other = {"eager": lambda: double, "ours-wrong": lambda: lambda x: x.sum()}
+    assert time_it(other).laps["ours-wrong"].failed
+    assert not time_it(other, different=("ours-wrong",)).laps["ours-wrong"].failed
+    assert not time_it(other, partial=("ours-wrong",)).laps["ours-wrong"].failed
+
+
+def test_padding_does_not_count_where_the_bench_says_so():
+    counts = torch.ones(2**18)
+    counts[5] = 0
+    makers = {"eager": lambda: lambda x: 2 * x, "ours": lambda: lambda x: 2 * x * counts}
+    assert "the result lies" in time_it(makers).laps["ours"].failed
+    assert not time_it(makers, counts=counts).laps["ours"].failed
+
+
+@pytest.mark.parametrize("error", [ImportError("no kernel"), torch.OutOfMemoryError("full")])
+def test_what_excuses_a_peer_is_a_failure_of_ours(error):
+    def broken(x):
+        raise error
+
+    laps = time_it({"eager": lambda: double, "peer": lambda: broken, "ours": lambda: broken}).laps
+    assert laps["peer"].absent and not laps["peer"].failed
+    assert laps["ours"].failed and not laps["ours"].absent
+
+
+def test_ours_without_a_backward_fails():
+    laps = time_it({"eager": lambda: double, "ours": lambda: lambda x: double(x.detach())}).laps
+    assert laps["ours"].failed == "ours: it has no backward"
 
 
 def test_a_contender_that_cannot_be_made_is_absent_by_name():
@@ -251,61 +303,100 @@ def test_the_table_of_pytest_benchmark_has_every_contender_of_a_group(finished):
 # ---------------------------------------------------------------- comparison
 
 
-def earlier(run: Run, factor: float) -> Run:
-    """`run` as if it had been measured a day before, with ratios `factor` times as high."""
+@pytest.fixture
+def clean(run) -> Run:
+    """The run as if of a clean checkout and without `-k`."""
+    return run.model_copy(update={"commit": "abc1234", "whole": True})
+
+
+def earlier(run: Run, factor: float, days: int = 1, **changes) -> Run:
+    """`run` as if it had been measured some days before, with ratios `factor` times as high."""
     entries = [entry.model_copy(update={"ratio": entry.ratio * factor, "ratio_spread": 0.0}) for entry in run.entries]
-    return run.model_copy(update={"date": run.date - timedelta(days=1), "entries": entries})
+    return run.model_copy(update={"date": run.date - timedelta(days=days), "entries": entries} | changes)
+
+
+def with_entries(run: Run, **changes) -> Run:
+    """Its entries with some values replaced, by functions of the entry."""
+    entries = [
+        entry.model_copy(update={name: change(entry) for name, change in changes.items()}) for entry in run.entries
+    ]
+    return run.model_copy(update={"entries": entries})
 
 
 def ours(run: Run) -> list[Entry]:
     return [entry for entry in run.entries if entry.contender.startswith("ours")]
 
 
-def test_ratios_that_fell_by_more_than_their_spread_are_named(run):
-    worse, compared = benchmarks.compare(run, [earlier(run, 1000)])
-    assert compared == len(worse) == len(ours(run))
-    assert worse[0].startswith("ctc · V 32 · forward · ours-torch: ")
+def test_ratios_that_fell_by_more_than_their_spread_are_named(clean):
+    worse, compared = benchmarks.compare(clean, [earlier(clean, 1000)])
+    assert compared == len(worse) == len(ours(clean))
+    assert worse[0].startswith("ctc · V 32 · forward · ours-torch: ") and "in 1 run before" in worse[0]
 
 
-def test_ratios_within_their_spread_are_not_worse(run):
-    still = earlier(run, 1.0)
-    lower = [entry.model_copy(update={"ratio": entry.ratio - 0.1, "ratio_spread": 0.2}) for entry in run.entries]
-    assert benchmarks.compare(run.model_copy(update={"entries": lower}), [still]) == ([], len(ours(run)))
+@pytest.mark.parametrize(("ratio", "spread", "worse"), [(0.85, 0.06, False), (0.85, 0.04, True), (0.91, 0.0, False)])
+def test_a_ratio_may_fall_by_its_spread_and_what_runs_of_the_same_code_drift(clean, ratio, spread, worse):
+    before = with_entries(clean, ratio=lambda entry: 1.0, ratio_spread=lambda entry: 0.0)
+    now = with_entries(clean, ratio=lambda entry: ratio, ratio_spread=lambda entry: spread)
+    assert bool(benchmarks.compare(now, [before])[0]) is worse
 
 
-def test_a_ratio_is_held_to_the_newest_earlier_result(run):
-    old, new = earlier(earlier(run, 1000), 1.0), earlier(run, 0.5)
-    assert benchmarks.compare(run, [new, old])[0] == []
+def test_many_small_losses_do_not_pass_one_after_the_other(clean):
+    runs = [with_entries(clean, ratio=lambda entry, n=n: 0.92**n, ratio_spread=lambda entry: 0.0) for n in range(6)]
+    found = [bool(benchmarks.compare(runs[n], runs[:n])[0]) for n in range(1, 6)]
+    assert not found[0] and found[-1]
 
 
-def test_results_of_other_devices_and_shapes_are_not_compared(run):
-    before = earlier(run, 1000)
-    elsewhere = before.model_copy(update={"device": "another"})
-    larger = [
-        entry.model_copy(update={"shape": {**entry.shape, "T": 2 * entry.shape["T"]}}) for entry in before.entries
-    ]
-    assert benchmarks.compare(run, [elsewhere, before.model_copy(update={"entries": larger})]) == ([], 0)
+def test_more_memory_and_a_vanished_ratio_are_worse(clean):
+    more = with_entries(clean, peak_bytes=lambda entry: 2 * entry.peak_bytes)
+    assert all("of memory, but" in line for line in benchmarks.compare(more, [earlier(clean, 1.0)])[0])
+    gone = with_entries(clean, ratio=lambda entry: None, ratio_spread=lambda entry: None)
+    assert len(benchmarks.compare(gone, [earlier(clean, 1.0)])[0]) == len(ours(clean))
 
 
-def test_the_option_compare_fails_a_run_that_became_slower(run, tmp_path):
-    earlier(run, 1000).save(tmp_path)
+@pytest.mark.parametrize("change", [{"commit": "abc1234-changed"}, {"whole": False}, {"worse": ["slow"]}], ids=str)
+def test_runs_that_do_not_count_are_nobodys_measure(clean, change, tmp_path):
+    """A run of a changed checkout, of a part of a case's contenders, or one that was found worse itself."""
+    assert benchmarks.compare(clean, [earlier(clean, 1000, **change)]) == ([], 0)
+    clean.model_copy(update=change | {"size": "cpu"}).save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no results that count"):
+        benchmarks.write_report(tmp_path, tmp_path / "benchmarks.md")
+
+
+def test_results_of_other_devices_shapes_threads_and_torches_are_not_compared(clean):
+    before = earlier(clean, 1000)
+    larger = with_entries(before, shape=lambda entry: entry.shape | {"T": 2 * entry.shape["T"]})
+    others = [{"device": "another"}, {"threads": 99}, {"versions": before.versions | {"torch": "1.0"}}]
+    assert benchmarks.compare(clean, [larger, *(before.model_copy(update=other) for other in others)]) == ([], 0)
+
+
+def test_the_option_compare_fails_a_run_that_became_slower(clean, tmp_path):
+    """It is timed twice, named, and no measure for the next."""
+    earlier(clean, 1000).save(tmp_path)
     done = run_benches(tmp_path, "--compare")
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
     assert "ctc · V 32 · both · ours-torch: " in done.stdout
+    _, slow = benchmarks.load(tmp_path)
+    assert len(slow.worse) == len(ours(slow)) and not slow.counts
+    assert len({entry.key for entry in slow.entries}) == len(slow.entries)
+
+
+def test_a_choice_of_contenders_is_recorded(run):
+    assert not run.whole  # -k "not compiled"
 
 
 # ---------------------------------------------------------------- report
 
 
 @pytest.fixture
-def report(run, tmp_path) -> Path:
-    run = run.model_copy(update={"size": "cpu"})
+def report(clean, tmp_path) -> Path:
+    run = clean.model_copy(update={"size": "cpu"})
     for each in (run, earlier(run, 0.5)):
         each.save(tmp_path / "results")
     return benchmarks.write_report(tmp_path / "results", tmp_path / "docs" / "benchmarks.md")
 
 
-def test_the_report_shows_the_newest_figures_beside_the_earlier_ratio(report, run):
+def test_the_report_shows_the_newest_figures_beside_the_earlier_ratio(report, clean):
+    run = clean
     entry = next(entry for entry in ours(run) if entry.part == "both" and entry.case == "V 32")
     (line,) = (line for line in report.read_text().splitlines() if "**ours-torch**" in line)
     day_before = run.date - timedelta(days=1)
@@ -331,5 +422,5 @@ def test_files_of_other_benches_are_left_alone(run, tmp_path):
 
 
 def test_a_report_of_nothing_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no results; write some with pytest bench/"):
+    with pytest.raises(FileNotFoundError, match="holds no results that count: of a clean checkout"):
         benchmarks.write_report(tmp_path, tmp_path / "benchmarks.md")
