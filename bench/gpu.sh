@@ -10,7 +10,7 @@
 #             all of them, if none is named. One that fails does not keep the next from running.
 # --wheels    a folder of wheels that are put on PYTHONPATH for the run; nothing is installed, nothing is fetched.
 #             Beside PyTorch, transformers, peft and pytest with pytest-benchmark and hypothesis, the parts need bitsandbytes,
-#             nvtx, pydantic, soundfile, soxr and espeakng-loader; peers of the benches are welcome.
+#             pydantic, soundfile, soxr and espeakng-loader; nvtx and peers of the benches are welcome.
 # --python    the interpreter that has PyTorch (python3)
 # --rehearse  every part to its end on a CPU, at tiny sizes; it measures nothing
 #
@@ -76,7 +76,7 @@ import torch
 
 if sys.argv[1] == "no" and not torch.cuda.is_available():
     sys.exit("gpu.sh: no CUDA GPU is there; --rehearse runs without one")
-needed = "triton transformers peft accelerate pytest pytest_benchmark hypothesis bitsandbytes nvtx pydantic soundfile soxr"
+needed = "triton transformers peft accelerate pytest pytest_benchmark hypothesis bitsandbytes pydantic soundfile soxr"
 missing = [name for name in [*needed.split(), "espeakng_loader"] if importlib.util.find_spec(name) is None]
 if missing:
     print(f"gpu.sh: not installed: {', '.join(missing)}; parts that need them will fail (--wheels)", file=sys.stderr)
