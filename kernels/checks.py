@@ -2,22 +2,44 @@
 
 To look at a CUDA tensor the CPU has to wait for the GPU. So the first offender is found on the device and copied
 without waiting; its ValueError comes at backward or at the next call, whichever is the first to find the copy there.
+
+And the derivatives that no operation here has: those of forward mode.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Message = str | Callable[..., str]
 _pending: list[tuple[torch.cuda.Event, Tensor, Message, torch.Size]] = []
 
 
 def _raise(place: int, value: int, message: Message, shape: torch.Size) -> None:
-    where = (place,) if len(shape) == 1 else divmod(place, shape[1])
+    where: list[int] = []
+    for size in reversed(shape):
+        place, at = divmod(place, size)
+        where.insert(0, at)
     if isinstance(message, str):
         raise ValueError(message.format(place=", ".join(map(str, where)), value=value))
     raise ValueError(message(*where, value))
+
+
+def as_lengths(lengths: Tensor | Sequence[int]) -> Tensor:
+    """A sequence as a tensor, an empty one of integers; a tensor as it is. Shape and dtype are not checked."""
+    if isinstance(lengths, Tensor):
+        return lengths
+    lengths = torch.tensor(lengths)
+    return lengths if lengths.numel() else lengths.long()
+
+
+def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """NotImplementedError if one of `tensors` carries a tangent, which the operation `name` would drop."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # no forward mode anywhere, as nearly always
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"{name}: forward-mode derivatives are not there; use reverse mode")
 
 
 def raise_pending(wait: bool = False) -> None:
@@ -33,7 +55,7 @@ def raise_pending(wait: bool = False) -> None:
 
 
 def report(values: Tensor, wrong: Tensor, message: Message, validate: bool = False) -> None:
-    """ValueError for the first of the integers `values` [N] or [N, M] that is `wrong`.
+    """ValueError for the first of the integers `values`, of any shape, that is `wrong`.
 
     At once on the CPU or with `validate`, else later. `message` may hold `{value}` and `{place}`, the offender's index;
     or it is a function of index and value. While a CUDA graph is captured, nothing is checked.

@@ -57,8 +57,9 @@ def check_targets(
     """Lengths within their tensors, labels within the classes, no label blank; `targets` int [B, U].
 
     Returns:
-        targets and both lengths on `device`; and None if all three were on the CPU, else bool [B], the utterances with
-        something wrong, whose lengths then are 0, so that nothing is read out of bounds.
+        targets and both lengths on `device`, contiguous as kernels read them; and None if all three were on the CPU,
+        else bool [B], the utterances with something wrong, whose lengths then are 0, so that nothing is read out of
+        bounds.
 
     Raises:
         ValueError: at once if all three are on the CPU or with `validate`, else later (see `checks`).
@@ -81,29 +82,52 @@ def check_targets(
                 ("target_lengths", size, "columns of targets"),
             )[column]
             return f"{name}[{row}] = {value}, but it must be 0 to {limit}, the {of}"
-        what = "that is the blank" if value == blank else f"it must be 0 to {classes - 1}, one of the {classes_of}"
-        return f"targets[{row}, {column - 2}] = {value}, but {what}"
+        return f"targets[{row}, {column - 2}] = {_wrong_label(value, classes, blank, classes_of)}"
 
     report(values, wrong, message, validate)
     if not late:
-        return *(tensor.to(device) for tensor in given), None
+        return *(tensor.to(device).contiguous() for tensor in given), None
     wrong = wrong.any(1)
-    return targets, input_lengths.masked_fill(wrong, 0), target_lengths.masked_fill(wrong, 0), wrong
+    return targets.contiguous(), input_lengths.masked_fill(wrong, 0), target_lengths.masked_fill(wrong, 0), wrong
+
+
+def _wrong_label(value: int, classes: int, blank: int, classes_of: str) -> str:
+    what = "that is the blank" if value == blank else f"it must be 0 to {classes - 1}, one of the {classes_of}"
+    return f"{value}, but {what}"
 
 
 @torch.library.custom_op("soundwave::ctc_pad_targets", mutates_args=())
 @ranged("soundwave.ctc_pad_targets")
-def pad_targets(targets: Tensor, target_lengths: Tensor) -> Tensor:
-    """Concatenated targets [S] -> [B, U], padded with -1. Lengths on CUDA cost a synchronisation: U comes from them."""
+def pad_targets(
+    targets: Tensor,
+    target_lengths: Tensor,
+    classes: int = -1,
+    blank: int = -1,
+    classes_of: str = "classes of log_probs",
+    validate: bool = False,
+) -> Tensor:
+    """Concatenated targets [S] -> [B, U], padded with -1. Lengths on CUDA cost a synchronisation: U comes from them.
+
+    Given `classes`, a label that is blank or no class raises ValueError with its place in [S], on the CPU or with
+    `validate`; of others `check_targets` knows the utterance and the place in that.
+    """
     lengths = target_lengths.cpu().to(torch.int64)
     report(lengths, lengths < 0, "target_lengths[{place}] = {value}, but it must be 0 or more")
     if int(lengths.sum()) != targets.shape[0]:
         raise ValueError(f"targets has {targets.shape[0]} labels, but target_lengths adds up to {int(lengths.sum())}")
+    if classes >= 0 and (validate or not targets.is_cuda):
+        wrong = (targets < 0) | (targets >= classes) | (targets == blank)
+        report(
+            targets,
+            wrong,
+            lambda i, value: f"targets[{i}] = {_wrong_label(value, classes, blank, classes_of)}",
+            validate,
+        )
     valid = before(lengths, int(lengths.max()) if lengths.numel() else 0)
     places = torch.zeros(valid.shape, dtype=torch.int64).masked_scatter_(valid, torch.arange(targets.shape[0]))
     return targets[places.to(targets.device)].masked_fill_(~valid.to(targets.device), -1)
 
 
 @pad_targets.register_fake
-def _(targets, target_lengths):
+def _(targets, target_lengths, classes=-1, blank=-1, classes_of="", validate=False):
     return targets.new_empty(target_lengths.shape[0], torch.library.get_ctx().new_dynamic_size())

@@ -7,7 +7,8 @@ is a product of its own in fp32; the others come in chunks of rows (see vocab_ro
 rows' own losses; backward multiplies them by what comes from above. For dW, a sum over rows, that has to be one number:
 with reduction "none" it is computed in backward.
 
-Shapes    hidden [N, D], weight [V, D], target int [N] -> scalar, or [N]. A row that is ignored costs nothing.
+Shapes    hidden [N, D], weight [V, D], target int [N], or of any shape with N values, in which the place of a wrong
+          one is told -> scalar, or [N]. A row that is ignored costs nothing.
 Numerics  products in `product_dtype`; targets, softmax and sums in fp32 (fp64 if hidden or weight is).
 Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it is trained (8 with reduction "none").
           Memory: one chunk of logits, dH, and for a trained head dW in fp32.       Bitwise deterministic.
@@ -48,9 +49,14 @@ def _run(
     columns, dtype = weight.shape[0], sum_dtype(hidden, weight)
     kept = target != ignore_index
     wrong = kept & ((target < 0) | (target >= columns))
-    message = f"target[{{place}}] = {{value}}, but it must be ignore_index or 0 to {columns - 1}, a row of weight"
+
+    def message(*place_and_value: int) -> str:
+        *place, value = place_and_value  # no place: target is a number
+        return f"target{place or ''} = {value}, but it must be ignore_index or 0 to {columns - 1}, a row of weight"
+
     raise_pending()
     report(target, wrong, message, validate)
+    target, kept, wrong = target.flatten(), kept.flatten(), wrong.flatten()
     place = (kept & ~wrong).nonzero()[:, 0]
     rows, ids = hidden[place], target[place].to(torch.int64)[:, None]
     own = rows.new_empty(len(rows), 1, dtype=dtype)
@@ -114,7 +120,7 @@ def _linear_cross_entropy_fwd(
 def _(
     hidden, weight, target, ignore_index, product_dtype, impl, reduction, exact, need_hidden, need_weight, validate
 ):  # fmt: skip
-    loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=sum_dtype(hidden, weight))
+    loss = hidden.new_empty(hidden.shape[0] if reduction == "none" else (), dtype=sum_dtype(hidden, weight))
     dweight = loss.new_empty(weight.shape if need_weight and reduction != "none" else 0)
     return loss, hidden.new_empty(hidden.shape if need_hidden else 0), dweight, loss.new_empty(())
 
@@ -200,7 +206,7 @@ def linear_cross_entropy(
     exact: bool,
     validate: bool,
 ) -> Tensor:
-    """The loss of hidden [N, D] for target [N]: scalar, or [N]. `impl` "triton" or "torch".
+    """The loss of hidden [N, D] for target [N], or any shape of N: scalar, or [N]. `impl` "triton" or "torch".
 
     Raises:
         ValueError: a target that is no row of `weight`, as `checks.report` has it.

@@ -244,6 +244,13 @@ def _check_bounds(name: str, cu_seqlens: Tensor, rows: int, longest: int) -> Non
         raise ValueError(f"max_seqlen_{name} = {longest}, but an utterance has {int(sizes.max())} rows")
 
 
+def _without_keys(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rows: int) -> Tensor:
+    """bool [K, 1, 1]: queries of utterances without keys, which may hold anything."""
+    row = torch.arange(rows, dtype=cu_seqlens_q.dtype, device=cu_seqlens_q.device)
+    utterance = torch.searchsorted(cu_seqlens_q, row, right=True).sub_(1).clamp_(0, cu_seqlens_q.numel() - 2)
+    return (cu_seqlens_k.diff() == 0)[utterance][:, None, None]
+
+
 @torch.library.custom_op("soundwave::shrink_attention_fwd", mutates_args=())
 @ranged("soundwave.shrink_attention")
 def _forward(
@@ -257,7 +264,10 @@ def _forward(
     longest = max_seqlen_q, max_seqlen_k
     if impl == "torch":
         with torch.autocast(query.device.type, enabled=False):
-            return padded_attention(query, key, value, *cu_seqlens, *longest, scale, query.device.type == "cpu")
+            out, lse = padded_attention(query, key, value, *cu_seqlens, *longest, scale, query.device.type == "cpu")
+        if query.shape[0]:
+            out.masked_fill_(_without_keys(*cu_seqlens, query.shape[0]), 0.0)
+        return out, lse
     out, lse = query.new_full(query.shape, torch.nan), query.new_empty(query.shape[1::-1], dtype=torch.float32)
     tensors, tile = (query, key, value, out, lse), _settings(query).fwd
     _launch(_shrink_attention_fwd_kernel, tile, False, tensors, query, key, value, cu_seqlens, longest, scale)
@@ -285,6 +295,8 @@ def _backward(
             dq, dk, dv = padded_attention_backward(
                 dout, query, key, value, out, lse, *cu_seqlens, *longest, scale, query.device.type == "cpu"
             )
+        if query.shape[0]:
+            dq.masked_fill_(_without_keys(*cu_seqlens, query.shape[0]), 0.0)
         return (dq, dk, dv) if need_dkv else (dq, key.new_empty(0), value.new_empty(0))
     dout, delta, dq = dout.contiguous(), torch.empty_like(lse), query.new_empty(query.shape)
     dk, dv = (x.new_empty(x.shape if need_dkv else (0,)) for x in (key, value))
@@ -346,6 +358,10 @@ def shrink_attention(
     """
     impl = resolve_impl(impl, query.device)
     size = query.shape[2]
+    if not query.shape[1] or not size:
+        raise ValueError(
+            f"query has shape {list(query.shape)}, but there must be a head at least, of one column or more"
+        )
     if impl == "triton" and (query.dtype not in DTYPES or size > MAX_E):
         raise ValueError(
             f"query is {query.dtype} with heads of {size}, but impl='triton' takes float32, bfloat16 and float16 and "

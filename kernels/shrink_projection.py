@@ -114,7 +114,7 @@ def _gather_matmul(gather: str, a: Tensor, b: Tensor, bias: Tensor | None, index
     grid = (triton.cdiv(size_i, config.block_i) * triton.cdiv(size_j, config.block_j),)
     if grid[0]:
         _gather_matmul_kernel[grid](
-            a, b, bias, index, c, size_i, size_j, size_r, rows, *a.stride(), *b.stride(), c.stride(0),
+            a, b, bias, index.contiguous(), c, size_i, size_j, size_r, rows, *a.stride(), *b.stride(), c.stride(0),
             GATHER=gather, DTYPE=TRITON_DTYPE[dtype], GROUP=GROUP,
             PRECISION=input_precision(),
             BLOCK_I=config.block_i, BLOCK_J=config.block_j, BLOCK_R=config.block_r,
@@ -152,7 +152,7 @@ def _forward(
             q = F.linear(_take(x, index, weight.dtype), weight[:columns], bias[:columns])
         else:
             q = weight.new_empty(index.shape[0], columns)
-            _gather_matmul("a", x, weight[:columns].t(), bias.contiguous(), index.contiguous(), q)
+            _gather_matmul("a", x, weight[:columns].t(), bias.contiguous(), index, q)
         if kept:
             return q, weight.new_empty(0), weight.new_empty(0)
         context = _take(x, rows, weight.dtype)

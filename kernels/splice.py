@@ -232,4 +232,5 @@ def splice_places(
 
 def splice_rows(embeddings: Tensor, speech: Tensor, source: Tensor, inverse: Tensor, impl: str = "auto") -> Tensor:
     """Rows of embeddings [B·L, D] and speech [K, D] in the order of `splice_places`' source [B·M] -> [B·M, D]."""
+    source, inverse = source.contiguous(), inverse.contiguous()
     return _forward(embeddings, speech, source, inverse, resolve_impl(impl, embeddings.device))

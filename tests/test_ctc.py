@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from soundwave import fused
 from soundwave.fused.functional import ctc_loss
 from soundwave.kernels import checks, ctc_lattice
-from soundwave.kernels.ctc import ctc_ref
+from soundwave.kernels.ctc import ctc_nll, ctc_ref
 from soundwave.kernels.ctc_lattice import ctc_lattice as lattice
 from soundwave.kernels.ctc_targets import feasible
 from tests.accuracy import assert_as_accurate, assert_rms
@@ -339,6 +339,20 @@ def test_every_form_of_targets_and_lengths_gives_the_same(device, impl):
 
 
 @everywhere
+def test_lengths_in_columns_of_a_table_give_the_same(device, impl):
+    logits, targets, *lengths = make(9, 3, 7, 3, device=device, full=True)
+    lengths[0] -= torch.arange(3, device=device)
+    lengths[1] -= torch.arange(2, -1, -1, device=device)
+    log_probs = logits.log_softmax(-1)
+    columns = torch.stack(lengths, 1).unbind(1)
+    assert not columns[0].is_contiguous()
+    wanted = ctc_loss(log_probs, targets, *lengths, reduction="none", impl=impl)
+    assert torch.equal(ctc_loss(log_probs, targets, *columns, reduction="none", impl=impl), wanted)
+    bare = ctc_nll(log_probs, targets.t().contiguous().t(), *columns, blank=0, impl=impl)
+    assert torch.equal(bare, wanted)
+
+
+@everywhere
 def test_views_give_the_same(device, impl):
     logits, targets, *lengths = make(9, 3, 7, 3, device=device)
     log_probs = logits.log_softmax(-1)
@@ -431,6 +445,12 @@ SHAPES = {
     "too many labels": (lambda a: a | {"targets": torch.ones(7, dtype=torch.int64)}, "targets has 7 labels, .* 5"),
     "too few labels": (lambda a: a | {"targets": torch.ones(4, dtype=torch.int64)}, "targets has 4 labels, .* 5"),
 }
+WRONG_TYPES = {
+    "targets": (lambda a: a | {"targets": a["targets"].tolist()}, TypeError, "targets is a list, .* a tensor"),
+    "log_probs": (lambda a: a | {"log_probs": a["log_probs"].tolist()}, TypeError, "log_probs is a list, .* a tensor"),
+    "floating blank": (lambda a: a | {"blank": 0.0}, ValueError, "blank = 0.0, but it must be an integer"),
+    "no blank": (lambda a: a | {"blank": None}, ValueError, "blank = None, but it must be an integer"),
+}
 VALUES = {
     "blank": (("targets", (1, 0), 0), r"targets\[1, 0\] = 0, but that is the blank"),
     "past the classes": (("targets", (0, 2), 5), r"targets\[0, 2\] = 5, but it must be 0 to 4"),
@@ -459,6 +479,13 @@ def test_what_does_not_fit_is_named(change):
         ctc_loss(**change(valid()))
 
 
+@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in WRONG_TYPES.items()])
+def test_a_wrong_type_is_named(change):
+    change, error, message = change
+    with pytest.raises(error, match=message):
+        ctc_loss(**change(valid()))
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in VALUES.items()])
 def test_a_value_out_of_range_is_named(impl, change):
@@ -467,10 +494,15 @@ def test_a_value_out_of_range_is_named(impl, change):
     arguments[name][place] = value
     with pytest.raises(ValueError, match=message):
         ctc_loss(**arguments, impl=impl)
-    if name == "targets":
+    if name == "targets":  # all of the first utterance's three labels are used
         arguments["targets"] = concatenated(arguments["targets"], arguments["target_lengths"])
-        with pytest.raises(ValueError, match=message):
+        flat = f"targets\\[{3 * place[0] + place[1]}\\] = {value}, but"
+        with pytest.raises(ValueError, match=flat):
             ctc_loss(**arguments, impl=impl)
+        hidden, head = torch.randn(2, 6, 3), torch.randn(5, 3)
+        rest = arguments["targets"], arguments["input_lengths"], arguments["target_lengths"]
+        with pytest.raises(ValueError, match=flat):
+            fused.functional.linear_ctc_loss(hidden, head, *rest, blank=0, impl=impl)
 
 
 @pytest.mark.gpu
@@ -543,7 +575,7 @@ def test_registration(device, impl):
     inputs = log_probs.detach(), arguments["targets"], *lengths, *rest
     torch.library.opcheck(torch.ops.soundwave.ctc_fwd.default, inputs)
     nll, posteriors, columns = torch.ops.soundwave.ctc_fwd(log_probs.detach(), *inputs[1:5], True, impl, False)
-    torch.library.opcheck(torch.ops.soundwave.ctc_bwd.default, (nll, posteriors, columns, 5, FP32))
+    torch.library.opcheck(torch.ops.soundwave.ctc_bwd.default, (nll, nll, posteriors, columns, 5, FP32))
 
 
 @everywhere
@@ -607,6 +639,33 @@ def test_module_tells_its_settings():
     assert not module.state_dict()
 
 
+@pytest.mark.parametrize(
+    "module", [fused.CTCLoss, lambda **words: fused.LinearCTCLoss(0, **words), fused.LinearCrossEntropyLoss],
+    ids=["CTCLoss", "LinearCTCLoss", "LinearCrossEntropyLoss"],
+)  # fmt: skip
+def test_modules_refuse_words_that_name_nothing(module):
+    with pytest.raises(ValueError, match="reduction = 'avg', but it must be one of mean, sum, none"):
+        module(reduction="avg")
+    with pytest.raises(ValueError, match="impl = 'cuda', but it must be one of auto, triton, torch"):
+        module(impl="cuda")
+    module(reduction="sum", impl="triton")  # wherever it is made
+
+
+@pytest.mark.parametrize("change", ["uint8 targets", "floating targets", "uint8 lengths", "lengths in a column"])
+def test_what_torchs_module_takes_beyond_ours_is_named(change):
+    given = valid()
+    if change.endswith("targets"):
+        given["targets"] = given["targets"].to(torch.uint8 if change.startswith("uint8") else FP32)
+    for name in ("input_lengths", "target_lengths"):
+        if change.startswith("uint8"):
+            given[name] = given[name].to(torch.uint8 if change.endswith("lengths") else torch.int64)
+        elif change == "lengths in a column":
+            given[name] = given[name][:, None]
+    assert torch.nn.CTCLoss()(*given.values()).isfinite()
+    with pytest.raises(ValueError, match="targets is torch|input_lengths is torch|input_lengths has shape"):
+        fused.CTCLoss()(*given.values())
+
+
 def test_wav2vec2_trains_with_it():
     """A Hugging Face CTC model: the same loss and gradients as its own, and it learns its labels."""
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
@@ -665,3 +724,41 @@ def test_wav2vec2_trains_with_it():
         loss.backward()
         optimizer.step()
     assert loss < 0.3 * own
+
+
+# ---- scores that are no log-probabilities
+
+
+@everywhere
+@pytest.mark.parametrize("shift", [0.0, 40.0, 800.0, -800.0])
+def test_scores_of_any_size_and_sign_have_the_gradient_of_the_loss_as_given(device, impl, shift):
+    """A constant a frame moves the loss, and no posterior."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(6, 3, 5, generator=generator, dtype=FP64).mul(3)
+    targets, lengths, sizes = torch.tensor([[1, 2], [3, 3], [4, 0]]), torch.tensor([6, 5, 2]), torch.tensor([2, 2, 1])
+
+    def run(x):
+        leaf = x.to(device, copy=True).requires_grad_()
+        loss = ctc_loss(leaf, targets.to(device), lengths, sizes, reduction="none", impl=impl)
+        loss.sum().backward()
+        return loss.detach(), leaf.grad
+
+    (loss, gradient), (moved, found) = run(scores), run(scores + shift)
+    torch.testing.assert_close(moved, loss - shift * lengths.to(loss), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-9)
+    leaf = scores.clone().requires_grad_()
+    ctc_ref(leaf, targets, lengths, sizes, 0).sum().backward()
+    torch.testing.assert_close(gradient.cpu(), leaf.grad, rtol=1e-9, atol=1e-9)
+
+
+@everywhere
+def test_what_cannot_be_aligned_has_no_gradient_whatever_its_loss_is_multiplied_with(device, impl):
+    """The factor of a loss of inf is inf or NaN where the loss is squared, or weighed by how sure it is."""
+    scores = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    for weigh in (lambda loss: loss**2, lambda loss: (1 - (-loss).exp()) ** 2 * loss):
+        leaf = scores.to(device, copy=True).requires_grad_()
+        targets = torch.tensor([[1, 2], [3, 3]], device=device)
+        loss = ctc_loss(leaf, targets, torch.tensor([5, 2]), torch.tensor([2, 2]), reduction="none", impl=impl)
+        assert loss[1] == torch.inf
+        weigh(loss).sum().backward()
+        assert not leaf.grad[:, 1].any() and leaf.grad[:, 0].isfinite().all() and leaf.grad[:, 0].any()

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from soundwave import eager
-from soundwave.fused.functional import ctc_peaks
+from soundwave.fused.functional import ctc_peaks, linear_ctc_loss, linear_ctc_path
 from soundwave.kernels.ctc_peaks import COPY_BLOCK, MAX_BLOCK_T, _config, _ctc_peaks, ctc_peaks_ref
 from soundwave.kernels.dispatch import interpreted
 from tests.implementations import WHERE
@@ -131,6 +131,26 @@ def test_nothing_to_keep(shape, device, impl):
     path, lengths = torch.zeros(shape, dtype=torch.int64, device=device), torch.zeros(shape[0], dtype=torch.int64)
     found = ctc_peaks(path, lengths, blank=BLANK, scores=torch.zeros(shape, device=device), impl=impl)
     assert_same(found, eager.Peaks(path.new_zeros(0), torch.zeros(shape[0] + 1, dtype=torch.int32), 0))
+
+
+def test_a_batch_of_no_utterances_takes_an_empty_list_of_lengths():
+    peaks = ctc_peaks(torch.zeros(0, 5, dtype=torch.int64), [], blank=0, keep="runs")
+    assert peaks.index.shape == (0,) and peaks.cu_seqlens.tolist() == [0] and peaks.max_seqlen == 0
+    hidden, weight = torch.zeros(0, 5, 3), torch.ones(6, 3)
+    assert linear_ctc_path(hidden, weight, [], blank=0)[0].shape == (0, 5)
+    assert linear_ctc_loss(hidden, weight, None, [], None, blank=0).path.shape == (0, 5)
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize("keep", KEEP)
+def test_lengths_in_a_column_of_a_table_or_a_list_give_the_same(keep, impl):
+    skip_unless_runnable("cpu", impl)
+    path, scores = torch.tensor([[1, 1, 0, 2], [0, 2, 2, 1]]), torch.randn(2, 4)
+    table = torch.tensor([[4, 1], [2, 3]])
+    expected = ctc_peaks(path, torch.tensor([4, 2]), blank=0, keep=keep, scores=scores, impl=impl)
+    for lengths in (table[:, 0], [4, 2]):
+        found = ctc_peaks(path, lengths, blank=0, keep=keep, scores=scores, impl=impl)
+        assert torch.equal(found.index, expected.index) and torch.equal(found.cu_seqlens, expected.cu_seqlens)
 
 
 @pytest.mark.parametrize(("device", "impl"), WHERE)
@@ -276,6 +296,7 @@ def test_in_triton_lengths_out_of_range_read_nothing_out_of_bounds(device):
         ({"scores": torch.zeros(2, 3, device="meta")}, "scores is on meta, but the other tensors are on cpu"),
         ({"keep": "all"}, "keep = 'all', but it must be 'peaks' or 'runs'"),
         ({"impl": "cuda"}, "impl = 'cuda', but it must be one of auto, triton, torch"),
+        ({"blank": 0.0}, "blank = 0.0, but it must be an integer"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

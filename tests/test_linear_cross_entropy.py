@@ -233,6 +233,38 @@ def test_what_does_not_fit_is_named(change):
         linear_cross_entropy(*tensors, **settings)
 
 
+def test_a_wrong_target_is_named_by_its_place_in_the_targets_as_given():
+    hidden, weight = torch.zeros(2, 3, 3), torch.ones(6, 3)
+    with pytest.raises(ValueError, match=r"^target\[1, 1\] = 9, but it must be ignore_index or 0 to 5"):
+        linear_cross_entropy(hidden, weight, torch.tensor([[0, 1, 2], [0, 9, 1]]))
+    with pytest.raises(ValueError, match=r"^target\[1, 0, 2\] = 9"):
+        linear_cross_entropy(hidden[:, None], weight, torch.tensor([[[0, 1, 2]], [[0, 1, 9]]]))
+    with pytest.raises(ValueError, match="^target = 9"):
+        linear_cross_entropy(hidden[0, 0], weight, torch.tensor(9))
+
+
+@reductions
+def test_targets_of_any_shape_give_the_same(reduction):
+    hidden, weight, target = make(12, 20, 7, ignored=0.3)
+    shaped = hidden.view(2, 3, 2, 7).requires_grad_(), weight.clone().requires_grad_(), target.view(2, 3, 2)
+    flat = hidden.clone().requires_grad_(), weight.clone().requires_grad_(), target
+    losses = [linear_cross_entropy(*given, reduction=reduction) for given in (shaped, flat)]
+    assert losses[0].shape == (target.view(2, 3, 2).shape if reduction == "none" else ())
+    assert torch.equal(losses[0].flatten(), losses[1].flatten())
+    gradients = [torch.autograd.grad(x.sum(), g[:2]) for x, g in zip(losses, (shaped, flat), strict=True)]
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_wrong_type_is_named():
+    hidden, weight, target = make(9, 63, 7)
+    with pytest.raises(TypeError, match="target is a list, but it must be a tensor"):
+        linear_cross_entropy(hidden, weight, target.tolist())
+    with pytest.raises(TypeError, match="hidden is a list, but it must be a tensor"):
+        linear_cross_entropy(hidden.tolist(), weight, target)
+    with pytest.raises(ValueError, match=r"ignore_index = -100\.0, but it must be an integer"):
+        linear_cross_entropy(hidden, weight, target, ignore_index=-100.0)
+
+
 @pytest.mark.gpu
 def test_a_bad_target_on_cuda_is_named_later():
     hidden, weight, target = make(9, 63, 7, device="cuda")

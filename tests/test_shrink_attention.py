@@ -216,6 +216,33 @@ def test_without_keys_the_result_is_0_and_so_are_the_gradients(device, impl):
 
 
 @pytest.mark.parametrize(("device", "impl"), WHERE)
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_queries_without_keys_may_hold_anything(junk, device, impl):
+    skip_unless_runnable(device, impl)
+    tensors, where = make([0, 2, 3, 0, 1], [1, 0, 5, 0, 0], 2, 8, device=device)
+    keyless = torch.tensor([True, True, False, False, False, True], device=device)
+    upstream = torch.randn(6, 2, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    expected = shrink_attention(*tensors, *where, impl=impl)
+    gradients = torch.autograd.grad(expected, tensors, upstream)
+    spoilt = tensors[0].detach().masked_fill(keyless[:, None, None], junk).requires_grad_()
+    out = shrink_attention(spoilt, *tensors[1:], *where, impl=impl)
+    assert torch.equal(out, expected) and not out[keyless].any()
+    for found, wanted in zip(torch.autograd.grad(out, (spoilt, *tensors[1:]), upstream), gradients, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("impl", BOTH)
+def test_bounds_in_columns_of_a_table_give_the_same(impl):
+    skip_unless_runnable("cpu", impl)
+    tensors, where = make([3, 4], [9, 5], 2, 8)
+    columns = torch.stack(where[:2], 1).unbind(1)
+    expected, found = (shrink_attention(*tensors, *x, *where[2:], impl=impl) for x in (where[:2], columns))
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(x.square().sum(), tensors) for x in (found, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(("device", "impl"), WHERE)
 def test_keys_without_queries_have_no_gradient(device, impl):
     skip_unless_runnable(device, impl)
     tensors, where = make([0, 3], [4, 5], 2, 8, device=device)
@@ -377,6 +404,19 @@ GOOD = {
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         shrink_attention(**(GOOD | change))
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 8)], ids=["no-columns", "no-heads"])
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_heads_without_columns_and_no_heads_are_refused(shape, scale):
+    queries, keys = torch.zeros(4, *shape), torch.zeros(6, *shape)
+    with pytest.raises(ValueError, match=rf"query has shape \[4, {shape[0]}, {shape[1]}\], but there must be a head"):
+        shrink_attention(**(GOOD | {"query": queries, "key": keys, "value": keys, "scale": scale}))
+
+
+def test_a_wrong_type_is_named():
+    with pytest.raises(TypeError, match="cu_seqlens_k is a list, but it must be a tensor"):
+        shrink_attention(**(GOOD | {"cu_seqlens_k": [0, 2, 6]}))
 
 
 @pytest.mark.parametrize(

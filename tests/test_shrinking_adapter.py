@@ -7,7 +7,7 @@ import torch
 
 from soundwave import eager
 from soundwave.configuration import SoundwaveConfig
-from soundwave.fused.adapters import ShrinkingAdapter
+from soundwave.fused.adapters import AlignmentAdapter, ShrinkingAdapter
 from soundwave.fused.functional import ctc_peaks, shrink_attention
 from soundwave.kernels import shrink_projection as op
 from soundwave.kernels.dispatch import interpreted
@@ -273,15 +273,15 @@ def test_results_are_bitwise_the_same_every_time(keys, device, impl):
         ({"hidden": torch.zeros(2, 5, 24, dtype=FP16)}, "x is torch.float16, but weight is torch.float32"),
         (
             {"peaks": eager.Peaks(torch.tensor([1, 10]), torch.tensor([0, 1, 2], dtype=torch.int32), 1)},
-            r"index\[1\] = 10, but there are 10 rows",
+            r"peaks.index\[1\] = 10, but it must be 5 or more and below 8, a frame of utterance 1",
         ),
         (
-            {"peaks": eager.Peaks(torch.tensor([6, 1]), torch.tensor([0, 1, 2], dtype=torch.int32), 1)},
-            r"index\[1\] = 1 comes after 6, but index must rise",
+            {"peaks": eager.Peaks(torch.tensor([3, 1, 6]), torch.tensor([0, 2, 3], dtype=torch.int32), 2)},
+            r"peaks.index\[1\] = 1 comes after 3, but peaks.index must rise",
         ),
         (
             {"peaks": eager.Peaks(torch.tensor([1, 6]), torch.tensor([0, 1, 3], dtype=torch.int32), 2)},
-            r"cu_seqlens_q = \[0, 1, 3\], but it must rise from 0 to 2",
+            r"peaks.cu_seqlens = \[0, 1, 3\], but it must rise from 0 to 2",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -295,6 +295,72 @@ def test_bad_input_is_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         adapter(**(good | change))
+
+
+BOUNDS = torch.tensor([0, 1, 2], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("keys", ["all", "kept", "none"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": torch.tensor([2, 99])}, "lengths go from 0 to 99, but each must be 0 to 4, the frames of hidden"),
+        ({"lengths": torch.tensor([True, True])}, r"lengths is torch.bool of shape \[2\], but it must be int \[2\]"),
+        ({"index": torch.tensor([0, 9])}, r"peaks.index\[1\] = 9, but it must be 4 or more and below 8"),
+        ({"index": torch.tensor([-1, 4])}, r"peaks.index\[0\] = -1, but it must be 0 or more and below 2"),
+        ({"index": torch.tensor([0, 3])}, r"peaks.index\[1\] = 3, but it must be 4 .*, a frame of utterance 1"),
+        ({"index": torch.tensor([3, 4])}, r"peaks.index\[0\] = 3, but it must be 0 or more and below 2"),
+        ({"index": torch.tensor([0.0, 4.0])}, "peaks.index is torch.float32, but it must be int32 or int64"),
+        ({"cu_seqlens": BOUNDS[:2]}, r"peaks.cu_seqlens has shape \[2\], but it must be \[3\]"),
+        ({"cu_seqlens": torch.tensor([0, 3, 2], dtype=torch.int32)}, r"peaks.cu_seqlens = \[0, 3, 2\], but it must"),
+        ({"max_seqlen": 0}, "peaks.max_seqlen = 0, but an utterance has 1 kept frames"),
+    ],
+    ids=["long", "bool", "past", "negative", "anothers", "padding", "floating", "bounds", "falling", "longest"],
+)
+def test_peaks_of_other_frames_are_refused_whatever_attends(change, message, keys):
+    adapter = ShrinkingAdapter(SoundwaveConfig(hidden_size=16, num_attention_heads=2, keys=keys))
+    lengths = change.get("lengths", torch.tensor([2, 4]))
+    peaks = eager.Peaks(torch.tensor([0, 4]), BOUNDS, 1)
+    with pytest.raises(ValueError, match=message):
+        adapter(torch.zeros(2, 4, 16), lengths, peaks._replace(**{k: v for k, v in change.items() if k != "lengths"}))
+
+
+@pytest.mark.parametrize("keys", ["all", "kept", "none"])
+def test_lengths_may_be_a_list_and_peaks_may_not(keys):
+    adapter = ShrinkingAdapter(SoundwaveConfig(hidden_size=16, num_attention_heads=2, keys=keys))
+    hidden, peaks = torch.randn(2, 4, 16), eager.Peaks(torch.tensor([0, 4]), BOUNDS, 1)
+    assert torch.equal(adapter(hidden, [2, 4], peaks), adapter(hidden, torch.tensor([2, 4]), peaks))
+    assert adapter(hidden[:0], [], eager.Peaks(peaks.index[:0], BOUNDS[:1], 0)).shape == (0, 16)
+    with pytest.raises(TypeError, match="peaks.cu_seqlens is a list, but it must be a tensor"):
+        adapter(hidden, [2, 4], peaks._replace(cu_seqlens=[0, 1, 2]))
+
+
+def test_the_alignment_adapter_takes_a_list_of_lengths_and_no_bool():
+    adapter = AlignmentAdapter(SoundwaveConfig(hidden_size=16, num_attention_heads=2)).eval()
+    frames = torch.randn(2, 5, adapter.projector.in_features // adapter.frame_stack)
+    for found, expected in zip(adapter(frames, [5, 3]), adapter(frames, torch.tensor([5, 3])), strict=True):
+        assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"lengths is torch.bool of shape \[2\], but it must be int \[2\]"):
+        adapter(frames, torch.tensor([True, True]))
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize("keys", KEYS)
+def test_peaks_in_a_column_of_a_table_give_the_same(keys, impl):
+    skip_unless_runnable("cpu", impl)
+    adapter, hidden, lengths, peaks = make(LENGTHS["ragged"], keys)
+    fused, hidden = fused_of(adapter.float(), keys, impl), hidden.float()
+    upstream = torch.randn(peaks.index.numel(), WIDTH)
+    column = peaks._replace(index=torch.stack([peaks.index, peaks.index.flip(0)], 1)[:, 0])
+    expected, found = (everything(fused, hidden, lengths, x, upstream) for x in (peaks, column))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_with_kept_frames_as_keys_the_adapter_compiles_as_one_graph():
+    adapter, hidden, lengths, peaks = make(LENGTHS["ragged"], "kept")
+    fused, hidden = fused_of(adapter.float(), "kept", "torch"), hidden.float()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden, lengths, peaks), fused(hidden, lengths, peaks))
 
 
 # ---------------------------------------------------------------- the projections alone

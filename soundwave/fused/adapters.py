@@ -4,6 +4,7 @@ Dimension letters: B utterances, T frames of the longest, N packed rows, D width
 encoder, H heads, K kept frames of all utterances together.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,20 @@ from torch.nn import functional as F
 
 from soundwave import eager
 from soundwave.attention import attend
-from soundwave.fused.functional import add_layer_norm, shrink_attention
+from soundwave.fused.functional import _expect, add_layer_norm, shrink_attention
+from soundwave.kernels.checks import as_lengths, no_forward_mode
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.shrink_projection import shrink_projection
+
+
+def _lengths(lengths: Tensor | Sequence[int], batch: int) -> Tensor:
+    """`lengths` as an integer tensor [B]."""
+    lengths = as_lengths(lengths)
+    if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"lengths is {lengths.dtype} of shape {list(lengths.shape)}, but it must be int [{batch}], int32 or int64"
+        )
+    return lengths
 
 
 class AlignmentAdapter(eager.AlignmentAdapter):
@@ -40,7 +52,7 @@ class AlignmentAdapter(eager.AlignmentAdapter):
         return f"impl={self.impl!r}, attention={self.attention!r}"
 
     @ranged("soundwave.AlignmentAdapter")
-    def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, frames: Tensor, lengths: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         """`frames` [B, T_enc, E], `lengths` int [B] -> hidden [B, ceil(T_enc / stack), D] and its lengths.
 
         A last group that is not full is filled with zero frames. Lengths on CUDA cost one wait for the device.
@@ -51,11 +63,8 @@ class AlignmentAdapter(eager.AlignmentAdapter):
         if frames.dim() != 3 or frames.shape[2] * self.frame_stack != self.projector.in_features:
             wanted = f"[B, T_enc, {self.projector.in_features // self.frame_stack}]"
             raise ValueError(f"frames has shape {list(frames.shape)}, but it must be {wanted}")
-        if lengths.shape != frames.shape[:1] or lengths.is_floating_point():
-            raise ValueError(
-                f"lengths is {lengths.dtype} of shape {list(lengths.shape)}, but it must be int [{frames.shape[0]}]"
-            )
         batch, size, _ = frames.shape
+        lengths = _lengths(lengths, batch)
         stack, out_size = self.frame_stack, -(-size // self.frame_stack)
         counts = (lengths + stack - 1) // stack
         some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
@@ -130,25 +139,27 @@ class ShrinkingAdapter(eager.ShrinkingAdapter):
         return f"keys={self.keys!r}, impl={self.impl!r}"
 
     @ranged("soundwave.ShrinkingAdapter")
-    def forward(self, hidden: Tensor, lengths: Tensor, peaks: eager.Peaks) -> Tensor:
+    def forward(self, hidden: Tensor, lengths: Tensor | Sequence[int], peaks: eager.Peaks) -> Tensor:
         """`hidden` [B, T, D], `lengths` int [B], `peaks` of the same frames -> [K, D], packed.
 
         Lengths on CUDA cost one wait for the device, unless `config.keys` is "kept".
 
         Raises:
-            ValueError: hidden or lengths of another shape; a length that is negative or beyond T; peaks that are not
-                rows of hidden, which on CUDA give NaN instead.
+            ValueError: hidden, lengths or peaks of another shape; a length that is negative or beyond T; peaks that are
+                not frames of their utterance, in rising order. Values on CUDA, and those of `peaks` in a compiled
+                graph, are not looked at but for the lengths that `config.keys` "all" waits for: a row that does not
+                exist gives NaN there, or with "none" torch's own error.
         """
-        width, index, impl = self.in_proj_weight.shape[1], peaks.index, self.impl
+        width, impl = self.in_proj_weight.shape[1], self.impl
         if hidden.dim() != 3 or hidden.shape[2] != width:
             raise ValueError(f"hidden has shape {list(hidden.shape)}, but it must be [B, T, {width}]")
-        if lengths.shape != hidden.shape[:1] or lengths.is_floating_point():
-            raise ValueError(
-                f"lengths is {lengths.dtype} of shape {list(lengths.shape)}, but it must be int [{hidden.shape[0]}]"
-            )
+        lengths = _lengths(lengths, hidden.shape[0])
+        _check_peaks(peaks, lengths, hidden)
         if self.keys == "none":
             return super().forward(hidden, lengths, peaks)
+        no_forward_mode("ShrinkingAdapter", hidden, self.in_proj_weight, self.in_proj_bias)
         x, norm, kept = hidden.reshape(-1, width), self.norm, self.keys == "kept"
+        index = peaks.index.contiguous()
         cu_seqlens, longest = peaks.cu_seqlens, peaks.max_seqlen
         rows, cu_seqlens_k, longest_k = (None, cu_seqlens, longest) if kept else _valid_rows(lengths, hidden)
         projected = shrink_projection(x, index, rows, self.in_proj_weight, self.in_proj_bias, kept=kept, impl=impl)
@@ -160,13 +171,47 @@ class ShrinkingAdapter(eager.ShrinkingAdapter):
         return add_layer_norm(update, x, norm.weight, norm.bias, norm.eps, residual_index=index, impl=impl)
 
 
+def _check_peaks(peaks: eager.Peaks, lengths: Tensor, hidden: Tensor) -> None:
+    """ValueError unless `peaks` are frames of `hidden`; values are read on the CPU only, where nothing waits for it."""
+    (batch, size, _), (index, cu_seqlens, longest) = hidden.shape, peaks
+    _expect("peaks.index", index, ("K",), floating=False)
+    _expect("peaks.cu_seqlens", cu_seqlens, (batch + 1,), floating=False)
+    if torch.compiler.is_compiling() or lengths.device.type != "cpu":
+        return
+    some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
+    _check_range(int(some.min()), int(some.max()), size)
+    if index.device.type != "cpu" or cu_seqlens.device.type != "cpu":
+        return
+    bounds, counts = cu_seqlens.tolist(), cu_seqlens.diff()
+    if bounds[0] != 0 or bounds[-1] != len(index) or (counts < 0).any():
+        raise ValueError(f"peaks.cu_seqlens = {bounds}, but it must rise from 0 to {len(index)}, the kept frames")
+    if batch and int(counts.max()) > longest:
+        raise ValueError(f"peaks.max_seqlen = {longest}, but an utterance has {int(counts.max())} kept frames")
+    utterance = torch.arange(batch).repeat_interleave(counts)
+    first = utterance * size
+    outside = (index < first) | (index >= first + lengths[utterance])
+    falls = F.pad(index.diff() <= 0, (1, 0)) if len(index) else outside
+    wrong = (outside | falls).nonzero()
+    if wrong.numel():
+        k = int(wrong[0])
+        found, b = f"peaks.index[{k}] = {int(index[k])}", int(utterance[k])
+        if outside[k]:
+            end = b * size + int(lengths[b])
+            raise ValueError(f"{found}, but it must be {b * size} or more and below {end}, a frame of utterance {b}")
+        raise ValueError(f"{found} comes after {int(index[k - 1])}, but peaks.index must rise")
+
+
+def _check_range(least: int, most: int, size: int) -> None:
+    if least < 0 or most > size:
+        raise ValueError(f"lengths go from {least} to {most}, but each must be 0 to {size}, the frames of hidden")
+
+
 def _valid_rows(lengths: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor, int]:
     """Which of the B·T rows are valid (None: all), their bounds int32 [B + 1] and the longest length."""
     (batch, size, _), device = hidden.shape, hidden.device
     some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
     least, longest, rows = torch.stack([some.min(), some.max(), lengths.sum()]).tolist()
-    if least < 0 or longest > size:
-        raise ValueError(f"lengths go from {least} to {longest}, but each must be 0 to {size}, the frames of hidden")
+    _check_range(least, longest, size)
     lengths = lengths.to(device)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     if rows == batch * size:

@@ -4,6 +4,7 @@ Dimension letters: B utterances, T frames of the longest, N packed rows, D width
 longest target, K kept frames of all utterances together.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from soundwave.kernels import ctc_peaks as kernels_ctc_peaks
 from soundwave.kernels import linear_cross_entropy as kernels_linear_cross_entropy
 from soundwave.kernels import shrink_attention as kernels_shrink_attention
 from soundwave.kernels import splice as kernels_splice
+from soundwave.kernels.checks import as_lengths, no_forward_mode
+from soundwave.kernels.ctc_targets import pad_targets
 from soundwave.kernels.dispatch import resolve_impl
 from soundwave.kernels.linear_ctc_path import linear_ctc_path as _linear_ctc_path
 
@@ -58,18 +61,23 @@ def ctc_loss(
     Raises:
         ValueError: tensors that do not fit together; a length past its tensor; a label that is blank or no class.
             Values on CUDA are looked at without waiting: the loss of that utterance is NaN, its gradient 0, and the
-            error comes at backward or at the next call. Targets [S] with lengths on CUDA cost a synchronisation.
+            error comes at backward or at the next call (and names a label of targets [S] by utterance and place in it).
+            Targets [S] with lengths on CUDA cost a synchronisation.
+        NotImplementedError: forward-mode derivatives, here and in every other function.
     """
+    _expect_tensor("log_probs", log_probs)
+    _expect_tensor("targets", targets)
+    no_forward_mode("ctc_loss", log_probs)
     if log_probs.dim() not in (2, 3):
         raise ValueError(f"log_probs has shape {list(log_probs.shape)}, but it must be [T, B, C] or [T, C]")
     if log_probs.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"log_probs is {log_probs.dtype}, but it must be float16, bfloat16, float32 or float64")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction = {reduction!r}, but it must be 'mean', 'sum' or 'none'")
+    check_reduction(reduction)
     impl = resolve_impl(impl, log_probs.device)
     single = log_probs.dim() == 2
     log_probs = log_probs.unsqueeze(1) if single else log_probs
     batch, classes = log_probs.shape[1:]
+    blank = _integer("blank", blank)
     if not 0 <= blank < classes:
         raise ValueError(f"blank = {blank}, but it must be one of the {classes} classes of log_probs")
     input_lengths = _lengths("input_lengths", input_lengths, batch, log_probs, single)
@@ -80,6 +88,8 @@ def ctc_loss(
         raise ValueError(f"targets has shape {list(targets.shape)}, but it must be [{batch}, U], or [S] concatenated")
     if targets.device.type != "cpu" and targets.device != log_probs.device:
         raise ValueError(f"targets is on {targets.device}, but log_probs is on {log_probs.device}")
+    if targets.dim() == 1:
+        targets = pad_targets(targets, target_lengths, classes, blank, "classes of log_probs", validate)
     loss = ctc.ctc_nll(log_probs, targets, input_lengths, target_lengths, blank=blank, impl=impl, validate=validate)
     if zero_infinity:
         loss = torch.where(loss == torch.inf, torch.zeros_like(loss), loss)
@@ -90,18 +100,32 @@ def ctc_loss(
     return loss[0] if single else loss
 
 
-def _lengths(name: str, lengths: Tensor | Sequence[int], batch: int, like: Tensor, single: bool) -> Tensor:
-    """`lengths` as an integer tensor [B]; of a `single` utterance a number will do."""
-    if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths)
-        lengths = lengths if lengths.numel() else lengths.long()
+def check_reduction(reduction: str) -> None:
+    """ValueError for what is none of "mean", "sum" and "none"."""
+    if reduction not in linear_ctc.REDUCTIONS:
+        raise ValueError(f"reduction = {reduction!r}, but it must be one of {', '.join(linear_ctc.REDUCTIONS)}")
+
+
+def _integer(name: str, value: int) -> int:
+    """ValueError for what is no integer, such as 0.0."""
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} = {value!r}, but it must be an integer") from None
+
+
+def _lengths(name: str, lengths: Tensor | Sequence[int], batch: int, like: Tensor, single: bool = False) -> Tensor:
+    """`lengths` as a contiguous integer tensor [B]; of a `single` utterance a number will do."""
+    lengths = as_lengths(lengths)
     if lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {lengths.dtype}, but it must be int32 or int64")
     if lengths.shape != (batch,) and not (single and lengths.dim() == 0):
         raise ValueError(f"{name} has shape {list(lengths.shape)}, but it must be [{batch}], one a row of the batch")
     if lengths.device.type != "cpu" and lengths.device != like.device:
         raise ValueError(f"{name} is on {lengths.device}, but the other tensors are on {like.device}")
-    return lengths.reshape(batch)
+    return lengths.reshape(batch).contiguous()
 
 
 def add_layer_norm(
@@ -132,6 +156,7 @@ def add_layer_norm(
         ValueError: tensors that do not fit; on the torch path also rows of `residual_index` that do not exist or come
             twice. With Triton a row that does not exist gives NaN, and of a row's gradients one is kept.
     """
+    no_forward_mode("add_layer_norm", x, residual, weight, bias)
     _expect("x", x, ("N", "D"))
     rows, width = x.shape
     _expect("residual", residual, ("R" if residual_index is not None else rows, width), x)
@@ -148,7 +173,7 @@ def add_layer_norm(
 
 def ctc_peaks(
     path: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | Sequence[int],
     *,
     blank: int,
     keep: str = "peaks",
@@ -173,9 +198,9 @@ def ctc_peaks(
         ValueError: tensors that do not fit; a length on the CPU that is negative or more than T. On CUDA such a length
             counts as 0 or T.
     """
-    lengths = torch.as_tensor(lengths)
     _expect("path", path, ("B", "T"), floating=False)
-    _expect("lengths", lengths, path.shape[:1], floating=False)
+    lengths = _lengths("lengths", lengths, path.shape[0], path)
+    blank = _integer("blank", blank)
     if keep not in kernels_ctc_peaks.KEEP:
         raise ValueError(f"keep = {keep!r}, but it must be 'peaks' or 'runs'")
     if keep == "runs":
@@ -216,6 +241,7 @@ def shrink_attention(
             the device: there the rows they concern become NaN, and nothing is read out of bounds.
         RuntimeError: a second derivative.
     """
+    no_forward_mode("shrink_attention", query, key, value)
     _expect("query", query, ("K", "H", "E"))
     heads, size = query.shape[1:]
     _expect("key", key, ("N", heads, size), query)
@@ -277,6 +303,7 @@ def splice(
     """
     _expect("input_ids", input_ids, ("B", "L"), floating=False)
     batch, width = input_ids.shape
+    no_forward_mode("splice", embeddings, speech)
     _expect("embeddings", embeddings, (batch, width, "D"), input_ids)
     _expect("attention_mask", attention_mask, (batch, width), input_ids, floating=None)
     _expect("speech", speech, ("K", embeddings.shape[2]), input_ids)
@@ -312,8 +339,9 @@ def _expect(
 ) -> None:
     """ValueError unless `tensor` has this shape (a letter is any size), kind of dtype, and the device of `like`.
 
-    `floating`: None for any kind.
+    `floating`: None for any kind. TypeError for what is no tensor.
     """
+    _expect_tensor(name, tensor)
     fits = tensor.dim() == len(shape) and all(
         isinstance(size, str) or size == found for size, found in zip(shape, tensor.shape, strict=True)
     )
@@ -328,6 +356,11 @@ def _expect(
         raise ValueError(f"{name} is on {tensor.device}, but the other tensors are on {like.device}")
 
 
+def _expect_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, but it must be a tensor")
+
+
 class LinearCTCOutput(NamedTuple):
     """As `eager.LinearCTCOutput`, and what skipping columns did to the gradient of hidden.
 
@@ -335,7 +368,8 @@ class LinearCTCOutput(NamedTuple):
     path, path_log_prob: [B, T], the most probable id of each frame (-1 past the length) and its log-probability (0).
     active_share: the share of the vocabulary's columns that took part in `P W`, 0 to 1; 0 without a gradient.
     error_bound: the most that skipping may have changed the gradient of hidden, relative to its norm; the error itself
-        is some 3 to 4 times smaller. 0 where nothing was skipped.
+        is some 3 to 4 times smaller. With `reduction="none"` the largest of the utterances' own, so that it holds
+        however they are weighed. 0 where nothing was skipped.
 
     All but the loss carry no gradient. float32, and float64 for float64 input.
     """
@@ -392,19 +426,25 @@ def linear_ctc_loss(
             validate=validate,
         )  # fmt: skip
         return LinearCTCOutput(None, *path)
+    no_forward_mode("linear_ctc_loss", hidden, weight, blank_weight, blank_bias)
+    blank = _integer("blank", blank)
     weights = _check_head(hidden, weight, blank, blank_weight, blank_bias)
     batch = hidden.shape[0]
-    if reduction not in linear_ctc.REDUCTIONS:
-        raise ValueError(f"reduction = {reduction!r}, but it must be one of {', '.join(linear_ctc.REDUCTIONS)}")
+    check_reduction(reduction)
     if target_lengths is None:
         raise ValueError("target_lengths = None, but targets are given")
+    _expect_tensor("targets", targets)
     _expect("targets", targets, ("S",) if targets.dim() == 1 else (batch, "U"), floating=False)
     if targets.device.type != "cpu" and targets.device != hidden.device:
         raise ValueError(f"targets is on {targets.device}, but hidden is on {hidden.device}")
+    input_lengths = _lengths("input_lengths", input_lengths, batch, hidden)
+    target_lengths = _lengths("target_lengths", target_lengths, batch, hidden)
+    if targets.dim() == 1:
+        classes = weight.shape[0] + (blank_weight is not None)
+        targets = pad_targets(targets, target_lengths, classes, blank, "rows of the head", validate)
     return LinearCTCOutput(
         *linear_ctc.linear_ctc(
-            hidden, *weights, targets, _lengths("input_lengths", input_lengths, batch, hidden, False),
-            _lengths("target_lengths", target_lengths, batch, hidden, False), blank=blank,
+            hidden, *weights, targets, input_lengths, target_lengths, blank=blank,
             product_dtype=_product_dtype(hidden, weight), impl=resolve_impl(impl, hidden.device), reduction=reduction,
             zero_infinity=zero_infinity, exact=exact, validate=validate,
         )
@@ -426,9 +466,9 @@ def linear_ctc_path(
 
     Arguments, numerics and errors as for `linear_ctc_loss`; one product, no gradient.
     """
+    blank = _integer("blank", blank)
     weights = _check_head(hidden, weight, blank, blank_weight, blank_bias)
-    lengths = torch.as_tensor(lengths)
-    _expect("lengths", lengths, (hidden.shape[0],), floating=False)
+    lengths = _lengths("lengths", lengths, hidden.shape[0], hidden)
     with torch.no_grad():
         return _linear_ctc_path(
             hidden,
@@ -469,13 +509,14 @@ def linear_cross_entropy(
             error comes at backward or at the next call).
         RuntimeError: a second derivative.
     """
+    _expect_tensor("hidden", hidden)
+    no_forward_mode("linear_cross_entropy", hidden, weight)
     _expect("hidden", hidden, (*hidden.shape[:-1], "D") if hidden.dim() else ("...", "D"))
     _check_weight(weight, hidden)
     _expect("target", target, hidden.shape[:-1], hidden, floating=False)
-    if reduction not in linear_ctc.REDUCTIONS:
-        raise ValueError(f"reduction = {reduction!r}, but it must be one of {', '.join(linear_ctc.REDUCTIONS)}")
+    check_reduction(reduction)
     loss = kernels_linear_cross_entropy.linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), ignore_index=ignore_index,
+        hidden.reshape(-1, hidden.shape[-1]), weight, target, ignore_index=_integer("ignore_index", ignore_index),
         product_dtype=_product_dtype(hidden, weight), impl=resolve_impl(impl, hidden.device), reduction=reduction,
         exact=exact, validate=validate,
     )  # fmt: skip

@@ -2,10 +2,18 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from soundwave.eager import IGNORE_INDEX
 from soundwave.fused import functional
+from soundwave.kernels.dispatch import resolve_impl
+
+
+def _check(reduction: str, impl: str) -> None:
+    """ValueError for a word that names neither; whether `impl` can run is seen in the call, by the tensors' device."""
+    functional.check_reduction(reduction)
+    resolve_impl(impl, torch.device("cuda"))  # where all of them can
 
 
 class CTCLoss(nn.Module):
@@ -13,7 +21,8 @@ class CTCLoss(nn.Module):
 
     What differs: the gradient is right for the log-probabilities as given, not for a log-softmax before them (for its
     logits both are the same); an utterance that cannot be aligned has gradient 0, never NaN; a label that is blank or
-    no class raises `ValueError`; float16 and bfloat16 are taken and give a float32 loss.
+    no class raises `ValueError`; float16 and bfloat16 are taken and give a float32 loss. Targets and lengths are int32
+    or int64, lengths [B]: uint8, floating-point targets and lengths [B, 1], which torch takes too, raise `ValueError`.
     """
 
     def __init__(
@@ -25,6 +34,7 @@ class CTCLoss(nn.Module):
         validate: bool = False,
     ):
         super().__init__()
+        _check(reduction, impl)
         self.blank, self.reduction, self.zero_infinity = blank, reduction, zero_infinity
         self.impl, self.validate = impl, validate
 
@@ -71,6 +81,7 @@ class LinearCTCLoss(nn.Module):
         validate: bool = False,
     ):
         super().__init__()
+        _check(reduction, impl)
         self.blank, self.reduction, self.zero_infinity = blank, reduction, zero_infinity
         self.impl, self.exact, self.validate = impl, exact, validate
 
@@ -121,6 +132,7 @@ class LinearCrossEntropyLoss(nn.Module):
         validate: bool = False,
     ):
         super().__init__()
+        _check(reduction, impl)
         self.ignore_index, self.reduction = ignore_index, reduction
         self.impl, self.exact, self.validate = impl, exact, validate
 
