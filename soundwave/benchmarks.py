@@ -525,7 +525,8 @@ def _plot_growth(operation: str, entries: list[Entry], path: Path) -> None:
     axes[0, 0].set_ylabel("forward and backward [ms]")
     axes[1, 0].set_ylabel("memory added [MB]")
     axes[0, 0].legend(fontsize=8)
-    figure.suptitle(operation)
+    kinds = dict.fromkeys(kind for entry in entries for kind in entry.case.split(", ")[1:])
+    figure.suptitle(", ".join([operation, *kinds]))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
