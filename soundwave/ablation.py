@@ -57,12 +57,16 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained: `alignment`, a key of ALIGNMENTS or None without stage I, and the settings of stage II."""
+    """What is trained: `alignment`, a key of ALIGNMENTS or None without stage I, and the settings of stage II.
+
+    `after` is the pass of stage I that stage II goes on from.
+    """
 
     about: str
     alignment: str | None = "clean"
     settings: dict[str, Any] = field(default_factory=dict)
     manifest: str = "stage2"
+    after: str = "labels"
 
 
 UNSHRUNK = {"keep": "frames", "keys": "none"}
@@ -76,6 +80,7 @@ VARIANTS = {
     PLAIN: Variant("as it is"),
     "no-cross-attention": Variant("kept frames gather nothing", settings={"keys": "none"}),
     "no-stage-1": Variant("stage II starts from fresh adapters; its steps and stage III's are all", alignment=None),
+    "no-labels": Variant("CTC writes words only, no labels of voice and rate", after="stage1", manifest="words"),
     "runs": Variant("the first frame of every run is kept, of blank too", settings={"keep": "runs"}),
     "swapped": Variant(f"{SWAPPED:.0%} of what CTC learns in stage I belongs to another recording", "swapped"),
     "stacked-3": Variant("3 encoder frames side by side, all read, no cross-attention", "stacked-3", UNSHRUNK),
@@ -176,7 +181,7 @@ def _stamp(out: Path, scale: float, seed: int, size: str, settings: dict[str, An
 
 
 def _write_manifests(corpus: Path, seed: int) -> None:
-    """The manifests that the demonstration has not: swapped transcripts, and few samples of uneven tasks."""
+    """The manifests that the demonstration has not: swapped transcripts, few samples of uneven tasks, no labels."""
     for name in ("stage1", "labels"):
         rows = _rows(corpus / f"{name}.jsonl")
         chosen = random.Random(f"swapped {seed}").sample(range(len(rows)), round(SWAPPED * len(rows)))
@@ -188,6 +193,7 @@ def _write_manifests(corpus: Path, seed: int) -> None:
     for task, count in UNEVEN.items():
         few += [row for row in rows if row["task"] == task][:count]
     _write_rows(corpus / "uneven.jsonl", few)
+    _write_rows(corpus / "words.jsonl", [{key: row[key] for key in row if key != "ctc_text"} for row in rows])
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -281,7 +287,7 @@ def _run_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: 
     variant = VARIANTS[name]
     say(f"variant {name}: {variant.about}")
     aligned = out / "alignments" / variant.alignment if variant.alignment else None
-    model = aligned / "labels" / "model" if aligned else None
+    model = aligned / variant.after / "model" if aligned else None
     manifest = corpus / f"{variant.manifest}.jsonl"
     model = _pass("stage2", out / name / "stage2", manifest, model, scale, settings | variant.settings)
     model = _pass("stage3", out / name / "stage3", corpus / "stage3.jsonl", model, scale, settings)
@@ -298,7 +304,7 @@ def _time_variant(name: str, *, out: Path, corpus: Path, scale: float, settings:
     """The first steps of its stage II once more, and recordings that its model answers to."""
     variant = VARIANTS[name]
     say(f"timing of {name}")
-    aligned = out / "alignments" / variant.alignment / "labels" / "model" if variant.alignment else None
+    aligned = out / "alignments" / variant.alignment / variant.after / "model" if variant.alignment else None
     manifest = corpus / f"{variant.manifest}.jsonl"
     steps = {"steps": UNTIMED_STEPS + TIMED_STEPS, "warmup_steps": 0, "log_steps": 1, "quiet": True}
     with tempfile.TemporaryDirectory(dir=out) as folder:

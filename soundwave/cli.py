@@ -341,7 +341,7 @@ def ablate(
 ) -> None:
     """Leave out or replace parts of Soundwave and compare: word error rates, accuracies, lengths, times.
 
-    Nine variants, of which each takes two thirds of `soundwave demo`'s time, and four alignments that they start from.
+    Ten variants, of which each takes two thirds of `soundwave demo`'s time, and four alignments that they start from.
     The same command goes on where it was interrupted.
     """
     from soundwave.ablation import VARIANTS, run_ablations

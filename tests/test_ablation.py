@@ -171,5 +171,15 @@ def test_an_unknown_variant_is_refused_by_name(tmp_path):
         ablation.run_ablations(tmp_path, ["soundwav"])
 
 
+def test_a_variant_may_go_on_from_the_words_alone(done, settings):
+    out, _ = done
+    ablation.run_ablations(out, ["no-labels"], **settings | {"scale": 0.01})
+    config = json.loads((out / "no-labels" / "stage2" / "run.json").read_text())["config"]
+    assert config["model"] == str(out / "alignments" / "clean" / "stage1" / "model")
+    words, whole = (rows(out / "corpus" / f"{name}.jsonl") for name in ("words", "stage2"))
+    assert [row | {"ctc_text": None} for row in words] == [row | {"ctc_text": None} for row in whole]
+    assert not any("ctc_text" in row for row in words) and any("ctc_text" in row for row in whole)
+
+
 def test_alignments_and_variants_fit():
     assert {variant.alignment for variant in ablation.VARIANTS.values()} - {None} == set(ablation.ALIGNMENTS)
