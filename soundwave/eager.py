@@ -240,11 +240,12 @@ def splice(
 
 
 def attention_mask(mask: Tensor) -> Tensor | None:
-    """For bool [B, T] of the keys: [B, 1, 1, T]; None where all are valid, with which attention is faster.
+    """For bool [B, T] of the keys: [B, 1, 1, T]; None where all are seen to be valid, with which attention is faster.
 
-    To look would break a compiled graph, and makes the host wait for a GPU.
+    To look makes the host wait for a GPU; a compiled graph would break, and a tensor without data has nothing to show.
     """
-    return mask[:, None, None, :] if torch.compiler.is_compiling() or not mask.all() else None
+    unseen = torch.compiler.is_compiling() or mask.is_meta
+    return mask[:, None, None, :] if unseen or not mask.all() else None
 
 
 class SelfAttention(nn.Module):

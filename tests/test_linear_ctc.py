@@ -254,6 +254,7 @@ def test_skipping_changes_nothing_else(dtype):
 
     @EVERY_DRAW
     @given(**{name: value for name, value in draws(300, 5000, 120).items() if name not in ("reduction", "trained")})
+    @example(batch=2, frames=40, rows=5000, width=16, labels=5, kinds=None, place="extra", sharpness=10.0, seed=0)
     def every_draw(batch, frames, rows, width, labels, kinds, place, sharpness, seed):
         blank = {"first": 0, "middle": rows // 2, "last": rows - 1, "extra": rows}[place]
         case = make(batch, frames, rows, width, labels, blank=blank, kinds=kinds, sharpness=sharpness, seed=seed)
