@@ -214,23 +214,22 @@ class Outcome(NamedTuple):
     out: Tensor
     gradients: list[Tensor | None]
 
-    def differs(self, expected: "Outcome", limit: float) -> str:
-        """In which way, if it does by more than `limit` of the norm; results of integers may."""
+    def differs(self, name: str, expected: "Outcome", limit: float) -> str:
+        """In which way from that of `name`, if it does by more than `limit` of the norm; results of integers may."""
         if self.out.shape != expected.out.shape:
-            return f"the result has shape {list(self.out.shape)}, but eager's {list(expected.out.shape)}"
+            return f"the result has shape {list(self.out.shape)}, but {name}'s {list(expected.out.shape)}"
         pairs = {"the result": [(self.out, expected.out)] if self.out.is_floating_point() else []}
         if self.gradients and expected.gradients:
             both = list(zip(self.gradients, expected.gradients, strict=True))
             if missing := [i for i, (ours, theirs) in enumerate(both) if ours is None and theirs is not None]:
-                return f"it has no gradient for {len(missing)} of {len(both)} tensors, and eager has"
+                return f"it has no gradient for {len(missing)} of {len(both)} tensors, and {name} has"
             pairs["the gradient"] = [pair for pair in both if pair[1] is not None]
-        for name, parts in pairs.items():
+        for what, parts in pairs.items():
             error = sum(float((a.double() - b.double()).square().sum()) for a, b in parts) ** 0.5
             norm = sum(float(b.double().square().sum()) for _, b in parts) ** 0.5
             if not error <= limit * norm:
-                return (
-                    f"{name} lies {error / norm if norm else math.inf:.2g} of its norm from eager's ({limit:g} allowed)"
-                )
+                share = error / norm if norm else math.inf
+                return f"{what} lies {share:.2g} of its norm from {name}'s ({limit:g} allowed)"
         return ""
 
 
@@ -326,7 +325,7 @@ def race(problem: Problem, names: list[str], dtype: torch.dtype, size: str, devi
     """Time the contenders `names` of a problem in alternating rounds."""
     laps, runners = {name: Laps() for name in names}, {}
     copies = _copies(problem, device)
-    expected = None  # what eager gives, which is made first
+    expected = None  # what eager gives, which comes first; or, where it does not fit into memory, the next
     limit = problem.agreement or AGREEMENT[dtype]
     for name in sorted(names, key=lambda name: name != "eager"):
         ours = name.startswith(OURS)
@@ -334,15 +333,15 @@ def race(problem: Problem, names: list[str], dtype: torch.dtype, size: str, devi
             function, parameters = problem.contenders[name](), problem.parameters.get(name, [])
             runner = Runner(function, parameters, problem.trains, device, problem.counts)
             found = runner.warm_up(copies[-1])
-            if name == "eager":
-                expected = found
-            elif ours and problem.trains and not runner.trains:
+            if ours and problem.trains and not runner.trains:
                 raise Wrong("it has no backward")
-            held_to_eager = expected is not None and name not in ("eager", *problem.partial, *problem.different)
             if not problem.same_gradients:
                 found = found._replace(gradients=[])
-            if held_to_eager and (difference := found.differs(expected, limit)):
+            comparable = name not in problem.partial + problem.different
+            if comparable and expected and (difference := found.differs(*expected, limit)):
                 raise Wrong(difference)
+            if comparable and not expected:
+                expected = name, found
             laps[name].peak_bytes = runner.peak_bytes(copies[0])
             started = time.perf_counter()
             runner.step(copies[-1])

@@ -70,7 +70,8 @@ def _(log_probs, targets, input_lengths, target_lengths, blank, need_gradient, i
 @ranged("soundwave.ctc_bwd")
 def _ctc_bwd(grad: Tensor, nll: Tensor, posteriors: Tensor, labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     raise_pending()
-    grad = grad.masked_fill(nll == torch.inf, 0.0)  # inf where the loss was squared, and no posterior to multiply
+    # Where there is no posterior, a factor of inf or NaN (of a loss that was squared) must not make one.
+    grad = grad.masked_fill(~nll.isfinite(), 0.0)
     return spread((posteriors * -grad[:, None]).to(dtype), labels, classes)
 
 

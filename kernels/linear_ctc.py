@@ -105,15 +105,20 @@ def _run(
     impl: str,
     validate: bool,
     upstream: Tensor | None = None,
+    checked: tuple | None = None,
 ) -> _Result:
-    """`need`: the gradients of hidden, weight and blank; `upstream` [B]: what the losses in dW are multiplied with."""
+    """`need`: the gradients of hidden, weight and blank; `upstream` [B]: what the losses in dW are multiplied with.
+
+    `checked` is what `check_targets` gave for the same arguments.
+    """
     need_hidden, need_weight, need_blank = need
     (batch, size, width), dtype = hidden.shape, sum_dtype(hidden, head.weight)
     given, given_targets, given_target_lengths = input_lengths, targets, target_lengths
-    targets, input_lengths, target_lengths, wrong = check_targets(
+    checked = checked or check_targets(
         targets, input_lengths, target_lengths, frames=size, classes=head.size, blank=head.blank, device=hidden.device,
         validate=validate, frames_of="hidden", classes_of="rows of the head",
     )  # fmt: skip
+    targets, input_lengths, target_lengths, wrong = checked
     fits = feasible(targets, input_lengths, target_lengths)
     fits = fits if wrong is None else fits & ~wrong
     scale = _scale(fits.to(dtype), target_lengths, reduction)
@@ -161,11 +166,12 @@ def _run(
         blank=0, impl=impl, need_gamma=any(need),
     )  # fmt: skip
     lost = fits & (nll == torch.inf)  # it has frames enough, but what it needs has probability 0
-    if need_weight and bool((lost & (scale != 0)).any()):  # dW holds its P already: once more, without it
+    took_part = need_weight or (need_hidden and active < len(rows))  # in dW, or in what columns are skipped
+    if took_part and bool((lost & (scale != 0)).any()):  # once more, without it
         kept = scale.new_ones(batch).masked_fill(lost, 0.0)
         return _run(
             hidden, head, given_targets, given, given_target_lengths, product_dtype, reduction, zero_infinity, exact,
-            need, impl, validate, kept if upstream is None else torch.where(lost, 0.0, upstream),
+            need, impl, validate, kept if upstream is None else torch.where(lost, 0.0, upstream), checked,
         )  # fmt: skip
     fits, scale = fits & ~lost, scale.masked_fill(lost, 0.0)
     if any(need):

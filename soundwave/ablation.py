@@ -13,7 +13,6 @@ import random
 import shutil
 import signal
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -301,15 +300,15 @@ def _run_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: 
 
 
 def _time_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: dict[str, Any]) -> None:
-    """The first steps of its stage II once more, and recordings that its model answers to."""
+    """A few more steps of its stage II, and recordings that its model answers to."""
     variant = VARIANTS[name]
     say(f"timing of {name}")
-    aligned = out / "alignments" / variant.alignment / variant.after / "model" if variant.alignment else None
-    manifest = corpus / f"{variant.manifest}.jsonl"
     steps = {"steps": UNTIMED_STEPS + TIMED_STEPS, "warmup_steps": 0, "log_steps": 1, "quiet": True}
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        _pass("stage2", Path(folder), manifest, aligned, 1.0, settings | variant.settings | steps)
-        ends = [entry["seconds"] for entry in _rows(Path(folder) / "log.jsonl")]
+    model, folder = out / name / "stage2" / "model", out / name / "timing"
+    shutil.rmtree(folder, ignore_errors=True)
+    _pass("stage2", folder, corpus / f"{variant.manifest}.jsonl", model, 1.0, settings | variant.settings | steps)
+    ends = [entry["seconds"] for entry in _rows(folder / "log.jsonl")]
+    shutil.rmtree(folder)
     taken = [after - before for before, after in pairwise(ends)]
     samples = one_task(read_manifest(corpus / "test.jsonl"), "transcribe")[:TIMED]
     timing = {"seconds_a_step": statistics.median(taken[UNTIMED_STEPS - 1 :])}

@@ -147,7 +147,8 @@ class Run(BaseModel):
     Attributes:
         size: which of the shapes ran.
         roofs: by dtype.
-        whole: no choice of contenders or cases (`-k`, a test by its name); operations may have been chosen.
+        whole: it came to its end, without a choice of contenders or cases (`-k`, a test by its name); operations may
+            have been chosen.
         worse: what `compare` found.
     """
 
@@ -246,7 +247,8 @@ def compare(now: Run, earlier: Sequence[Run]) -> tuple[list[str], int]:
     """Where ours has become slower beside eager, or takes more memory; and how many figures could be compared.
 
     Each is held to the median over all earlier runs that count, of the same device, threads, torch, case, shape, dtype
-    and part. A ratio is worse where it is lower by more than its spread (the larger one, now or before) and DRIFT.
+    and part. A ratio is worse where it is lower by more than DRIFT and its spread: that before, or a larger one now up
+    to DRIFT again, lest what has become unsteady excuses itself.
     """
     before: dict[tuple, list[Entry]] = {}
     for run in earlier:
@@ -258,21 +260,23 @@ def compare(now: Run, earlier: Sequence[Run]) -> tuple[list[str], int]:
         old = before.get(entry.key)
         if not old or not entry.contender.startswith(OURS):
             continue
-        compared += 1
         name = f"{entry.operation} · {entry.case} · {entry.part} · {entry.contender}"
         runs = f"in {len(old)} run{'s' if len(old) > 1 else ''} before"
         if ratios := [one.ratio for one in old if one.ratio is not None]:
+            compared += 1
             usual = statistics.median(ratios)
-            spreads = [one.ratio_spread for one in old if one.ratio is not None]
-            allowed = max(entry.ratio_spread or 0.0, statistics.median(spreads)) + DRIFT * usual
+            before_it = statistics.median(one.ratio_spread for one in old if one.ratio is not None)
+            allowed = DRIFT * usual + max(before_it, min(entry.ratio_spread or 0.0, DRIFT * usual))
             if entry.ratio is None:
                 worse.append(f"{name}: it has no ratio to eager, but {usual:.2f} x {runs}")
             elif entry.ratio < usual - allowed:
                 worse.append(f"{name}: {entry.ratio:.2f} x eager, but {usual:.2f} x {runs}, {allowed:.2f} allowed")
         if peaks := [one.peak_bytes for one in old if one.peak_bytes is not None]:
-            usual = statistics.median(peaks)
-            if entry.peak_bytes is not None and entry.peak_bytes > MORE_MEMORY * usual:
-                worse.append(f"{name}: {_size(entry.peak_bytes)} of memory, but {_size(round(usual))} {runs}")
+            compared += 1
+            usual = round(statistics.median(peaks))
+            if entry.peak_bytes is None or entry.peak_bytes > MORE_MEMORY * usual:
+                now_it = _size(entry.peak_bytes) or "unknown"
+                worse.append(f"{name}: {now_it} of memory, but {_size(usual)} {runs}")
     return worse, compared
 
 
@@ -384,17 +388,17 @@ def write_report(results: Path, out: Path) -> Path:
     """Write the tables and plots of all runs below `results` to the Markdown file `out`; returns it.
 
     Plots go into a folder beside it, named like it without its suffix. Each operation of a device shows its newest
-    figures, and beside them the ratios of the run before.
+    figures, and beside them the ratios of the run before. Runs that do not count are shown only of a device that has
+    no other.
 
     Raises:
         FileNotFoundError: there are no results.
     """
-    runs = [run for run in load(results) if run.size != "tiny" and run.counts]
+    runs = [run for run in load(results) if run.size != "tiny"]
+    complete = {run.device for run in runs if run.counts}
+    runs = [run for run in runs if run.counts or run.device not in complete]
     if not runs:
-        raise FileNotFoundError(
-            f"{results} holds no results that count: of a clean checkout, without -k, not found worse; write some with "
-            "pytest bench/"
-        )
+        raise FileNotFoundError(f"{results} holds no results; write some with pytest bench/")
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     by_device: dict[str, list[Run]] = {}
@@ -441,7 +445,8 @@ def _device_section(device: str, runs: list[Run], folder: Path, root: Path) -> I
 
 
 def _label(run: Run) -> str:
-    return f"{run.date:%Y-%m-%d %H:%M} UTC, commit {run.commit}"
+    kind = "" if run.whole else ", a part of the suite"
+    return f"{run.date:%Y-%m-%d %H:%M} UTC, commit {run.commit}{kind}"
 
 
 def _table(run: Run, entries: list[Entry], older: list[Run]) -> Iterator[str]:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -235,17 +236,19 @@ def test_the_share_of_the_roof_is_of_the_one_that_binds():
 # ---------------------------------------------------------------- a run
 
 
-def run_benches(results: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+def bench_command(results: Path, *options: str) -> list[str]:
     command = [sys.executable, "-m", "pytest", ROOT / "bench" / "bench_ctc.py", "-p", "no:cacheprovider", "-rs"]
-    command += ["--size", "tiny", "--results", results, "-k", "not compiled", *options]
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        # pytest-benchmark measures nothing in a worker of pytest-xdist, which this process may be.
-        env={name: value for name, value in os.environ.items() if "XDIST" not in name} | environment,
-        capture_output=True,
-        text=True,
-    )
+    return [str(part) for part in (*command, "--size", "tiny", "--results", results, "-k", "not compiled", *options)]
+
+
+def bench_environment(**more: str) -> dict[str, str]:
+    """Without pytest-xdist's: pytest-benchmark measures nothing in a worker of it, which this process may be."""
+    return {name: value for name, value in os.environ.items() if "XDIST" not in name} | more
+
+
+def run_benches(results: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    command, environment = bench_command(results, *options), bench_environment(**environment)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +332,7 @@ def ours(run: Run) -> list[Entry]:
 
 def test_ratios_that_fell_by_more_than_their_spread_are_named(clean):
     worse, compared = benchmarks.compare(clean, [earlier(clean, 1000)])
-    assert compared == len(worse) == len(ours(clean))
+    assert compared == 2 * len(worse) == 2 * len(ours(clean))  # their memory, too
     assert worse[0].startswith("ctc · V 32 · forward · ours-torch: ") and "in 1 run before" in worse[0]
 
 
@@ -338,6 +341,12 @@ def test_a_ratio_may_fall_by_its_spread_and_what_runs_of_the_same_code_drift(cle
     before = with_entries(clean, ratio=lambda entry: 1.0, ratio_spread=lambda entry: 0.0)
     now = with_entries(clean, ratio=lambda entry: ratio, ratio_spread=lambda entry: spread)
     assert bool(benchmarks.compare(now, [before])[0]) is worse
+
+
+def test_what_has_become_unsteady_does_not_excuse_itself(clean):
+    before = with_entries(clean, ratio=lambda entry: 3.0, ratio_spread=lambda entry: 0.0)
+    now = with_entries(clean, ratio=lambda entry: 1.5, ratio_spread=lambda entry: 2.7)
+    assert len(benchmarks.compare(now, [before])[0]) == len(ours(clean))
 
 
 def test_many_small_losses_do_not_pass_one_after_the_other(clean):
@@ -351,15 +360,24 @@ def test_more_memory_and_a_vanished_ratio_are_worse(clean):
     assert all("of memory, but" in line for line in benchmarks.compare(more, [earlier(clean, 1.0)])[0])
     gone = with_entries(clean, ratio=lambda entry: None, ratio_spread=lambda entry: None)
     assert len(benchmarks.compare(gone, [earlier(clean, 1.0)])[0]) == len(ours(clean))
+    unknown = with_entries(clean, peak_bytes=lambda entry: None)
+    assert "unknown of memory, but" in benchmarks.compare(unknown, [earlier(clean, 1.0)])[0][0]
 
 
 @pytest.mark.parametrize("change", [{"commit": "abc1234-changed"}, {"whole": False}, {"worse": ["slow"]}], ids=str)
 def test_runs_that_do_not_count_are_nobodys_measure(clean, change, tmp_path):
     """A run of a changed checkout, of a part of a case's contenders, or one that was found worse itself."""
     assert benchmarks.compare(clean, [earlier(clean, 1000, **change)]) == ([], 0)
-    clean.model_copy(update=change | {"size": "cpu"}).save(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no results that count"):
-        benchmarks.write_report(tmp_path, tmp_path / "benchmarks.md")
+    earlier(clean, 1.0, days=2, size="cpu").save(tmp_path)
+    newer = clean.model_copy(update=change | {"size": "cpu"}).save(tmp_path)
+    page = benchmarks.write_report(tmp_path, tmp_path / "benchmarks.md")
+    day = f"{clean.date - timedelta(days=2):%Y-%m-%d}"
+    assert f"{day} {clean.date:%H:%M} UTC" in page.read_text() and f"{clean.date:%Y-%m-%d}" not in page.read_text()
+    for other in set(tmp_path.rglob("*.json")) - {newer}:
+        other.unlink()
+    benchmarks.write_report(tmp_path, page)  # but the only one of a device is shown
+    assert f"{clean.date:%Y-%m-%d}" in page.read_text()
+    assert ("a part of the suite" in page.read_text()) is (change == {"whole": False})
 
 
 def test_results_of_other_devices_shapes_threads_and_torches_are_not_compared(clean):
@@ -380,8 +398,19 @@ def test_the_option_compare_fails_a_run_that_became_slower(clean, tmp_path):
     assert len({entry.key for entry in slow.entries}) == len(slow.entries)
 
 
-def test_a_choice_of_contenders_is_recorded(run):
+def test_only_what_came_to_its_end_without_a_choice_is_whole(run, tmp_path):
     assert not run.whole  # -k "not compiled"
+    assert run_benches(tmp_path / "whole", "-k", "").returncode == 0
+    (found,) = benchmarks.load(tmp_path / "whole")
+    assert found.whole
+    process = subprocess.Popen(bench_command(tmp_path / "killed", "-k", ""), cwd=ROOT, env=bench_environment())
+    while not list((tmp_path / "killed").rglob("*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (killed,) = benchmarks.load(tmp_path / "killed")
+    assert len(killed.entries) < len(found.entries) and not killed.whole
 
 
 # ---------------------------------------------------------------- report
@@ -422,5 +451,5 @@ def test_files_of_other_benches_are_left_alone(run, tmp_path):
 
 
 def test_a_report_of_nothing_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no results that count: of a clean checkout"):
+    with pytest.raises(FileNotFoundError, match="holds no results; write some with pytest bench/"):
         benchmarks.write_report(tmp_path, tmp_path / "benchmarks.md")

@@ -731,6 +731,28 @@ def test_what_probability_0_makes_infeasible_has_no_gradient():
     assert out.loss[0] == 0 and not gradients["hidden"][0].any()
 
 
+def test_what_probability_0_makes_infeasible_has_no_say_in_what_is_skipped():
+    """It is sure of what its transcript does not hold: beside that the other's doubts would be little."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4000, 64, generator=generator)
+    weight /= weight.norm(dim=1, keepdim=True)
+    targets = torch.randint(1, 3900, (2, 5), generator=generator)
+    targets[0, 1] = targets[0, 0]  # a blank belongs between them
+    hidden = torch.empty(2, 24, 64)
+    hidden[0] = 30 * weight[3999 - torch.arange(24) % 3]
+    hidden[1] = 16 * weight[targets[1, (torch.arange(24) // 4).clamp(max=4)]]
+    hidden[1] += 0.1 * torch.randn(24, 64, generator=generator)
+    settings = {"blank": 4000, "blank_weight": torch.zeros(64), "blank_bias": torch.tensor(-torch.inf)}
+    gradients = []
+    for exact in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        out = linear_ctc_loss(leaf, weight, targets, [24, 24], [5, 5], zero_infinity=True, exact=exact, **settings)
+        out.loss.backward()
+        gradients.append(leaf.grad)
+    found, whole = gradients
+    assert whole[1].any() and (found - whole).norm() <= 0.05 * whole.norm()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("zero_infinity", [False, True])
 def test_what_probability_0_makes_infeasible_adds_nothing_to_a_trained_head(reduction, zero_infinity):
