@@ -11,6 +11,7 @@ Keeps the checkout's root off `sys.path`: its folder `kernels/` would shadow the
 import gc
 import os
 import sys
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--size", choices=("cuda", "cpu", "tiny"), help="Size of the shapes; without it that of the device."
     )
+    group.addoption("--batch", type=int, help="Utterances of every case that has some, in place of its own number.")
     group.addoption(
         "--compare",
         action="store_true",
@@ -50,7 +52,10 @@ def pytest_generate_tests(metafunc):
     (operation,) = marker.args
     session = metafunc.config.stash[SESSION]
     parameters = []
+    batch = metafunc.config.getoption("batch")
     for case in operation.cases(session.size):
+        if batch and case.B and case.over != "B":
+            case = replace(case, B=batch)
         for part in operation.parts if not case.over else operation.parts[-1:]:
             for name in operation.of_case(case, session.device):
                 missing = operation.missing(name, session.device)
@@ -92,9 +97,14 @@ def pytest_collection_finish(session):
     """What `-k` leaves of a group is what runs, and eager, to which the others are compared."""
     mine, selected = session.config.stash[SESSION], session.config.stash[SESSION].selected
     option = session.config.option
-    mine.whole = not (
-        option.keyword or option.markexpr or option.deselect or any("::" in one for one in option.file_or_dir)
+    restricted = (
+        option.keyword,
+        option.markexpr,
+        option.deselect,
+        option.batch,
+        any("::" in x for x in option.file_or_dir),
     )
+    mine.whole = not any(restricted)
     for item in session.items:
         if item.get_closest_marker("operation"):
             chosen = item.callspec.params
