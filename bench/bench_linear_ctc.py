@@ -83,8 +83,7 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
         flops={"both": 2 * product},
         bytes={"both": moved},
         different=("two-products",),
-        # Skipping may leave out that much, beside what both round; `tests` hold it to its own, smaller bound.
-        agreement=0.05 if case.dtype == torch.float32 else 0.15,
+        agreement=0.05,  # skipping may leave out that much; `tests` hold it to its own, smaller bound
     )
 
 

@@ -154,15 +154,11 @@ def flops(case: Case, model: Planted) -> float:
     pairs = 2 * dims.width * dims.layers * (tokens**2).sum()  # causal: half of them
     answers = 2 * dims.vocab * dims.width * case.B * (ANSWER if case.stage else case.new_tokens)
     learning = 2 * layers + 3 * pairs + 2 * answers
+    heard = encoder + alignment + product + shrinking
     total = {
-        0: encoder
-        + alignment
-        + product
-        + shrinking
-        + (layers + pairs) * (1 + case.new_tokens / tokens.mean())
-        + answers,
+        0: heard + (layers + pairs) * (1 + case.new_tokens / tokens.mean()) + answers,
         1: encoder + trained_alignment + 2 * product,
         2: encoder + trained_alignment + 2 * product + 3 * shrinking + learning,
-        3: encoder + alignment + product + shrinking + learning,
+        3: heard + learning,
     }
     return float(total[case.stage])

@@ -302,8 +302,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             return hidden, lengths, self._ctc(hidden, lengths, targets, counts)
         path = torch.full(hidden.shape[:2], -1, device=hidden.device)
         scores = torch.zeros(hidden.shape[:2], device=hidden.device)
-        trained = [x for x in (hidden, self.blank_weight, self.blank_bias) if x is not None]
-        loss = sum(x.flatten()[:0].sum() for x in trained)  # of no transcript: 0, and every gradient is there
+        # Of no transcript 0, and every gradient is there.
+        loss = sum(x.flatten()[:0].sum() for x in (hidden, self.blank_weight, self.blank_bias))
         for chosen in (transcribed, ~transcribed):
             if chosen.any():
                 labels = (targets[chosen], counts[chosen]) if chosen is transcribed else ()
