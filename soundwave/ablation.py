@@ -3,6 +3,9 @@
 Each variant is trained as the demonstration is (`soundwave.demo.FULL`), with a share of its steps. Those that differ
 after stage I alone start from one alignment, which is trained once. What is there already is not trained again.
 
+Where the demonstration's test is too easy to tell variants apart, a harder one does: voices that no training has heard,
+in white noise.
+
 Intervals are of the test sentences; another seed of the training moves a figure, too.
 """
 
@@ -13,7 +16,9 @@ import random
 import shutil
 import signal
 import statistics
+import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -23,14 +28,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 import torch
 
 from soundwave.comparison import TASKS, differences, markdown, scores, tally
 from soundwave.data import corpus as embedded_corpus
+from soundwave.data.audio import SAMPLING_RATE, load_audio
 from soundwave.data.collate import features, prompt_of
-from soundwave.data.manifest import Sample, read_manifest
+from soundwave.data.manifest import Sample, read_manifest, write_manifest
 from soundwave.demo import EVALUATED_AT_ONCE, FULL, LONGEST_ANSWER, STAGE, one_task
-from soundwave.evaluation import answer, evaluate, evaluate_ctc, load_model
+from soundwave.evaluation import Report, answer, evaluate, evaluate_ctc, load_model
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.modeling import batch_to
 from soundwave.report import write_report
@@ -40,9 +48,12 @@ from soundwave.training.stages import ConfigError, make_config, train_stage
 SWAPPED = 0.2  # share of transcripts that stand beside another recording
 # An epoch of stage II that a run sees several times, its tasks as uneven as the paper's.
 UNEVEN = {"transcribe": 300, "qa": 40, "voice": 20, "rate": 20}
+NOISE = 10  # dB that the voices of the harder test are above it
+HARD_TASKS = ("transcribe", "voice", "rate")
 TIMED = 20  # recordings, whose first token is waited for
 TIMED_STEPS, UNTIMED_STEPS = 10, 3  # of stage II; the first ones are slower
 STAMP, RESULT, TIMING = "settings.json", "result.json", "timing.json"
+ANSWERS, HARD_ANSWERS = "answers.jsonl", "answers-in-noise.jsonl"
 PLAIN = "soundwave"  # the variant that the others differ from
 
 
@@ -133,26 +144,32 @@ def run_ablations(
     missing = [name for name in names if not (out / name / RESULT).is_file()]
     _each(_train_alignment, sorted({VARIANTS[name].alignment for name in missing} - {None}), common, jobs)
     _each(_run_variant, missing, common, jobs)
+    _each(_answer_in_noise, [name for name in names if not (out / name / HARD_ANSWERS).is_file()], common, jobs)
     for name in names:
         if not (out / name / TIMING).is_file():
             _time_variant(name, **common)
-    results = _results(out, read_manifest(corpus / "test.jsonl"))
+    results = _results(out, corpus)
     write_text(out / "ablations.json", json.dumps(results, indent=2) + "\n")
     write_text(out / "ablations.md", markdown(results))
     write_report([out / name for name in results], out / "report.html", utterances=3)
     return results
 
 
-def _results(out: Path, samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
+def _results(out: Path, corpus: Path) -> dict[str, dict[str, Any]]:
     """Of every variant that is scored and timed, with its differences from the plain one."""
-    results, tallies, said = {}, {}, {sample.id: sample.text for sample in samples}
+    samples = [sample for test in ("test", "test_voices") for sample in read_manifest(corpus / f"{test}.jsonl")]
+    said = {sample.id: sample.text for sample in samples}
+    results, plain = {}, None
     for name in VARIANTS:
-        files = out / name / RESULT, out / name / TIMING
-        if all(file.is_file() for file in files):
-            score, timing = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-            tallies[name] = tally(_rows(out / name / "answers.jsonl"), said)
-            results[name] = score | timing | scores(tallies[name])
-            results[name]["differences"] = differences(tallies[name], tallies[PLAIN]) if PLAIN in tallies else None
+        if not all((out / name / file).is_file() for file in (RESULT, HARD_ANSWERS, TIMING)):
+            continue
+        score, timing = (json.loads((out / name / file).read_text(encoding="utf-8")) for file in (RESULT, TIMING))
+        easy, hard = found = [tally(_rows(out / name / file), said) for file in (ANSWERS, HARD_ANSWERS)]
+        plain = found if name == PLAIN else plain
+        results[name] = score | timing | scores(easy) | {"noise": scores(hard), "differences": None}
+        if plain:
+            less = [differences(*pair) for pair in zip(found, plain, strict=True)]
+            results[name]["differences"] = less[0] | {"noise": less[1]}
     return results
 
 
@@ -171,7 +188,8 @@ def _stamp(out: Path, scale: float, seed: int, size: str, settings: dict[str, An
     if dtype in (None, "auto"):  # decided once: a timing on CPUs, which may end otherwise beside other work
         dtype = str(pick_dtype(pick_device()[0].type)[0]).removeprefix("torch.")
     stamp = {"scale": scale, "seed": seed, "size": size, "settings": settings, "dtype": dtype}
-    stamp |= {"corpus": embedded_corpus.VERSION, "uneven": UNEVEN, "swapped": SWAPPED, "passes": FULL.passes}
+    stamp |= {"corpus": embedded_corpus.VERSION, "uneven": UNEVEN, "swapped": SWAPPED}
+    stamp |= {"noise": NOISE, "passes": FULL.passes}
     stamp = json.loads(json.dumps(stamp, default=str))
     if found not in (None, stamp):
         changed = [f"{key} = {found.get(key)!r}, now {stamp[key]!r}" for key in stamp if found.get(key) != stamp[key]]
@@ -187,20 +205,16 @@ def _write_manifests(corpus: Path, seed: int) -> None:
         texts = [{key: rows[i][key] for key in ("text", "ctc_text") if key in rows[i]} for i in chosen]
         for i, text in zip(chosen, texts[1:] + texts[:1], strict=True):
             rows[i] |= text
-        _write_rows(corpus / f"{name}-swapped.jsonl", rows)
+        write_manifest(corpus / f"{name}-swapped.jsonl", rows)
     rows, few = _rows(corpus / "stage2.jsonl"), []
     for task, count in UNEVEN.items():
         few += [row for row in rows if row["task"] == task][:count]
-    _write_rows(corpus / "uneven.jsonl", few)
-    _write_rows(corpus / "words.jsonl", [{key: row[key] for key in row if key != "ctc_text"} for row in rows])
+    write_manifest(corpus / "uneven.jsonl", few)
+    write_manifest(corpus / "words.jsonl", [{key: row[key] for key in row if key != "ctc_text"} for row in rows])
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # ---------------------------------------------------------------- training
@@ -296,7 +310,6 @@ def _run_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: 
     result |= _of_stage_2(_rows(out / name / "stage2" / "log.jsonl"))
     result["samples"] = _answer_all(model, read_manifest(corpus / "test.jsonl"), out / name)
     write_text(out / name / RESULT, json.dumps(result, indent=2) + "\n")
-    gc.collect()  # a Trainer and its model hold each other
 
 
 def _time_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: dict[str, Any]) -> None:
@@ -339,14 +352,38 @@ def _of_stage_2(log: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _answer_all(folder: Path, samples: list[Sample], out: Path) -> dict[str, int]:
     """Writes the model's answers, and the summary that the report reads; returns how many of each task."""
-    model, processor = load_model(folder)
-    chosen = [sample for task in TASKS for sample in one_task(samples, task)]
-    report = evaluate(model, processor, chosen, batch_size=EVALUATED_AT_ONCE, max_new_tokens=LONGEST_ANSWER)
-    rows = [dict(zip(("sample", "task", "reference", "answer"), row, strict=True)) for row in report.answers]
-    _write_rows(out / "answers.jsonl", rows)
+    report = _answer(folder, [sample for task in TASKS for sample in one_task(samples, task)], out / ANSWERS)
     summary = {"stage3": {"wer": report.wer, "accuracy": report.accuracy}, "samples": report.samples}
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return report.samples
+
+
+def _answer(folder: Path, samples: list[Sample], file: Path) -> Report:
+    """What the model of a folder answers to samples, each task's beside each other; written to `file`."""
+    report = evaluate(*load_model(folder), samples, batch_size=EVALUATED_AT_ONCE, max_new_tokens=LONGEST_ANSWER)
+    keys = "sample", "task", "reference", "answer"
+    write_manifest(file, (dict(zip(keys, row, strict=True)) for row in report.answers))
+    gc.collect()  # a Trainer and its model hold each other
+    return report
+
+
+def _answer_in_noise(name: str, *, out: Path, corpus: Path, **_: Any) -> None:
+    """The harder test: voices that no training has heard, in white noise."""
+    say(f"{name} in noise")
+    samples = read_manifest(corpus / "test_voices.jsonl")
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = [_noisy(sample, Path(folder)) for task in HARD_TASKS for sample in one_task(samples, task)]
+        _answer(out / name / "stage3" / "model", chosen, out / name / HARD_ANSWERS)
+
+
+def _noisy(sample: Sample, folder: Path) -> Sample:
+    """The sample with white noise, NOISE dB below it, which is the same for every model."""
+    sound = load_audio(sample.audio)
+    noise = np.random.default_rng(zlib.crc32(sample.audio.name.encode())).standard_normal(len(sound), np.float32)
+    level = np.sqrt(np.square(sound).mean()) * 10 ** (-NOISE / 20)
+    file = folder / sample.audio.name
+    soundfile.write(file, sound + level * noise, SAMPLING_RATE, subtype="FLOAT")
+    return sample.model_copy(update={"audio": file})
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ Intervals are percentile bootstraps over sentences: samples that say the same, i
 difference is drawn with both models' answers to the same sentences, so that what is hard for both cancels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jiwer
@@ -26,7 +28,7 @@ class Counts(NamedTuple):
 
 def tally(answers: Iterable[dict[str, str]], said: dict[str, str]) -> dict[str, Counts]:
     """By task; `answers` have sample, task, reference and answer, `said` the sentence of each sample."""
-    counts = {task: Counts([], [], []) for task in TASKS}
+    counts: dict[str, Counts] = defaultdict(lambda: Counts([], [], []))
     for row in answers:
         reference, given = normalise(row["reference"]), normalise(row["answer"])
         count, of = int(reference == given), 1
@@ -35,7 +37,7 @@ def tally(answers: Iterable[dict[str, str]], said: dict[str, str]) -> dict[str, 
             count, of = words.substitutions + words.deletions + words.insertions, len(reference.split())
         for values, value in zip(counts[row["task"]], (count, of, said[row["sample"]]), strict=True):
             values.append(value)
-    return counts
+    return dict(counts)
 
 
 def interval(counts: Sequence[float], of: Sequence[float], sentences: Sequence[str]) -> list[float]:
@@ -70,37 +72,57 @@ def differences(one: dict[str, Counts], other: dict[str, Counts]) -> dict[str, A
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """Four tables: what each variant is, how good, how much better or worse than the plain one, and its losses."""
-    asked = [task for task in TASKS if task != "transcribe"]
+    """What each variant is, how good, how much better or worse than the plain one, both in noise, and its losses."""
     about = [[name, found["about"]] for name, found in results.items()]
-    good = [
-        [
-            name,
-            _percent(found["wer"]),
-            *(_percent(found["accuracy"][task]) for task in asked),
+    costs = {
+        name: [
             f"{found['kept_per_second']:.1f}",
             f"{found['positions']:.0f}",
             f"{found['seconds_a_step']:.2f}",
             f"{1000 * found['seconds_to_first_token']:.0f}",
         ]
         for name, found in results.items()
+    }
+    less = {name: found["differences"] for name, found in list(results.items())[1:] if found["differences"]}
+    measured = ["kept a second", "positions", "s a step", "ms to first token"]
+    tables = [
+        _table(["variant", "what it is"], about),
+        _scores_table("variant", results, _percent, measured, costs),
+        _scores_table("difference", less, _points),
+        _scores_table("in noise", {name: found["noise"] for name, found in results.items()}, _percent),
+        _scores_table("difference in noise", {name: found["noise"] for name, found in less.items()}, _points),
+        _losses_table(results),
     ]
-    compared = [
-        [name, _points(found["wer"]), *(_points(found["accuracy"][task]) for task in asked)]
-        for name, found in ((name, found["differences"]) for name, found in results.items())
-        if found and name != next(iter(results))
+    return "\n".join(filter(None, tables))
+
+
+def _scores_table(
+    title: str,
+    found: dict[str, dict[str, Any]],
+    write: Callable[[dict[str, Any]], str],
+    more: Sequence[str] = (),
+    cells: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str:
+    """`scores` by variant, then the columns `more`, which `cells` holds."""
+    if not found:
+        return ""
+    tasks = [task for task in TASKS if task in next(iter(found.values()))["accuracy"]]
+    rows = [
+        [name, write(one["wer"]), *(write(one["accuracy"][task]) for task in tasks), *cells.get(name, ())]
+        for name, one in found.items()
     ]
-    courses = []
+    return _table([title, "WER", *tasks, *more], rows)
+
+
+def _losses_table(results: dict[str, dict[str, Any]]) -> str:
+    rows = []
     for name, found in results.items():
         alignment = found["alignment"] or {"wer": None, "jump": None}
         numbers = [alignment["wer"] and 100 * alignment["wer"], alignment["jump"], *found["lm_loss"]]
         drawn = ", ".join(f"{task} {share:.0%}" for task, share in found["drawn"].items())
-        courses.append([name, *("–" if number is None else f"{number:.2f}" for number in numbers), drawn])
-    losses = ["variant", "WER of CTC", "its largest jump", "next token, ¼ of stage II", "½", "end"]
-    losses += ["tasks drawn in stage II"]
-    header = ["variant", "WER", *asked, "kept a second", "positions", "s a step", "ms to first token"]
-    tables = (["variant", "what it is"], about), (header, good), (["difference", "WER", *asked], compared)
-    return "\n".join(_table(*table) for table in (*tables, (losses, courses)) if table[1])
+        rows.append([name, *("–" if number is None else f"{number:.2f}" for number in numbers), drawn])
+    titles = ["WER of CTC", "its largest jump", "next token, ¼ of stage II", "½", "end", "tasks drawn in stage II"]
+    return _table(["variant", *titles], rows)
 
 
 def _percent(score: dict[str, Any]) -> str:

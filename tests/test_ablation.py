@@ -4,9 +4,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from soundwave import ablation, comparison
+from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
 from soundwave.training.stages import ConfigError
 
@@ -90,9 +92,11 @@ def test_every_variant_is_scored_with_its_interval(done):
     out, results = done
     assert json.loads((out / "ablations.json").read_text()) == results
     for found in results.values():
-        for score in (found["wer"], *found["accuracy"].values()):
+        noisy = found["noise"]
+        for score in (found["wer"], *found["accuracy"].values(), noisy["wer"], *noisy["accuracy"].values()):
             low, high = score["interval"]
             assert 0 <= low <= score["value"] <= high
+        assert set(noisy["accuracy"]) == {"voice", "rate"}
         assert set(found["accuracy"]) == {"voice", "rate", "intent", "question"}
         assert len(found["lm_loss"]) == 3 and sum(found["drawn"].values()) == pytest.approx(1)
         assert found["seconds_a_step"] > 0 and found["seconds_to_first_token"] > 0
@@ -109,6 +113,22 @@ def test_scores_are_those_of_the_answers(done):
             assert score["value"] == pytest.approx(summary["accuracy"][task])
 
 
+def test_the_harder_test_is_of_unheard_voices_in_noise(done, tmp_path):
+    corpus = done[0] / "corpus"
+    samples, train = read_manifest(corpus / "test_voices.jsonl"), read_manifest(corpus / "stage2.jsonl")
+    assert not {sample.extra["voice"] for sample in samples} & {sample.extra.get("voice") for sample in train}
+    answers = rows(done[0] / "stacked-4" / "answers-in-noise.jsonl")
+    assert {row["sample"] for row in answers} == {sample.id for sample in samples}
+    again, one, two = (load_audio(ablation._noisy(samples[i], tmp_path).audio) for i in (0, 0, 1))
+    assert (again == one).all()  # the same noise again
+    noise = [noisy - load_audio(sample.audio) for noisy, sample in zip((one, two), samples, strict=False)]
+    for difference, sample in zip(noise, samples, strict=False):
+        power = np.square(load_audio(sample.audio)).mean() / np.square(difference).mean()
+        assert 10 * np.log10(power) == pytest.approx(10, abs=0.3)
+    short = min(map(len, noise))
+    assert abs(np.corrcoef(noise[0][:short], noise[1][:short])[0, 1]) < 0.05
+
+
 def test_stacked_frames_are_all_read(done):
     found = done[1]["stacked-4"]
     assert found["kept_per_second"] == pytest.approx(12.5, rel=0.05)  # a last group may not be full
@@ -123,10 +143,10 @@ def test_without_stage_one_there_is_no_alignment(done):
 def test_tables_and_page_name_every_variant(done):
     out, results = done
     tables, page = (out / "ablations.md").read_text(), (out / "report.html").read_text()
-    assert all(tables.count(f"| {name} |") == 3 and name in page for name in results)
+    assert all(tables.count(f"| {name} |") == 4 and name in page for name in results)
     again = {name: found | {"differences": found} for name, found in results.items()}
     compared = comparison.markdown(again)
-    assert compared.count("| stacked-4 |") == 4 and compared.count("| no-stage-1 |") == 3  # the first is the plain one
+    assert compared.count("| stacked-4 |") == 6 and compared.count("| no-stage-1 |") == 4  # the first is the plain one
 
 
 def test_the_same_call_goes_on_and_trains_only_what_is_missing(done, settings):

@@ -125,6 +125,8 @@ def write_manifest(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
         with open(aside, "w", encoding="utf-8", newline="\n") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
