@@ -21,8 +21,8 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +44,7 @@ from soundwave.modeling import batch_to
 from soundwave.report import write_report
 from soundwave.training.journal import say, write_text
 from soundwave.training.stages import ConfigError, make_config, train_stage
+from soundwave.training.trainer import Interrupted
 
 SWAPPED = 0.2  # share of transcripts that stand beside another recording
 # An epoch of stage II that a run sees several times, its tasks as uneven as the paper's.
@@ -214,7 +215,8 @@ def _write_manifests(corpus: Path, seed: int) -> None:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines(): a string in JSON may hold other characters that end a line.
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 # ---------------------------------------------------------------- training
@@ -240,8 +242,11 @@ def _each(work: Callable[..., None], names: list[str], common: dict[str, Any], j
                     future.result()
         except KeyboardInterrupt:  # the trainings have got it, too, and stop after their step
             for future in wait(running).done:
-                future.result()
+                with suppress(BrokenExecutor):
+                    future.result()
             raise
+        except BrokenExecutor:
+            raise Interrupted("a training was stopped at once, or killed; the same command goes on") from None
 
 
 @contextmanager
@@ -268,15 +273,20 @@ def _begin(threads: int) -> None:
 def _pass(name: str, folder: Path, manifest: Path, model: Path | None, scale: float, settings: dict[str, Any]) -> Path:
     """One of the demonstration's trainings, unless it is done: its model's folder."""
     if (folder / "model" / "config.json").is_file():
+        _forget_checkpoints(folder)
         return folder / "model"
     wanted = FULL.passes[name]
     steps = max(1, round(scale * wanted["steps"]))
     shortened = wanted | {"steps": steps, "warmup_steps": min(wanted["warmup_steps"], steps // 4), "save_steps": 50}
     config = {"train": [manifest], "out": folder, "model": model, "accumulation": 1, "spec_augment": False}
     model, _, _ = train_stage(make_config(STAGE[name], **config | shortened | settings))
+    _forget_checkpoints(folder)
+    return model
+
+
+def _forget_checkpoints(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    return model
 
 
 def _train_alignment(name: str, *, out: Path, corpus: Path, scale: float, settings: dict[str, Any]) -> None:

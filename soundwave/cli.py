@@ -32,6 +32,10 @@ def main() -> None:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
+    except SystemExit as end:
+        if end.code == 130:  # Ctrl-C while nothing was trained, or the second one
+            errors.print("stopped at once; a training goes on from its newest checkpoint with the same command")
+        raise
     except RuntimeError as error:
         from soundwave.embedded import EmbeddedError  # here, as they bring torch with them
         from soundwave.training.trainer import Interrupted
@@ -185,10 +189,11 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
 ) -> None:
     """Ask a question about a recording; of a long one the first 30 s are heard."""
-    from soundwave.data.audio import load_audio, windows
+    from soundwave.data.audio import load_audio, seconds_of, windows
     from soundwave.evaluation import answer
 
-    pieces = windows(load_audio(file))
+    # The first piece is the same without the rest of an hour.
+    pieces = windows(load_audio(file, duration=60.0 if seconds_of(file) > 60 else None))
     network, processor = _load_model(model)
     if network.config.stage == 1:
         raise ValueError(f"{model} has seen stage 1 only and cannot answer; train stage 2, or use soundwave transcribe")
@@ -313,6 +318,9 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.", metavar="RUN…")],
     out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the first run.")] = None,
     utterances: Annotated[int, typer.Option(min=0, help="Recordings to look into.")] = 6,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Show recordings outside their manifest's folder, too.")
+    ] = False,
 ) -> None:
     """Write a page to look at: curves, scores, and what the model hears in a few recordings.
 
@@ -321,7 +329,8 @@ def report(
     from soundwave.report import write_report
 
     _quiet_transformers()
-    _say(f"report {write_report(runs, out or runs[0] / 'report.html', utterances=utterances)}")
+    page = write_report(runs, out or runs[0] / "report.html", utterances=utterances, allow_outside=allow_outside)
+    _say(f"report {page}")
 
 
 @app.command()
@@ -330,7 +339,7 @@ def ablate(
         list[str] | None,
         typer.Argument(
             help="All without: soundwave, no-cross-attention, no-stage-1, runs, swapped, stacked-3, stacked-4, uneven, "
-            "uneven-plain.",
+            "uneven-plain, no-labels.",
             metavar="VARIANT…",
         ),
     ] = None,

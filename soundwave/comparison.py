@@ -1,7 +1,9 @@
 """Scores of several models that answered the same samples: intervals, paired differences, tables.
 
 Intervals are percentile bootstraps over sentences: samples that say the same, in other voices, are drawn together. A
-difference is drawn with both models' answers to the same sentences, so that what is hard for both cancels.
+difference is drawn with both models' answers to the same sentences, so that what is hard for both cancels. Its p value
+is that of a randomisation test, which turns round the signs of sentences' differences: a bootstrap of the few answers
+that differ is too sure of itself.
 """
 
 from collections import defaultdict
@@ -15,7 +17,8 @@ import numpy as np
 from soundwave.evaluation import normalise
 
 TASKS = ("transcribe", "voice", "rate", "intent", "question")
-RESAMPLED, CONFIDENCE = 2000, 0.95
+RESAMPLED, CONFIDENCE, FLIPPED = 2000, 0.95, 10_000
+SURE = 0.01  # p below which a difference stands out; tables have dozens of them
 
 
 class Counts(NamedTuple):
@@ -42,13 +45,26 @@ def tally(answers: Iterable[dict[str, str]], said: dict[str, str]) -> dict[str, 
 
 def interval(counts: Sequence[float], of: Sequence[float], sentences: Sequence[str]) -> list[float]:
     """Bootstrap interval of sum(counts) / sum(of), by sentence."""
-    groups: dict[str, np.ndarray] = {}
-    for sentence, pair in zip(sentences, zip(counts, of, strict=True), strict=True):
-        groups[sentence] = groups.get(sentence, np.zeros(2)) + np.asarray(pair, float)
-    values = np.stack(list(groups.values()))
+    values = _by_sentence(counts, of, sentences)
     sums = values[np.random.default_rng(0).integers(len(values), size=(RESAMPLED, len(values)))].sum(1)
     low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return [float(low), float(high)]
+
+
+def p_value(counts: Sequence[float], sentences: Sequence[str]) -> float:
+    """Of sum(counts) = 0, against either side: how often it is as far from 0 with random signs by sentence."""
+    values = _by_sentence(counts, counts, sentences)[:, 0]
+    values = values[values != 0]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(FLIPPED, len(values)))
+    return float((1 + (np.abs(signs @ values) >= abs(values.sum())).sum()) / (1 + FLIPPED))
+
+
+def _by_sentence(counts: Sequence[float], of: Sequence[float], sentences: Sequence[str]) -> np.ndarray:
+    """Sums of both [sentences, 2]."""
+    groups: dict[str, np.ndarray] = {}
+    for sentence, pair in zip(sentences, zip(counts, of, strict=True), strict=True):
+        groups[sentence] = groups.get(sentence, np.zeros(2)) + np.asarray(pair, float)
+    return np.stack(list(groups.values()))
 
 
 def _score(counts: Counts) -> dict[str, Any]:
@@ -62,13 +78,17 @@ def scores(tallies: dict[str, Counts]) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Counts], other: dict[str, Counts]) -> dict[str, Any]:
-    """`scores` of `one` less those of `other`, whose samples are the same in the same order."""
-    less = {}
+    """`scores` of `one` less those of `other`, whose samples are the same in the same order; each has a `p`, too."""
+    less, p = {}, {}
     for task, counts in one.items():
         if (counts.of, counts.sentences) != (other[task].of, other[task].sentences):
             raise ValueError(f"the answers to {task!r} belong to other samples than those that they are compared with")
         less[task] = counts._replace(count=[a - b for a, b in zip(counts.count, other[task].count, strict=True)])
-    return scores(less)
+        p[task] = p_value(less[task].count, counts.sentences)
+    found = scores(less)
+    for task, score in ({"transcribe": found["wer"]} | found["accuracy"]).items():
+        score["p"] = p[task]
+    return found
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
@@ -131,10 +151,10 @@ def _percent(score: dict[str, Any]) -> str:
 
 
 def _points(score: dict[str, Any]) -> str:
-    """In percentage points; bold where the interval does not hold 0."""
+    """In percentage points; bold where it surely is one."""
     low, high = (100 * end for end in score["interval"])
     text = f"{100 * score['value']:+.1f} ({low:+.1f} to {high:+.1f})"
-    return f"**{text}**" if low > 0 or high < 0 else text
+    return f"**{text}**" if score["p"] < SURE else text
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -82,9 +82,11 @@ class SoundwaveConfig(PretrainedConfig):
         config_version: int = CONFIG_VERSION,
         **kwargs: Any,
     ):
-        if config_version > CONFIG_VERSION:  # first: a newer version may know values that this one does not
+        if (
+            not isinstance(config_version, int) or config_version > CONFIG_VERSION
+        ):  # first: a newer version may know values that this one does not
             raise ValueError(
-                f"config_version = {config_version}, but this soundwave reads up to {CONFIG_VERSION}: "
+                f"config_version = {config_version!r}, but this soundwave reads up to {CONFIG_VERSION}: "
                 "the model was saved by a newer version; upgrade soundwave"
             )
         rules = SEMANTICS[_one_of("semantics", semantics, tuple(SEMANTICS))]

@@ -74,6 +74,7 @@ def stage_config(recipe: Recipe, name: str, corpus: Path, out: Path, seed: int) 
         model=out / names[names.index(name) - 1] / "model" if name != names[0] else None,
         accumulation=1,
         spec_augment=False,
+        save_steps=100,
         seed=seed,
         **recipe.passes[name],
     )
@@ -82,8 +83,11 @@ def stage_config(recipe: Recipe, name: str, corpus: Path, out: Path, seed: int) 
 def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     """Train and score everything; writes `model/`, the logs, `losses.png` and `summary.json` under `out`.
 
+    One that was interrupted goes on: what is trained already is scored again, not trained again.
+
     Returns:
-        What `summary.json` holds. Seconds do not count downloads, nor the conversion and synthesis that follow them.
+        What `summary.json` holds. Seconds do not count downloads, nor the conversion and synthesis that follow them;
+        those of a stage are of all its trainings, the total is of this call alone.
     """
     recipe = QUICK if quick else FULL
     out.mkdir(parents=True, exist_ok=True)
@@ -99,8 +103,6 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
         folder, log, seconds = train_stage(stage_config(recipe, name, corpus, out, seed))
         summary["seconds"][f"stage{stage}"] += seconds
         logs[stage] = logs.get(stage, []) + [entry | {"step": entry["step"] + _last(logs.get(stage))} for entry in log]
-        for checkpoint in (out / name).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)  # the next demonstration starts anew in the same folder
         if name == "labels":
             continue
         model, processor = load_model(folder)
@@ -139,6 +141,8 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     plot_losses(logs, out / "losses.png")
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_report([out], out / "report.html")
+    for checkpoint in out.glob("*/checkpoint-*"):
+        shutil.rmtree(checkpoint)  # the next demonstration starts anew in the same folder
     return summary
 
 

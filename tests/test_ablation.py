@@ -1,6 +1,7 @@
 """The ablations: what is swapped and drawn, intervals, a whole run of two variants on the real backbones."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_differences_are_those_of_the_same_sentences():
     one, two = (comparison.tally(answers(wrong), said) for wrong in ({"3"}, {"3", "7"}))
     assert comparison.scores(one)["wer"]["value"] == 0.01  # of 100 words
     assert comparison.scores(one)["accuracy"]["voice"]["value"] == 0.98
-    assert comparison.differences(one, one)["wer"] == {"value": 0.0, "interval": [0.0, 0.0]}
+    assert comparison.differences(one, one)["wer"] == {"value": 0.0, "interval": [0.0, 0.0], "p": 1.0}
     found = comparison.differences(two, one)
     assert found["wer"]["value"] == 0.01 and found["accuracy"]["rate"]["value"] == pytest.approx(-0.02)
     wide, narrow = comparison.scores(two)["wer"]["interval"], found["wer"]["interval"]
@@ -72,8 +73,22 @@ def test_answers_to_other_samples_are_not_compared():
 
 
 def test_what_surely_differs_stands_out():
-    rows = {"value": 0.03, "interval": [0.01, 0.05]}, {"value": -0.01, "interval": [-0.02, 0.005]}
-    assert [comparison._points(row) for row in rows] == ["**+3.0 (+1.0 to +5.0)**", "-1.0 (-2.0 to +0.5)"]
+    rows = {"value": 0.03, "interval": [0.01, 0.05], "p": 0.009}, {"value": -0.01, "interval": [-0.02, 0.0], "p": 0.02}
+    assert [comparison._points(row) for row in rows] == ["**+3.0 (+1.0 to +5.0)**", "-1.0 (-2.0 to +0.0)"]
+
+
+@pytest.mark.parametrize(("worse", "better"), [(6, 1), (12, 4), (10, 0), (0, 0)])
+def test_p_is_that_of_the_exact_sign_test_where_each_answer_is_a_sentence(worse, better):
+    counts = [-1] * worse + [1] * better + [0] * 50
+    tail = sum(math.comb(worse + better, k) for k in range(worse, worse + better + 1))
+    exact = min(1.0, 2 * tail / 2 ** (worse + better))
+    found = comparison.p_value(counts, [str(i) for i in range(len(counts))])
+    assert found == pytest.approx(exact, abs=0.012)
+
+
+def test_p_takes_the_answers_about_one_sentence_as_one():
+    once = comparison.p_value([1, 1, 1, 0], list("abcd"))
+    assert comparison.p_value([1, 1, 1, 0] * 2, list("abcd") * 2) == once
 
 
 def test_a_fifth_of_the_transcripts_is_swapped_and_nothing_else(done):
@@ -144,7 +159,10 @@ def test_tables_and_page_name_every_variant(done):
     out, results = done
     tables, page = (out / "ablations.md").read_text(), (out / "report.html").read_text()
     assert all(tables.count(f"| {name} |") == 4 and name in page for name in results)
-    again = {name: found | {"differences": found} for name, found in results.items()}
+    said = {sample.id: sample.text for sample in read_manifest(out / "corpus" / "test.jsonl")}
+    answers = comparison.tally(rows(out / "stacked-4" / "answers.jsonl"), said)
+    none = comparison.differences(answers, answers)
+    again = {name: found | {"differences": none | {"noise": none}} for name, found in results.items()}
     compared = comparison.markdown(again)
     assert compared.count("| stacked-4 |") == 6 and compared.count("| no-stage-1 |") == 4  # the first is the plain one
 

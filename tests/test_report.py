@@ -26,7 +26,7 @@ from soundwave.modeling import SoundwaveForConditionalGeneration
 from soundwave.processing import SoundwaveProcessor
 from soundwave.report import RunError, render, write_report
 from soundwave.report.runs import CURVES, Pass, Run, curves, mixture, read_run, reasons, run_names
-from soundwave.report.utterances import align_words, audio_uri, cross_attention, describe, examine
+from soundwave.report.utterances import ATTENTION_ROWS, align_words, audio_uri, cross_attention, describe, examine
 from soundwave.training.stages import make_config, train_stage
 
 HOSTILE = "</script><script>window.hostile = 1</script><img src=x onerror='window.hostile = 1'> & \u2028 “light”"
@@ -121,6 +121,64 @@ def test_a_log_without_its_settings_is_refused(tmp_path):
     (training(tmp_path / "run") / "run.json").unlink()
     with pytest.raises(RunError, match=r"run\.json is missing beside log\.jsonl"):
         read_run(tmp_path / "run")
+
+
+def test_a_training_that_has_logged_nothing_yet_leaves_those_before_it_to_be_seen(tmp_path):
+    training(tmp_path / "stage1")
+    (tmp_path / "stage2").mkdir()
+    (tmp_path / "stage2" / "log.jsonl").touch()  # it has just begun, and has no run.json yet
+    assert [one.stage for one in read_run(tmp_path).passes] == [1]
+    with pytest.raises(RunError, match=r"stage2/log.jsonl holds no entry yet; wait until training has logged a step"):
+        read_run(tmp_path / "stage2")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fault"),
+    [
+        ("run.json", "{}", "run.json: stage is missing; copy it again"),
+        ("run.json", '{"stage": 9}', "run.json: stage = 9: input should be 1, 2 or 3"),
+        ("run.json", '{"stage": 1, "config": null}', "run.json: config = None: input should be a valid dictionary"),
+        ("run.json", "[]", "run.json holds a list, but a JSON object is wanted"),
+        ("summary.json", '{"stage1": null}', "summary.json: stage1 = None: "),
+        ("summary.json", '{"seconds": 3}', "summary.json: seconds = 3: input should be a valid dictionary"),
+        ("answers.jsonl", '{}\n{"sample": "a"}', "answers.jsonl:1: sample is missing"),
+        ("answers.jsonl", '{"sample": 3, "reference": "a", "answer": "b"}', "answers.jsonl:1: sample = 3: "),
+        ("log.jsonl", '{"step": 1, "loss": "low"}', "log.jsonl:1: loss = 'low': input should be a valid number"),
+        ("skipped_steps.jsonl", '{"step": "a"}', "skipped_steps.jsonl:1: step = 'a': "),
+        ("left_out.jsonl", "3\n{}", "left_out.jsonl:1 holds a int, but a JSON object is wanted"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line_that_names_it(tmp_path, file, text, fault):
+    folder = training(tmp_path / "run")
+    (folder / file).write_text(text)
+    with pytest.raises(RunError) as caught:
+        read_run(folder)
+    assert str(caught.value).startswith(f"{folder}/{fault}")
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b"], ids=ascii)
+def test_answers_may_hold_characters_that_end_a_line_elsewhere(tmp_path, end):
+    folder = training(tmp_path / "run")
+    row = {"sample": "a:1", "task": "transcribe", "reference": f"one{end}two", "answer": f"three{end}four"}
+    write_manifest(folder / "answers.jsonl", [row, row])
+    assert read_run(folder).answers == [row, row]
+
+
+def test_a_run_cannot_permit_itself_recordings_outside_its_data(demo, tmp_path):
+    """Its settings come with the folder, which may be somebody else's."""
+    moved = tmp_path / "run"
+    shutil.copytree(demo, moved)
+    (moved / "answers.jsonl").unlink()
+    secret = tmp_path / "secret.wav"
+    soundfile.write(secret, np.zeros(16_000), 16_000)
+    write_manifest(moved / "data" / "m.jsonl", [{"audio_filepath": str(secret), "text": "turn on the light"}])
+    for about in moved.glob("stage*/run.json"):
+        found = json.loads(about.read_text())
+        found["config"] |= {"allow_outside": True, "train": [str(moved / "data" / "m.jsonl")]}
+        about.write_text(json.dumps(found))
+    refused = describe(read_run(moved), {}, 1)
+    assert refused["items"] == [] and "m.jsonl:1: audio" in refused["note"] and "--allow-outside" in refused["note"]
+    assert len(describe(read_run(moved), {}, 1, allow_outside=True)["items"]) == 1
 
 
 def test_no_run_at_all_is_refused(tmp_path):
@@ -414,8 +472,14 @@ def test_the_largest_page_stays_below_five_megabytes(demo, tmp_path):
     noise = np.random.default_rng(0).uniform(-1, 1, 30 * SAMPLING_RATE).astype(np.float32)
     model, processor = load_model(demo / "model")
     item = examine(model, processor, noise) | {"id": "noise", "text": "noise", "answers": [], "others": {}}
+    assert item["attention"] is None or len(item["kept"]) <= ATTENTION_ROWS
+    item["attention"] = {"rows": "A" * (ATTENTION_ROWS * 750 * 4 // 3), "scale": [0.123] * ATTENTION_ROWS}
+    item["kept"] = [{"frame": i, "text": "token", "probability": 0.123, "others": [["o", 0.1]] * 3} for i in range(750)]
     log = [{"step": i, "epoch": i / 9} | dict.fromkeys(CURVES, i / 7) for i in range(1, 3_000)]
-    run = Run(tmp_path, [a_pass({"a": 1, "b": 2}, log)] * 4)
+    skipped = [
+        {"step": i, "reason": "the loss is not finite", "samples": ["train.jsonl:123456"] * 256} for i in range(99)
+    ]
+    run = Run(tmp_path, [a_pass({"a": 1, "b": 2}, log, skipped=skipped)] * 4)
     text = render({f"run {i}": run for i in range(8)}, {"items": [item] * 6, "note": ""})
     assert len(text.encode()) < 5 * MEGABYTE
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,10 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
+from soundwave.hardware import pick_dtype
 from soundwave.modeling import WEIGHTS_FILE
-from soundwave.training.checkpoints import WriteError, fault_of, newest_checkpoint
+from soundwave.training.checkpoints import WriteError, fault_of, newest_checkpoint, written_aside
 from soundwave.training.stages import ConfigError
 from soundwave.training.trainer import Interrupted
 from tests.short_runs import copy_recordings, lines, manifest_of, same_bits, train
@@ -86,12 +90,23 @@ def change_step(file: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"global_step": 1}))
 
 
+def with_a_field_of_another_version(file: Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"nobody_knows": 1}))
+
+
+def with_its_step_alone(file: Path) -> None:
+    file.write_text(json.dumps({"global_step": json.loads(file.read_text())["global_step"]}))
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
         ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
         ("trainer_state.json", Path.unlink, "trainer_state.json is missing"),
         ("trainer_state.json", truncate, "trainer_state.json is damaged"),
+        ("trainer_state.json", with_a_field_of_another_version, "trainer_state.json is damaged, or of another version"),
+        ("trainer_state.json", with_its_step_alone, "trainer_state.json is not whole"),
+        ("config.json", truncate, "config.json is damaged"),
         ("trainer_state.json", change_step, "trainer_state.json is that of step 1"),
         (WEIGHTS_FILE, truncate, f"{WEIGHTS_FILE} is damaged"),
         (WEIGHTS_FILE, lambda file: truncate(file, 0), f"{WEIGHTS_FILE} is damaged"),
@@ -99,7 +114,17 @@ def change_step(file: Path) -> None:
         ("optimizer.pt", flip_a_byte_of_the_tensors, "optimizer.pt is damaged"),
         ("rng_state.pth", lambda file: truncate(file, 0), "rng_state.pth is damaged"),
     ],
-    ids=["no-optimizer", "no-state", "half-a-state", "other-step", "half-the-weights", "no-weights"]
+    ids=[
+        "no-optimizer",
+        "no-state",
+        "half-a-state",
+        "other-version",
+        "poor-state",
+        "half-a-config",
+        "other-step",
+        "half-the-weights",
+        "no-weights",
+    ]
     + ["half-an-optimizer", "a-flipped-bit", "empty-rng"],
 )
 def test_a_torn_checkpoint_is_named_passed_over_and_left_alone(until, name, damage, message):
@@ -187,6 +212,82 @@ def test_other_samples_are_refused(until, manifest, start, tmp_path):
         train(1, until(3), fewer, **start)
 
 
+@pytest.mark.parametrize("change", [lambda rows: rows[::-1], lambda rows: [rows[0] | {"text": "no"}, *rows[1:]]])
+def test_as_many_samples_in_another_order_or_with_other_texts_are_refused(until, manifest, start, change):
+    out, text = until(3), manifest.read_text()
+    rows = change([json.loads(line) for line in text.splitlines()])
+    try:
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(
+            ConfigError, match=r"holds checkpoints of a run with data = '\w+' then, '\w+' now; go on all"
+        ):
+            train(1, out, manifest, **start)
+    finally:
+        manifest.write_text(text)
+
+
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, truncate, lambda file: file.write_text("{}")], ids=["no", "half", "{}"]
+)
+def test_checkpoints_whose_settings_are_lost_are_refused_unless_resume_is_asked_for(until, manifest, start, damage):
+    out = until(3)
+    damage(out / "run.json")
+    with pytest.raises(ConfigError, match="holds checkpoint-3, but run.json, which tells its settings, is missing or"):
+        train(1, out, manifest, **start)
+    train(1, out, manifest, **start, resume=True)
+    assert json.loads((out / "run.json").read_text())["config"]["steps"] == 4
+
+
+@pytest.mark.parametrize("change", [{"frame_stack": 4}, {"optimizer": "adamw_8bit"}], ids=str)
+def test_what_does_not_fit_the_checkpoint_is_refused_whatever_is_asked_for(until, manifest, start, change):
+    out = until(3)
+    before = (out / "run.json").read_bytes()
+    with pytest.raises(ConfigError, match=f"a run with {next(iter(change))} = .* then, .* now; name another folder$"):
+        train(1, out, manifest, **start | change | {"resume": True})
+    assert (out / "run.json").read_bytes() == before
+
+
+def test_weight_decay_that_is_changed_holds(until, manifest, start):
+    changed = train(1, out := until(3), manifest, **start, weight_decay=0.5, resume=True)
+    groups = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert json.loads((changed.folder.parent / "run.json").read_text())["config"]["weight_decay"] == 0.5
+
+
+def test_without_a_whole_checkpoint_a_run_starts_anew_and_says_so_unless_resume_is_asked_for(
+    until, whole, manifest, start, capsys
+):
+    out = until(1)
+    truncate(out / "checkpoint-1" / WEIGHTS_FILE)
+    with pytest.raises(ConfigError, match="holds no whole checkpoint, but resume = True; leave it out"):
+        train(1, out, manifest, **start, resume=True)
+    capsys.readouterr()
+    assert same_bits(train(1, out, manifest, **start).state, whole.state)
+    assert f"{out} holds no whole checkpoint: starting at step 0\n" in capsys.readouterr().err
+
+
+def test_a_link_to_a_checkpoint_that_is_gone_is_moved_out_of_the_way(until, whole, manifest, start):
+    out = until(2)
+    (out / "checkpoint-3").symlink_to(out / "gone")
+    assert same_bits(train(1, out, manifest, **start).state, whole.state)
+    assert (out / "checkpoint-3.torn").is_symlink() and fault_of(out / "checkpoint-3") is None
+
+
+def test_two_trainings_in_one_folder_are_refused(until, manifest, start):
+    out = until(2)
+    with FileLock(out / ".lock"), pytest.raises(ConfigError, match="is that of a training that still runs; wait"):
+        train(1, out, manifest, **start)
+    train(1, out, manifest, **start)
+
+
+def test_a_seed_decides_the_weights_however_the_dtype_was_found(whole, manifest, start, tmp_path):
+    """The short timing behind dtype=auto has happened in the other run, or in no run of the process."""
+    pick_dtype.cache_clear()
+    one = train(1, tmp_path / "1", manifest, **start, dtype="auto")
+    two = train(1, tmp_path / "2", manifest, **start, dtype="auto")
+    assert one.log[0]["loss"] == two.log[0]["loss"] and same_bits(one.state, two.state)
+
+
 def test_settings_that_decide_no_weight_may_change(until, whole, manifest, start):
     changed = {"workers": 1, "save_steps": 2, "log_steps": 2, "quiet": True}
     resumed = train(1, out := until(1), manifest, **start | changed)
@@ -245,7 +346,16 @@ def test_a_signal_saves_and_tells_how_to_go_on(whole, manifest, start, tmp_path,
     assert signal.getsignal(number) == before
 
 
-def test_ctrl_c_ends_the_command_with_status_130_also_with_data_workers(manifest, small_llm, tmp_path):
+def test_a_signal_in_the_last_step_stops_what_would_follow_the_stage(manifest, start, tmp_path):
+    when_logged(tmp_path, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    steps = start | {"save_steps": 100, "steps": 3}
+    with pytest.raises(Interrupted, match="stopped at the end of stage I, whose model is in"):
+        train(1, tmp_path, manifest, **steps)
+    assert (tmp_path / "model" / WEIGHTS_FILE).is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_ends_the_command_with_status_130(manifest, small_llm, tmp_path, number):
     settings = ["steps=500", "batch_size=1", "accumulation=1", "log_steps=1", f"language_model={small_llm}"]
     process = subprocess.Popen(
         [SCRIPT, "train", "1", f"train={manifest}", f"out={tmp_path / 'out'}", "workers=2", *settings, "--quiet"],
@@ -254,8 +364,8 @@ def test_ctrl_c_ends_the_command_with_status_130_also_with_data_workers(manifest
         text=True,
         start_new_session=True,
     )
-    # A terminal's Ctrl-C reaches the data workers, too.
-    when_logged(tmp_path / "out", 2, lambda: os.killpg(process.pid, signal.SIGINT))
+    # A terminal's Ctrl-C, and what ends a service, reach the data workers, too.
+    when_logged(tmp_path / "out", 2, lambda: os.killpg(process.pid, number))
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (130, "")
     asked, told = [line for line in err.splitlines() if line]
@@ -292,6 +402,55 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(
     assert same_bits(train(1, out, manifest, **start).state, whole.state)
 
 
+def test_a_full_disk_that_the_log_meets_first_is_one_line_that_says_what_is_safe(until, manifest, start):
+    out = until(2)
+    log = out / "log.jsonl"
+
+    def fill() -> None:
+        log.unlink()
+        log.symlink_to("/dev/full")
+
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    when_logged(out, 3, fill)
+    full = (
+        "log.jsonl cannot be written (No space left on device); checkpoint-2 is whole: make room, then start the same"
+    )
+    with pytest.raises(WriteError, match=re.escape(full)):
+        train(1, out, manifest, **start | {"save_steps": 100})
+
+
+def test_training_goes_on_without_tensorboard_where_its_files_cannot_be_written(
+    whole, manifest, start, tmp_path, capsys
+):
+    (tmp_path / "runs").write_text("a file where TensorBoard wants a folder")
+    assert same_bits(train(1, tmp_path, manifest, **start).state, whole.state)
+    assert capsys.readouterr().err.count("TensorBoard's log cannot be written") == 1
+
+
+@pytest.mark.parametrize("moment", ["killed", "error"])
+def test_what_was_to_be_replaced_goes_back_when_its_successor_does_not_come(tmp_path, monkeypatch, moment):
+    (model := tmp_path / "model").mkdir()
+    (model / "weights").write_text("old")
+    if moment == "killed":  # between the two renamings
+        (tmp_path / ".writing").mkdir()
+        model.rename(tmp_path / ".writing" / "model.old")
+        with written_aside(tmp_path / "checkpoint-1") as folder:
+            (folder / "weights").write_text("of a checkpoint")
+    else:
+        rename = os.rename
+
+        def failing(source, target):
+            if Path(target) == model and Path(source).name == "model":
+                raise OSError(28, "No space left on device")
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", failing)
+        with pytest.raises(WriteError, match="model cannot be written"), written_aside(model) as folder:
+            (folder / "weights").write_text("new")
+    assert (model / "weights").read_text() == "old"
+    assert not (tmp_path / ".writing").exists()
+
+
 def test_a_model_that_does_not_fit_leaves_the_one_before(until, whole, manifest, start, file_size_limit):
     out = until(4)
     shutil.copytree(whole.folder, out / "model")
@@ -302,7 +461,7 @@ def test_a_model_that_does_not_fit_leaves_the_one_before(until, whole, manifest,
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(manifest, start):
-    with pytest.raises(WriteError, match=r"^/sys/soundwave/run.json cannot be written \("):
+    with pytest.raises(WriteError, match=r"^/sys/soundwave cannot be written \("):
         train(1, Path("/sys/soundwave"), manifest, **start)
 
 

@@ -61,7 +61,6 @@ def load_audio(
         audio = _read_part(file, handle, offset, duration)
     if not np.isfinite(audio).all():
         raise AudioError(path, "holds NaN or infinite samples; export it again")
-    audio = audio.mean(axis=1)
     if rate != sampling_rate:
         audio = soxr.resample(audio, rate, sampling_rate)
     if len(audio) == 0:
@@ -105,7 +104,7 @@ def _opened(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, BinaryIO]]:
 
 
 def _read_part(file: soundfile.SoundFile, handle: BinaryIO, offset: float, duration: float | None) -> np.ndarray:
-    """-> float32 [frames, channels]"""
+    """-> float32 [frames], the mean of the channels"""
     if not 0 <= offset < math.inf:
         raise _Fault(f"offset = {offset:g}; give seconds from 0 up")
     if duration is not None and not 0 < duration < math.inf:
@@ -125,16 +124,16 @@ def _read_part(file: soundfile.SoundFile, handle: BinaryIO, offset: float, durat
     wanted = min(round(end * rate), file.frames) - start
     if start > 0:
         file.seek(start)
-    blocks, found = [], 0
+    blocks, found = [np.empty(0, np.float32)], 0  # not one array: a damaged header's length may be absurd
     while found < wanted:
         block = file.read(min(wanted - found, BLOCK), dtype="float32", always_2d=True)
         if len(block) == 0:
             raise _Fault(f"ends {found / rate:g} s into a part of {wanted / rate:g} s; {CONVERT}")
-        blocks.append(block)
+        blocks.append(block.mean(axis=1))
         found += len(block)
     if duration is None and file.format == "MP3":
         _refuse_misjudged_mp3(handle)
-    return np.concatenate(blocks) if blocks else np.empty((0, file.channels), np.float32)
+    return np.concatenate(blocks)
 
 
 def _refuse_odd_rate(file: soundfile.SoundFile) -> None:

@@ -121,7 +121,13 @@ def with_duration(sample: Sample) -> Sample:
     if sample.audio is None or sample.duration is not None:
         return sample
     try:
-        return sample.model_copy(update={"duration": seconds_of(sample.audio) - sample.offset})
+        length = seconds_of(sample.audio)
+        if sample.offset >= length > 0:
+            raise AudioError(
+                sample.audio,
+                f"offset = {sample.offset:g} s, but the file lasts {length:g} s; give an offset inside it",
+            )
+        return sample.model_copy(update={"duration": length - sample.offset})
     except AudioError as error:
         raise _of_sample(sample, error) from None
 

@@ -268,7 +268,7 @@ def _find_audio(name: Any, folder: Path, allow_outside: bool) -> Path:
 
 
 def _refuse_outside(named: str, folder: str, audio: str) -> None:
-    permit = "permit it: allow_outside=true (soundwave train and evaluate: --allow-outside)"
+    permit = "permit it: allow_outside=true (soundwave train, evaluate, report: --allow-outside)"
     if os.path.commonpath([folder, audio]) != folder:
         raise ManifestError(f"{named} leads out of the manifest's folder; move it in, or {permit}")
     try:

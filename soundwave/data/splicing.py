@@ -95,7 +95,9 @@ def _clips_by_speaker(
     _require_known("only_speakers", only_speakers, known)
     wanted = (set(only_speakers) or known) - set(exclude_speakers)
     if not wanted:
-        raise ValueError(f"exclude_speakers leaves none of {', '.join(sorted(known))}; exclude fewer")
+        raise ValueError(
+            f"exclude_speakers (--without-speaker) leaves none of {', '.join(sorted(known))}; exclude fewer"
+        )
     speakers: dict[str, Clips] = {speaker: defaultdict(list) for speaker in wanted}
     for sample in samples:
         if sample.extra["speaker"] in wanted:

@@ -35,19 +35,22 @@ __all__ = ["RunError", "write_report"]
 
 SCRIPTS = ("charts.js", "recordings.js", "page.js")  # one script, in this order
 DIGITS = 6  # significant ones kept of a figure
+NAMED = 5  # samples of a skipped step
 POINTS = 1000  # at most of a curve
 ALL_POINTS = 20_000  # at most of all curves of one kind together: a page stays below 5 MB
 # Settings that say where a training lay, not what it did.
 PLACES = ("train", "out", "model", "resume")
 
 
-def write_report(runs: list[Path], out: Path, *, utterances: int = 6) -> Path:
+def write_report(runs: list[Path], out: Path, *, utterances: int = 6, allow_outside: bool = False) -> Path:
     """Write the page of one run, or of several side by side, and return `out`.
 
     Args:
         runs: a training's `out` or a folder of several, e.g. a demonstration's. The first one's model is looked into.
         out: the HTML file; its folder is made if need be.
         utterances: recordings to show. Where a run was not scored, its model answers about those of its training.
+        allow_outside: show recordings outside their manifest's folder, too, as training may have been permitted to use.
+            A run's folder from somebody else shall put no other recordings of yours into a page.
 
     Raises:
         RunError: `runs` is empty, or one of them holds no log or a damaged one.
@@ -56,7 +59,8 @@ def write_report(runs: list[Path], out: Path, *, utterances: int = 6) -> Path:
         raise RunError("no run was given; name the folder of at least one")
     names = run_names(runs)
     found = dict(zip(names, map(read_run, runs), strict=True))
-    page = render(found, describe(found[names[0]], {name: found[name] for name in names[1:]}, utterances))
+    others = {name: found[name] for name in names[1:]}
+    page = render(found, describe(found[names[0]], others, utterances, allow_outside))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
@@ -109,7 +113,7 @@ def _pass(one: Pass, points: int) -> dict[str, Any]:
         "tasks": one.tasks,
         "left_out": reasons(one),
         "skipped": max(len(one.skipped), *(entry.get("skipped_steps") or 0 for entry in log)),
-        "skipped_steps": one.skipped[:REASONS],
+        "skipped_steps": [step | {"samples": step.get("samples", [])[:NAMED]} for step in one.skipped[:REASONS]],
         "last": {name: _last(log, name) for name in ("step", "epoch", "seconds", *CURVES)},
         "settings": {name: value for name, value in one.config.items() if name not in PLACES},
         "about": one.about,

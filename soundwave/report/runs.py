@@ -5,7 +5,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from soundwave.data.sampling import paper_temperature, temperature_weights
 
@@ -17,7 +19,7 @@ CURVES = (
     *("blank_share", "compression", "kept_per_label", "audio_per_second"),
 )
 EXAMPLES = 3  # samples named for each reason why some were left out
-REASONS = 60  # that are shown, the most frequent ones; and skipped steps, the first ones
+REASONS = 30  # that are shown, the most frequent ones; and skipped steps, the first ones
 
 
 class RunError(ValueError):
@@ -77,11 +79,14 @@ def read_run(folder: Path) -> Run:
     if not outs:
         raise RunError(f"{folder} holds no {LOG}, nor a folder with one; give the `out` of a training or a demo")
     summary = folder / SUMMARY
+    begun = [out for out in outs if (out / LOG).read_bytes().strip()]
+    if not begun:
+        raise RunError(f"{outs[0] / LOG} holds no entry yet; wait until training has logged a step")
     return Run(
         folder,
-        _ordered([_read_pass(out) for out in outs]),
-        _read_object(summary) if summary.is_file() else {},
-        _read_lines(folder / ANSWERS),
+        _ordered([_read_pass(out) for out in begun]),
+        _read_object(summary, _Summary) if summary.is_file() else {},
+        _read_lines(folder / ANSWERS, _Answer),
     )
 
 
@@ -186,20 +191,20 @@ def _read_pass(folder: Path) -> Pass:
     about = folder / ABOUT
     if not about.is_file():
         raise RunError(f"{about} is missing beside {LOG}; copy the whole folder, or train anew")
-    found = _read_object(about)
-    log = [entry for entry in _read_lines(folder / LOG) if "step" in entry]
+    found = _read_object(about, _About)
+    log = _read_lines(folder / LOG, _Entry)
     if not log:
-        raise RunError(f"{folder / LOG} holds no entry yet; wait until training has logged a step")
+        raise RunError(f"{folder / LOG} holds no whole entry yet; wait until training has logged a step")
     return Pass(
         folder,
-        int(found["stage"]),
+        found["stage"],
         1,
         found.get("config", {}),
         found.get("tasks", {}),
         {name: found.get(name) for name in ("device", "commit", "versions")},
         log,
-        _read_lines(folder / LEFT_OUT),
-        _read_lines(folder / SKIPPED),
+        _read_lines(folder / LEFT_OUT, _LeftOut),
+        _read_lines(folder / SKIPPED, _Skipped),
     )
 
 
@@ -235,22 +240,85 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+class _File(BaseModel):
+    """What a file of a run holds, as far as the page reads it."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _About(_File):
+    stage: Literal[1, 2, 3]
+    config: dict[str, Any] = {}
+    tasks: dict[str, int] = {}
+
+
+_Entry = create_model(
+    "_Entry",
+    __base__=_File,
+    step=(int, ...),
+    tasks=(dict[str, int] | None, None),
+    **dict.fromkeys(("epoch", "seconds", "skipped_steps", *CURVES), (float | None, None)),
+)
+
+
+class _LeftOut(_File):
+    sample: str | None = None
+    file: str | None = None
+
+
+class _Skipped(_File):
+    step: int
+    samples: list[str] = []
+
+
+class _Stage(_File):
+    wer: float | None = None
+    wer_unseen_voices: float | None = None
+    accuracy: dict[str, float] = {}
+
+
+class _Summary(_File):
+    stage1: _Stage = _Stage()
+    stage2: _Stage = _Stage()
+    stage3: _Stage = _Stage()
+    samples: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+
+
+class _Answer(_File):
+    sample: str
+    reference: str
+    answer: str
+
+
+def _read_object(path: Path, kind: type[_File]) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}); copy it again") from None
+    return _checked(found, kind, str(path))
+
+
+def _checked(found: Any, kind: type[_File], where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
-        raise RunError(f"{path} holds a {type(found).__name__}, but a JSON object is wanted; copy it again")
+        raise RunError(f"{where} holds a {type(found).__name__}, but a JSON object is wanted; copy it again")
+    try:
+        kind.model_validate(found)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key, value = ".".join(map(str, fault["loc"])), repr(fault["input"])
+        what = "is missing" if fault["type"] == "missing" else f"= {value[:60]}: {fault['msg'].lower()}"
+        raise RunError(f"{where}: {key} {what}; copy it again") from None
     return found
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, kind: type[_File]) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line; none where there is no file."""
     if not path.is_file():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Not splitlines(): JSON may hold other characters that end a line.
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -258,7 +326,5 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise RunError(f"{path}:{number}: is not JSON; copy the file again") from None
-        if not isinstance(row, dict):
-            raise RunError(f"{path}:{number}: holds a {type(row).__name__}, but a JSON object is wanted")
-        rows.append(row)
+        rows.append(_checked(row, kind, f"{path}:{number}"))
     return rows

@@ -31,8 +31,9 @@ from soundwave.report.runs import Run
 
 ENCODER_FRAME = 0.02  # s; Whisper's
 ALTERNATIVES = 3  # other tokens named for a kept frame
-MEL_COLUMNS = 1500  # a spectrogram is no wider; longer ones are averaged
+MEL_COLUMNS = 1000  # a spectrogram is no wider; longer ones are averaged
 FLAC_BYTES = 150_000  # audio that takes more is embedded as MP3: six of 30 s must stay below 5 MB
+ATTENTION_ROWS = 150  # kept frames, most; a byte for each pair of frames
 NEW_TOKENS = 64
 
 
@@ -70,11 +71,12 @@ class Recording:
         )
 
 
-def describe(run: Run, others: dict[str, Run], count: int) -> dict[str, Any]:
+def describe(run: Run, others: dict[str, Run], count: int, allow_outside: bool = False) -> dict[str, Any]:
     """`items`, one for each of `count` recordings of `run`, and `note`: how they were chosen, or why there is none.
 
     Args:
         others: name -> run whose answers about the same samples are shown beside.
+        allow_outside: as of `read_manifest`.
     """
     if not count:
         return {"items": [], "note": "None was asked for."}
@@ -82,9 +84,9 @@ def describe(run: Run, others: dict[str, Run], count: int) -> dict[str, Any]:
         return {"items": [], "note": f"There is no model in {run.folder} yet."}
     try:
         if run.answers:
-            chosen, note = _answered(run, count)
+            chosen, note = _answered(run, count, allow_outside)
         else:
-            chosen, note = _trained_on(run, count)
+            chosen, note = _trained_on(run, count, allow_outside)
         return {"items": _items(run, others, chosen), "note": note}
     except (ValueError, OSError, EmbeddedError) as error:
         # Recordings or backbones that are gone: the curves are still worth seeing.
@@ -138,7 +140,7 @@ def examine(
     """What the model makes of a recording, float32 [samples] at 16 kHz, as the page draws it.
 
     `mel`, `used` (probability of any sub-word, a frame), `kept` frames with their tokens, `attention` (mean over heads;
-    None where there is none), `audio`. Arrays are base64 of bytes 0-255.
+    None where there is none or of too many frames to look at), `audio`. Arrays are base64 of bytes 0-255.
     """
     mel = processor.features(audio)
     batch = batch_to(processor.pad_features([mel]), model.device)
@@ -153,7 +155,7 @@ def examine(
     for token in {*best.indices.flatten().tolist(), *ctc.path[0, kept].tolist()}:
         text[token] = "" if token == model.blank else processor.tokenizer.decode([token])
     attention = None
-    if model.config.stage > 1 and model.config.keys != "none":
+    if model.config.stage > 1 and model.config.keys != "none" and len(kept) <= ATTENTION_ROWS:
         weights = cross_attention(model.shrinking, hidden, kept).mean(0)
         highest = weights.amax(1, keepdim=True)
         attention = {"rows": _bytes(weights / highest), "scale": _rounded(highest.flatten())}
@@ -191,7 +193,7 @@ def audio_uri(audio: np.ndarray) -> str:
     return f"data:audio/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
-def _answered(run: Run, count: int) -> tuple[list[Recording], str]:
+def _answered(run: Run, count: int, allow_outside: bool) -> tuple[list[Recording], str]:
     """Recordings that the run was scored on, half of them with word errors where there are as many."""
     manifests: dict[str, dict[str, Sample]] = {}
     recordings: dict[tuple, Recording] = {}
@@ -199,7 +201,7 @@ def _answered(run: Run, count: int) -> tuple[list[Recording], str]:
         name = row["sample"].rpartition(":")[0]
         if name not in manifests:
             path = _manifest(run, name)
-            manifests[name] = {sample.id: sample for sample in read_manifest(path, allow_outside=_outside(run))}
+            manifests[name] = {sample.id: sample for sample in read_manifest(path, allow_outside=allow_outside)}
         sample = manifests[name].get(row["sample"])
         if sample is None or answer_of(sample) != row["reference"]:
             raise ValueError(f"{row['sample']} is no longer what the run was scored on; score it again")
@@ -220,14 +222,14 @@ def _answered(run: Run, count: int) -> tuple[list[Recording], str]:
     return chosen, note
 
 
-def _trained_on(run: Run, count: int) -> tuple[list[Recording], str]:
+def _trained_on(run: Run, count: int, allow_outside: bool) -> tuple[list[Recording], str]:
     """Recordings of the last training's own manifests, evenly apart; the model still has to answer."""
     last = run.passes[-1]
     samples = [
         sample
         for manifest in last.config.get("train", [])
         for sample in read_manifest(
-            _manifest(run, Path(manifest).name), allow_outside=_outside(run), leave_out=lambda *_: None
+            _manifest(run, Path(manifest).name), allow_outside=allow_outside, leave_out=lambda *_: None
         )
         if sample.audio is not None and normalise(sample.text or "")
     ]
@@ -301,10 +303,6 @@ def _manifest(run: Run, name: str) -> Path:
         if (place / name).is_file():
             return place / name
     raise FileNotFoundError(f"{name} is in none of {', '.join(sorted({str(place) for place in places}))}")
-
-
-def _outside(run: Run) -> bool:
-    return any(one.config.get("allow_outside", False) for one in run.passes)
 
 
 def _spectrogram(mel: Tensor) -> dict[str, Any]:

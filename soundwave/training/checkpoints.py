@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from soundwave.modeling import WEIGHTS_FILE
 
 ASIDE = ".writing"  # beside what is written, so that renaming crosses no file system
-STATE_FILE = "trainer_state.json"
+OLD = ".old"  # what is replaced, for the moment between two renamings
+CONFIG_FILE, STATE_FILE = "config.json", "trainer_state.json"
 FOREIGN_FILE = "scaler.pt"  # Trainer would load it, into a scaler that a run without fp16 does not have
 TENSOR_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
@@ -52,15 +54,21 @@ def newest_checkpoint(out: Path, report: Callable[[str], None] = lambda line: No
 
 def fault_of(checkpoint: Path) -> str | None:
     """What keeps a checkpoint from being gone on from, None if nothing does. Nothing in it is executed."""
-    for name in ("config.json", WEIGHTS_FILE, *TENSOR_FILES, STATE_FILE):
+    for name in (CONFIG_FILE, WEIGHTS_FILE, *TENSOR_FILES, STATE_FILE):
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
     try:
-        step = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
-    except (ValueError, KeyError, TypeError):
-        return f"{STATE_FILE} is damaged"
-    if step != step_of(checkpoint):
-        return f"{STATE_FILE} is that of step {step}"
+        json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{CONFIG_FILE} is damaged"
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    except (ValueError, TypeError):  # no JSON; or fields of another version of transformers
+        return f"{STATE_FILE} is damaged, or of another version of transformers"
+    if not state.max_steps or not state.train_batch_size:
+        return f"{STATE_FILE} is not whole"
+    if state.global_step != step_of(checkpoint):
+        return f"{STATE_FILE} is that of step {state.global_step}"
     try:
         with safe_open(checkpoint / WEIGHTS_FILE, framework="pt"):  # reads the header, and checks the length by it
             pass
@@ -98,9 +106,9 @@ def written_aside(target: Path) -> Iterator[Path]:
     Raises WriteError if writing fails; `target` is then what it was before.
     """
     aside = target.parent / ASIDE
+    new, old = aside / target.name, aside / f"{target.name}{OLD}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
-        new, old = aside / target.name, aside / "old"
+        _clear(aside)  # what a killed run left
         new.mkdir(parents=True)
         yield new
         for path in new.rglob("*"):
@@ -116,7 +124,16 @@ def written_aside(target: Path) -> Iterator[Path]:
             raise
         raise WriteError(f"{target} cannot be written ({_reason(error)})") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _clear(aside)
+
+
+def _clear(aside: Path) -> None:
+    """Delete what is aside, but for a folder whose successor did not take its place: that one goes back."""
+    for old in aside.glob(f"*{OLD}"):
+        place = aside.parent / old.name.removesuffix(OLD)
+        if not place.exists():
+            os.rename(old, place)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:
@@ -133,10 +150,10 @@ def _sync(path: Path) -> None:
 
 def clear_place(checkpoint: Path) -> None:
     """Rename a torn checkpoint that stands where a new one is to be written: `checkpoint-20.torn`, or `.torn-2`, …"""
-    if not checkpoint.exists():
+    if not os.path.lexists(checkpoint):
         return
     names = (f"{checkpoint.name}.torn" + (f"-{i}" if i > 1 else "") for i in count(1))
-    os.rename(checkpoint, next(path for path in map(checkpoint.with_name, names) if not path.exists()))
+    os.rename(checkpoint, next(path for path in map(checkpoint.with_name, names) if not os.path.lexists(path)))
 
 
 def rotate(out: Path, newest: int, limit: int) -> None:

@@ -40,7 +40,7 @@ class Journal:
         self.out = Path(out)
         self.left_out: dict[tuple[str, str], str] = {}
         self.skipped = self.skipped_in_a_row = 0
-        self._seconds, self._start = 0.0, time.perf_counter()
+        self._seconds, self._start = 0.0, None
 
     def begin(self, step: int) -> None:
         """Go on after `step`: what a killed run wrote about later ones is dropped, and about step 0 is found anew."""
@@ -58,9 +58,18 @@ class Journal:
         """Training begins now; `seconds` go on from those of the run that is resumed."""
         self._start = time.perf_counter()
 
+    def stop_clock(self) -> None:
+        """Training has ended."""
+        self._seconds, self._start = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        """That training took so far, without loading and evaluation; with those of the run that is resumed."""
+        return self._seconds + (time.perf_counter() - self._start if self._start is not None else 0.0)
+
     def log(self, entry: dict[str, Any]) -> None:
         """One entry of log.jsonl; a value that is not finite becomes null."""
-        entry = entry | {"seconds": round(self._seconds + time.perf_counter() - self._start, 3)}
+        entry = entry | {"seconds": round(self.seconds, 3)}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._append("log.jsonl", finite)
 
@@ -104,7 +113,10 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name without the text
         os.replace(aside, path)
     except OSError as error:
         raise WriteError(f"{path} cannot be written ({error.strerror})") from error

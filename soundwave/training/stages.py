@@ -6,6 +6,7 @@ III  LoRA, or LoRA + shrinking adapter  next token
 """
 
 import difflib
+import hashlib
 import json
 import platform
 import re
@@ -13,28 +14,31 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from soundwave import embedded
 from soundwave.configuration import SoundwaveConfig
 from soundwave.data.audio import AudioError
-from soundwave.data.collate import CheckedCollator, LeftOut, tokens_of, with_duration
+from soundwave.data.collate import CheckedCollator, LeftOut, ctc_text_of, tokens_of, with_duration
 from soundwave.data.manifest import Sample, read_manifest
 from soundwave.data.sampling import BucketBatchSampler, paper_temperature
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.processing import SoundwaveProcessor
-from soundwave.training.checkpoints import newest_checkpoint, step_of, written_aside
-from soundwave.training.journal import Journal, say, write_text
+from soundwave.training.checkpoints import WriteError, newest_checkpoint, step_of, written_aside
+from soundwave.training.journal import Journal, say
 from soundwave.training.trainer import (
+    Board,
     Clock,
     Interrupted,
     ProgressBar,
@@ -123,6 +127,10 @@ PAPER: dict[int, dict[str, Any]] = {
 # Settings that may differ between a run and the one that goes on from its checkpoint: they decide no weight.
 FREE = ("out", "log_steps", "save_steps", "save_total_limit", "workers", "resume", "allow_outside")
 FREE += ("strict", "max_skipped", "quiet")
+# Those that decide which weights there are, and the optimiser's state of them.
+SHAPING = ("stage", "audio_tower", "language_model", "semantics", "frame_stack", "keys", "lora_rank", "optimizer")
+SHAPING += ("train_shrinking",)
+LOCK = ".lock"
 PATHS = ("train", "out", "model")
 OF_STAGE_2 = ("keep", "keys", "lora_rank", "lora_alpha")  # not decided by a model of stage I
 VERSIONS_OF = ("soundwave", "torch", "triton", "transformers", "peft", "numpy")
@@ -236,7 +244,7 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
 
     Returns:
         The model's folder (`out/model`), the log (one dict a logging step, see `SoundwaveTrainer`), and the seconds
-        that training took.
+        that training took, with those before it was interrupted.
 
     Raises:
         ManifestError: a manifest that cannot be used. SampleError: a sample that cannot, with `strict`.
@@ -245,17 +253,40 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
         FloatingPointError: `max_skipped` steps in a row were not finite. WriteError: the disk is full or read-only.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
+    with _alone_in(config.out):
+        return _train_stage(config)
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Two trainings in one folder would tear each other's checkpoints. The lock ends with its process, even killed."""
+    lock = FileLock(out / LOCK, timeout=0)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"out = {str(out)!r} is that of a training that still runs; wait for its end, or name another folder"
+        ) from None
+    except OSError as error:
+        raise WriteError(f"{out} cannot be written ({error.strerror}); name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], float]:
     checkpoint = _checkpoint(config)
     step = step_of(checkpoint) if checkpoint else 0
     set_seed(config.seed)
     device, _ = pick_device()
     left_out: list[LeftOut] = []
     samples = _samples(config, left_out)
-    note = _note(config, samples, device, _earlier_note(config.out) if checkpoint else None)
+    note = _note(config, samples, device, _earlier_note(config, checkpoint))
     config = config.model_copy(update={"dtype": note["config"]["dtype"]})
 
     model = build_model(config, device).to(device)
-    write_text(config.out / "run.json", json.dumps(note, indent=2) + "\n")
     journal = Journal(config.out)
     journal.begin(step)
     for left in left_out:
@@ -269,7 +300,7 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
         if clips:
             model.initialise_blank(**{name: x.to(device) for name, x in processor.pad_features(clips).items()})
 
-    clock, stop = Clock(journal), StopOnSignal()
+    clock, stop = Clock(journal, note), StopOnSignal()
     trainer = SoundwaveTrainer(
         model=model,
         args=_arguments(config, device),
@@ -279,7 +310,7 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
         journal=journal,
         strict=config.strict,
         max_skipped=config.max_skipped,
-        callbacks=[clock, stop],
+        callbacks=[Board(), clock, stop],
     )
     trainer.remove_callback(PrinterCallback)
     progress = (ProgressBar if sys.stderr.isatty() else ProgressLines)(f"stage {'I' * config.stage}")
@@ -287,6 +318,7 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
         trainer.add_callback(progress)
     if step == config.steps:  # killed before its model was written
         trainer.go_to(checkpoint)
+        clock.write_note()
     else:
         with stop, closing(progress):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -299,13 +331,24 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
     folder = config.out / "model"
     with written_aside(folder) as aside:
         model.save_pretrained(aside)
-    return folder, [entry for entry in trainer.state.log_history if "loss" in entry], clock.seconds
+    if stop.asked:  # in its last step: what comes after a stage, in a demonstration, is not to begin
+        raise Interrupted(f"stopped at the end of stage {'I' * config.stage}, whose model is in {folder}")
+    return folder, [entry for entry in trainer.state.log_history if "loss" in entry], journal.seconds
 
 
 def _checkpoint(config: StageConfig) -> Path | None:
     """What the run goes on from; a setting that forbids it is an error."""
-    found = newest_checkpoint(config.out, say)
+    passed_over: list[str] = []
+    found = newest_checkpoint(config.out, passed_over.append)
+    for line in passed_over:
+        say(line)
+    if found is None and passed_over and config.resume:
+        raise ConfigError(
+            f"out = {str(config.out)!r} holds no whole checkpoint, but resume = True; leave it out to start at step 0"
+        )
     if found is None:
+        if passed_over:
+            say(f"{config.out} holds no whole checkpoint: starting at step 0")
         return None
     if config.resume is False:
         raise ConfigError(
@@ -320,13 +363,22 @@ def _checkpoint(config: StageConfig) -> Path | None:
     return found
 
 
-def _earlier_note(out: Path) -> dict[str, Any] | None:
-    """`run.json` of the run that is gone on with; None if it has none."""
-    try:
-        note = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        return note if isinstance(note["config"], dict) and isinstance(note["tasks"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+def _earlier_note(config: StageConfig, checkpoint: Path | None) -> dict[str, Any] | None:
+    """`run.json` of the run that is gone on with; None where none is, or none can be read and `resume` is asked for."""
+    if checkpoint is None:
         return None
+    try:
+        note = json.loads((config.out / "run.json").read_text(encoding="utf-8"))
+        if isinstance(note["config"], dict) and isinstance(note["tasks"], dict):
+            return note
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if config.resume is None:
+        raise ConfigError(
+            f"out = {str(config.out)!r} holds {checkpoint.name}, but run.json, which tells its settings, is missing or "
+            "damaged; go on all the same with resume=true, or name another folder"
+        )
+    return None
 
 
 def _note(
@@ -340,14 +392,18 @@ def _note(
         found = str(pick_dtype(device.type)[0]).removeprefix("torch.")
         settings["dtype"] = earlier["config"].get("dtype", found) if earlier else found
     tasks = dict(Counter(sample.task for sample in samples))
-    if earlier and config.resume is None:
-        old, new = earlier["config"] | {"samples": earlier["tasks"]}, settings | {"samples": tasks}
+    data = _digest(samples)
+    if earlier:
+        old = earlier["config"] | {"samples": earlier["tasks"], "data": earlier.get("data", data)}
+        new = settings | {"samples": tasks, "data": data}
         changed = [name for name in new if name not in FREE and old.get(name, new[name]) != new[name]]
+        if config.resume:  # other weights do not fit the checkpoint's, whatever is asked for
+            changed = [name for name in changed if name in SHAPING]
         if changed:
             found = "; ".join(f"{name} = {old[name]!r} then, {new[name]!r} now" for name in changed)
+            all_the_same = "" if config.resume else "go on all the same with resume=true, or "
             raise ConfigError(
-                f"out = {str(config.out)!r} holds checkpoints of a run with {found}; go on all the same with "
-                "resume=true, or name another folder"
+                f"out = {str(config.out)!r} holds checkpoints of a run with {found}; {all_the_same}name another folder"
             )
     return {
         "stage": config.stage,
@@ -356,7 +412,16 @@ def _note(
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "commit": commit(),
         "tasks": tasks,
+        "data": data,
     }
+
+
+def _digest(samples: list[Sample]) -> str:
+    """Of everything that the samples tell, in their order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.model_dump_json().encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:
@@ -500,8 +565,10 @@ def _samples(config: StageConfig, left_out: list[LeftOut]) -> list[Sample]:
         for path in config.train
         for sample in read_manifest(path, allow_outside=config.allow_outside, leave_out=leave_out)
     ]
-    # Stage I learns from transcripts alone.
-    fitting = [s for s in read if config.stage > 1 or (s.audio is not None and (s.text or "").strip())]
+    # Stage I learns from what CTC is to write alone.
+    fitting = [s for s in read if config.stage > 1 or (s.audio is not None and (ctc_text_of(s) or "").strip())]
+    if len(fitting) < len(read):
+        say(f"{len(read) - len(fitting)} of {len(read)} samples have no recording with a text: not for stage 1")
     samples = []
     for sample in fitting:
         try:
@@ -548,7 +615,7 @@ def _arguments(config: StageConfig, device: torch.device) -> TrainingArguments:
         seed=config.seed,
         use_cpu=device.type == "cpu",
         dataloader_num_workers=config.workers,
-        report_to=["tensorboard"],
+        report_to=[],  # TensorBoard is `Board`
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,

@@ -7,18 +7,20 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from soundwave.data.collate import LeftOut
 from soundwave.data.sampling import BucketBatchSampler
@@ -149,24 +151,27 @@ class SoundwaveTrainer(Trainer):
         in_a_row = self.journal.skipped_in_a_row
         if in_a_row < self.max_skipped:
             return
-        self._save_bad_batch(step, samples)
+        where = self._save_bad_batch(step, samples)
         what, _, found = fault.partition(" is ")
         first = f"{what} at step {step - in_a_row + 1} is {found}"
         more = f", nor at the {in_a_row - 1} steps after it" if in_a_row > 1 else ""
-        raise FloatingPointError(
-            f"{first}{more}; the last batch is in {self.journal.out / BAD_BATCH}.json and .safetensors: look at its "
-            "samples, or lower learning_rate"
-        )
+        raise FloatingPointError(f"{first}{more}; {where}, or lower learning_rate")
 
-    def _save_bad_batch(self, step: int, samples: list[str]) -> None:
+    def _save_bad_batch(self, step: int, samples: list[str]) -> str:
+        """Returns where to look for what is wrong."""
         tensors = {
             f"{i}.{name}": value.detach().cpu().contiguous()
             for i, batch in enumerate(self._batches)
             for name, value in tensors_of(batch).items()
         }
         found = {"step": step, "faults": self._faults, "samples": samples, "batches": len(self._batches)}
-        write_text(self.journal.out / f"{BAD_BATCH}.json", json.dumps(found, indent=2) + "\n")
-        save_file(tensors, self.journal.out / f"{BAD_BATCH}.safetensors")
+        try:
+            write_text(self.journal.out / f"{BAD_BATCH}.json", json.dumps(found, indent=2) + "\n")
+            save_file(tensors, self.journal.out / f"{BAD_BATCH}.safetensors")
+        except (OSError, SafetensorError) as error:  # what is wrong with the step matters more
+            say(f"the batch could not be saved: {error}")
+            return f"its samples are {', '.join(samples)}: look at them"
+        return f"the last batch is in {self.journal.out / BAD_BATCH}.json and .safetensors: look at its samples"
 
     def _pass_over(self) -> None:
         """A step of which nothing is left changes nothing, too; many in a row tell of a disk that is gone."""
@@ -195,11 +200,14 @@ class SoundwaveTrainer(Trainer):
                 clear_place(target)
             rotate(out, step, self.args.save_total_limit)
         except WriteError as error:
-            last = newest_checkpoint(out)
-            safe = f"{last.name} is whole: make room, then start the same command again" if last else "none was saved"
-            raise WriteError(f"{error}; {safe}") from error
+            raise self._with_what_is_safe(error) from error
         finally:
             self._aside = None
+
+    def _with_what_is_safe(self, error: WriteError) -> WriteError:
+        last = newest_checkpoint(Path(self.args.output_dir))
+        safe = f"{last.name} is whole" if last else "no checkpoint was saved before"
+        return WriteError(f"{error}; {safe}: make room, then start the same command again")
 
     def go_to(self, checkpoint: Path) -> None:
         """Weights and state of a checkpoint, without training on."""
@@ -249,9 +257,14 @@ class SoundwaveTrainer(Trainer):
             return
         logs = logs | (self._observed() if self._sums else {"loss": float("nan")})
         logs |= {"skipped_steps": self.journal.skipped, "left_out": len(self.journal.left_out)}
-        super().log(logs, start_time)
-        self.journal.log({"step": self.state.global_step} | logs | {"tasks": dict(self._tasks)})
+        try:
+            # Before the callbacks: TensorBoard's thread would meet a full disk with a traceback of its own.
+            entry = {"step": self.state.global_step, "epoch": self.state.epoch} | logs
+            self.journal.log(entry | {"tasks": dict(self._tasks)})
+        except WriteError as error:
+            raise self._with_what_is_safe(error) from error
         self._tasks.clear()
+        super().log(logs, start_time)
 
     def _observed(self) -> dict[str, float]:
         sums = {name: float(value) for name, value in self._sums.items()}
@@ -380,17 +393,43 @@ class StopOnSignal(TrainerCallback):
 
 
 def ignore_interrupts(worker: int) -> None:
-    """In a data worker: Ctrl-C reaches every process of a terminal, but the trainer alone decides when to end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a data worker: a signal may reach every process of a group, but the trainer alone decides when to end."""
+    for number in StopOnSignal.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Board(TensorBoardCallback):
+    """TensorBoard's, without which training goes on where its files cannot be written."""
+
+    off = False
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._unless_off(super().on_train_begin, *args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        self._unless_off(super().on_log, *args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._unless_off(super().on_train_end, *args, **kwargs)
+
+    def _unless_off(self, event: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            if not self.off:
+                event(*args, **kwargs)
+        except OSError as error:
+            self.off = True
+            say(f"TensorBoard's log cannot be written ({error.strerror or error}); training goes on without it")
 
 
 class Clock(TrainerCallback):
-    """Seconds that training itself took, without loading and evaluation: `seconds` after the run."""
+    """Notes the run once its checkpoint is loaded, has the settings of this run hold, and times it.
 
-    seconds = 0.0
+    Args:
+        note: what `run.json` tells.
+    """
 
-    def __init__(self, journal: Journal):
-        self.journal = journal
+    def __init__(self, journal: Journal, note: dict[str, Any]):
+        self.journal, self.note = journal, note
 
     def on_train_begin(
         self,
@@ -408,11 +447,16 @@ class Clock(TrainerCallback):
             for group, share in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
                 group["lr"] = args.learning_rate * share(lr_scheduler.last_epoch)
             lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # the other group has biases and norms: none
+        self.write_note()
         self.journal.start_clock()
-        self._start = time.perf_counter()
+
+    def write_note(self) -> None:
+        """Write `run.json`; that of the run before stays until what it describes is loaded."""
+        write_text(self.journal.out / "run.json", json.dumps(self.note, indent=2) + "\n")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_log |= state.global_step >= state.max_steps  # what is said of a run is how it ended
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self._start
+        self.journal.stop_clock()
