@@ -1,6 +1,6 @@
 """Kill training with kill -9 at random moments, let it go on, and compare its model with that of a run left alone.
 
-    .venv/bin/python bench/kills.py --kills 20            # of each stage, about an hour on two cores
+    .venv/bin/python bench/kills.py --kills 20            # of each stage, half an hour to an hour on two cores
     .venv/bin/python bench/kills.py --stages 1 --kills 4 --workers 1 --accumulation 2
 
 Each stage is trained with every number of data workers and of accumulated batches that is asked for, its kills shared
