@@ -20,7 +20,8 @@ from soundwave.data.manifest import read_manifest
 from soundwave.fused import functional
 from soundwave.modeling import SoundwaveForConditionalGeneration
 from soundwave.processing import SoundwaveProcessor
-from soundwave.training.stages import build_model, make_config, train_stage
+from soundwave.training.settings import make_config
+from soundwave.training.stages import build_model, train_stage
 
 STEPS, POINTS, UTTERANCES = 200, (50, 100), 16
 

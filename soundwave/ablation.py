@@ -42,9 +42,10 @@ from soundwave.evaluation import Report, answer, evaluate, evaluate_ctc, load_mo
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.modeling import batch_to
 from soundwave.report import write_report
+from soundwave.training.callbacks import Interrupted
 from soundwave.training.journal import say, write_text
-from soundwave.training.stages import ConfigError, make_config, train_stage
-from soundwave.training.trainer import Interrupted
+from soundwave.training.settings import ConfigError, make_config
+from soundwave.training.stages import train_stage
 
 SWAPPED = 0.2  # share of transcripts that stand beside another recording
 # An epoch of stage II that a run sees several times, its tasks as uneven as the paper's.

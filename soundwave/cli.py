@@ -38,7 +38,7 @@ def main() -> None:
         raise
     except RuntimeError as error:
         from soundwave.embedded import EmbeddedError  # here, as they bring torch with them
-        from soundwave.training.trainer import Interrupted
+        from soundwave.training.callbacks import Interrupted
 
         if isinstance(error, Interrupted):
             errors.print(str(error), soft_wrap=True, markup=False, highlight=False)
@@ -129,13 +129,14 @@ def train(
 
     Example: `soundwave train 1 train=data/train.jsonl out=runs/mine/1 steps=300 batch_size=16 learning_rate=1e-3`
     """
-    from soundwave.training.stages import load_config, train_stage
+    from soundwave.training.settings import load_config
+    from soundwave.training.stages import train_stage
 
     flags = {"resume": resume, "strict": strict or None, "allow_outside": allow_outside or None, "quiet": quiet or None}
     words = [f"{name}={str(value).lower()}" for name, value in flags.items() if value is not None]
     values = load_config(stage, config, [*(settings or []), *words], to_show=show)
     if show:
-        from soundwave.training.stages import StageConfig
+        from soundwave.training.settings import StageConfig
 
         table = _table("setting", "value", "meaning")
         for name, value in values.model_dump(mode="json").items():

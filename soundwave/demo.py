@@ -20,7 +20,9 @@ from soundwave.hardware import pick_device
 from soundwave.modeling import SoundwaveForConditionalGeneration
 from soundwave.processing import SoundwaveProcessor
 from soundwave.report import write_report
-from soundwave.training.stages import StageConfig, commit, make_config, train_stage
+from soundwave.training.record import commit
+from soundwave.training.settings import StageConfig, make_config
+from soundwave.training.stages import train_stage
 
 # Tokens; the corpus has none longer in the direct format, and a poor model talks on.
 LONGEST_ANSWER = {"transcribe": 16, "voice": 6, "rate": 6, "intent": 6, "question": 6}

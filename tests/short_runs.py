@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from soundwave.data.manifest import write_manifest
 from soundwave.modeling import WEIGHTS_FILE
-from soundwave.training.stages import make_config, train_stage
+from soundwave.training.settings import make_config
+from soundwave.training.stages import train_stage
 
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",

@@ -11,7 +11,7 @@ import pytest
 from soundwave import ablation, comparison
 from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
-from soundwave.training.stages import ConfigError
+from soundwave.training.settings import ConfigError
 
 
 @pytest.fixture(scope="module")

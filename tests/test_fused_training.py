@@ -10,7 +10,8 @@ from soundwave import eager, fused
 from soundwave.configuration import SoundwaveConfig
 from soundwave.data.manifest import write_manifest
 from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
-from soundwave.training.stages import make_config, train_stage
+from soundwave.training.settings import make_config
+from soundwave.training.stages import train_stage
 
 STEPS = 50
 SAME = {

@@ -27,7 +27,8 @@ from soundwave.processing import SoundwaveProcessor
 from soundwave.report import RunError, render, write_report
 from soundwave.report.runs import CURVES, Pass, Run, curves, mixture, read_run, reasons, run_names
 from soundwave.report.utterances import ATTENTION_ROWS, align_words, audio_uri, cross_attention, describe, examine
-from soundwave.training.stages import make_config, train_stage
+from soundwave.training.settings import make_config
+from soundwave.training.stages import train_stage
 
 HOSTILE = "</script><script>window.hostile = 1</script><img src=x onerror='window.hostile = 1'> & \u2028 “light”"
 MEGABYTE = 1_000_000

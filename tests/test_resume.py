@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 from soundwave.hardware import pick_dtype
 from soundwave.modeling import WEIGHTS_FILE
+from soundwave.training.callbacks import Interrupted
 from soundwave.training.checkpoints import WriteError, fault_of, newest_checkpoint, written_aside
-from soundwave.training.stages import ConfigError
-from soundwave.training.trainer import Interrupted
+from soundwave.training.settings import ConfigError
 from tests.short_runs import copy_recordings, lines, manifest_of, same_bits, train
 
 ROOT = Path(__file__).resolve().parents[1]

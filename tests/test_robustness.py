@@ -22,7 +22,8 @@ from soundwave.data.collate import CheckedCollator, LeftOut
 from soundwave.data.manifest import ManifestError, Sample, read_manifest
 from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.processing import SoundwaveProcessor
-from soundwave.training.stages import TRAINED, ConfigError, _arguments, build_model, build_sampler, make_config
+from soundwave.training.settings import ConfigError, make_config
+from soundwave.training.stages import TRAINED, _arguments, build_model, build_sampler
 from soundwave.training.trainer import SampleError, SoundwaveTrainer
 from tests.short_runs import SETTINGS, copy_recordings, lines, manifest_of, same_bits, train
 

@@ -18,16 +18,8 @@ from soundwave.data.collate import Collator
 from soundwave.data.manifest import ManifestError, Sample, read_manifest, write_manifest
 from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
 from soundwave.training.checkpoints import newest_checkpoint
-from soundwave.training.stages import (
-    ConfigError,
-    StageConfig,
-    _arguments,
-    build_model,
-    build_sampler,
-    load_config,
-    make_config,
-    train_stage,
-)
+from soundwave.training.settings import ConfigError, StageConfig, load_config, make_config
+from soundwave.training.stages import _arguments, build_model, build_sampler, train_stage
 from soundwave.training.trainer import SoundwaveTrainer
 
 CPU = torch.device("cpu")
