@@ -5,6 +5,7 @@ Most run `main` in this process, as starting torch takes seconds; a few start th
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import soundfile
 import torch
 
 from soundwave import embedded
+from soundwave.ablation import VARIANTS
 from soundwave.cli import main
 from soundwave.configuration import SoundwaveConfig
 from soundwave.data.manifest import read_manifest, write_manifest
@@ -135,6 +137,12 @@ def test_every_command_has_a_help_of_its_own(soundwave, command):
     status, out, err = soundwave(command, "--help")
     assert (status, err) == (0, "")
     assert f"soundwave {command}" in out
+
+
+def test_the_help_of_ablate_names_every_variant(soundwave):
+    _, out, _ = soundwave("ablate", "--help")
+    listed = re.search(r"All without:(.*?)\.", re.sub(r"[\s│]", "", out).replace("Allwithout", "All without")).group(1)
+    assert set(listed.split(",")) == set(VARIANTS)
 
 
 def test_help_lists_every_command(soundwave):
