@@ -12,6 +12,7 @@ Intervals are of the test sentences; another seed of the training moves a figure
 import gc
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -22,7 +23,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -233,7 +234,7 @@ def _each(work: Callable[..., None], names: list[str], common: dict[str, Any], j
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)
     waiting, running = list(names), set()
-    with _sigterm_reaches_children(), ProcessPoolExecutor(jobs, context, _begin, (threads,)) as pool:
+    with _signals_passed_on(), ProcessPoolExecutor(jobs, context, _begin, (threads,)) as pool:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -241,31 +242,30 @@ def _each(work: Callable[..., None], names: list[str], common: dict[str, Any], j
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
-        except KeyboardInterrupt:  # the trainings have got it, too, and stop after their step
-            for future in wait(running).done:
-                with suppress(BrokenExecutor):
-                    future.result()
-            raise
         except BrokenExecutor:
             raise Interrupted("a training was stopped at once, or killed; the same command goes on") from None
 
 
 @contextmanager
-def _sigterm_reaches_children() -> Iterator[None]:
-    def pass_on(*_: Any) -> None:
-        for child in multiprocessing.active_children():
-            child.terminate()
+def _signals_passed_on() -> Iterator[None]:
+    """To the trainings, which end their steps; the first one's Interrupted then ends all."""
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    def pass_on(number: int, _: Any) -> None:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _begin(threads: int) -> None:
     from transformers.utils import logging
 
+    os.setsid()  # a terminal's Ctrl-C comes once, from the parent
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -2,6 +2,11 @@
 
 import json
 import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +16,7 @@ import pytest
 from soundwave import ablation, comparison
 from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
+from soundwave.training.checkpoints import newest_checkpoint
 from soundwave.training.settings import ConfigError
 
 
@@ -202,6 +208,24 @@ def test_trainings_side_by_side_give_what_one_after_the_other_does(done, setting
     for name, found in results.items():
         assert found["lm_loss"] == pytest.approx(done[1][name]["lm_loss"], rel=1e-3)
         assert found["kept_per_second"] == done[1][name]["kept_per_second"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_parent_alone_saves_all_trainings_and_the_same_call_goes_on(settings, done, tmp_path, number):
+    """Ctrl-C on a terminal, where all processes are of one group, comes once, too."""
+    shutil.copytree(done[0] / "corpus", tmp_path / "corpus")
+    words = f"{str(tmp_path)!r}, ['stacked-3', 'stacked-4'], jobs=2, **{settings | {'scale': 1.0}!r}"
+    main = f"if __name__ == '__main__':\n    ablation.run_ablations({words})\n"
+    (tmp_path / "run.py").write_text(f"from soundwave import ablation\n{main}")
+    process = subprocess.Popen([sys.executable, tmp_path / "run.py"], stderr=subprocess.PIPE, text=True)
+    logs = [tmp_path / "alignments" / name / "stage1" / "log.jsonl" for name in ("stacked-3", "stacked-4")]
+    while not all(log.is_file() and log.stat().st_size for log in logs):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Interrupted: stopped after step" in said
+    assert all(newest_checkpoint(log.parent) for log in logs)
 
 
 def test_an_unknown_variant_is_refused_by_name(tmp_path):
