@@ -113,7 +113,9 @@ def run_ablations(
     size: str = "full",
     **settings: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Train and score variants; writes a folder each, `ablations.json`, `ablations.md` and `report.html` under `out`.
+    """Train and score variants; writes a folder each, `ablations.json`, `ablations.md` and two pages under `out`.
+
+    `report.html` compares the variants, `alignments.html` the stages I that they start from.
 
     Args:
         names: keys of VARIANTS.
@@ -155,6 +157,8 @@ def run_ablations(
     write_text(out / "ablations.json", json.dumps(results, indent=2) + "\n")
     write_text(out / "ablations.md", markdown(results))
     write_report([out / name for name in results], out / "report.html", utterances=3)
+    if aligned := [folder for name in ALIGNMENTS if (folder := out / "alignments" / name).is_dir()]:
+        write_report(aligned, out / "alignments.html", utterances=3)
     return results
 
 

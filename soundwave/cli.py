@@ -363,7 +363,7 @@ def ablate(
         accuracies = (f"{found['accuracy'][task]['value']:.1%}" for task in ("voice", "rate", "intent", "question"))
         table.add_row(name, f"{found['wer']['value']:.1%}", *accuracies, f"{found['kept_per_second']:.1f}")
     console.print(table)
-    _say(f"tables {out / 'ablations.md'} · report {out / 'report.html'}")
+    _say(f"tables {out / 'ablations.md'} · report {out / 'report.html'} · of stage I {out / 'alignments.html'}")
 
 
 bench = typer.Typer(help="Results of the benches, which `pytest bench/` runs from a checkout.", no_args_is_help=True)

@@ -165,6 +165,7 @@ def test_tables_and_page_name_every_variant(done):
     out, results = done
     tables, page = (out / "ablations.md").read_text(), (out / "report.html").read_text()
     assert all(tables.count(f"| {name} |") == 4 and name in page for name in results)
+    assert "stacked-4" in (out / "alignments.html").read_text()
     said = {sample.id: sample.text for sample in read_manifest(out / "corpus" / "test.jsonl")}
     answers = comparison.tally(rows(out / "stacked-4" / "answers.jsonl"), said)
     none = comparison.differences(answers, answers)

@@ -410,6 +410,20 @@ def test_a_run_that_was_not_scored_answers_about_its_training(demo):
     assert first["items"][0]["attention"] is None and second["items"][0]["attention"]
 
 
+def test_what_ctc_reads_is_held_to_what_it_learns_to_write(demo, spoken, tmp_path):
+    run = tmp_path / "stage1"
+    shutil.copytree(demo / "stage1", run)
+    soundfile.write(tmp_path / "a.wav", spoken, SAMPLING_RATE)
+    write_manifest(
+        tmp_path / "m.jsonl", [{"audio_filepath": "a.wav", "text": "light", "ctc_text": "light female slow"}]
+    )
+    about = json.loads((run / "run.json").read_text())
+    about["config"]["train"] = [str(tmp_path / "m.jsonl")]
+    (run / "run.json").write_text(json.dumps(about))
+    (item,) = describe(read_run(run), {}, 1)["items"]
+    assert item["answers"][0]["reference"] == "light female slow"
+
+
 def test_recordings_that_are_gone_leave_the_rest_of_the_page(demo, tmp_path):
     moved = tmp_path / "demo"
     shutil.copytree(demo, moved, ignore=shutil.ignore_patterns("corpus-*", "checkpoint-*"))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from soundwave.configuration import SoundwaveConfig
 from soundwave.data.audio import SAMPLING_RATE, load_audio
-from soundwave.data.collate import answer_of, prompt_of
+from soundwave.data.collate import answer_of, ctc_text_of, prompt_of
 from soundwave.data.manifest import Sample, read_manifest
 from soundwave.embedded import EmbeddedError
 from soundwave.evaluation import answer, normalise, read_ctc
@@ -261,7 +261,9 @@ def _items(run: Run, others: dict[str, Run], chosen: list[Recording]) -> list[di
         audio = load_audio(first.audio, offset=first.offset, duration=first.duration)
         item = examine(model, processor, audio) | {"id": first.id, "text": first.text or ""}
         item["answers"] = [
-            _answer(one.sample, one.given if one.given is not None else _ask(model, processor, one.sample, audio))
+            _answer(one.sample, _ask(model, processor, one.sample, audio), config.stage == 1)
+            if one.given is None
+            else _answer(one.sample, one.given)
             for one in recording.asked
         ]
         item["others"] = {
@@ -282,9 +284,9 @@ def _ask(
     return answer(model, processor, [prompt_of(sample)], [clip], max_new_tokens=NEW_TOKENS)[0]
 
 
-def _answer(sample: Sample, given: str) -> dict[str, Any]:
+def _answer(sample: Sample, given: str, read_by_ctc: bool = False) -> dict[str, Any]:
     """An answer as the page shows it; `words` are aligned for transcriptions only."""
-    reference = answer_of(sample)
+    reference = ctc_text_of(sample) if read_by_ctc else answer_of(sample)
     return {
         "task": sample.task,
         "prompt": prompt_of(sample),
