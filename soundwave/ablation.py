@@ -26,6 +26,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecu
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def run_ablations(
     write_text(out / "ablations.json", json.dumps(results, indent=2) + "\n")
     write_text(out / "ablations.md", markdown(results))
     write_report([out / name for name in results], out / "report.html", utterances=3)
-    if aligned := [folder for name in ALIGNMENTS if (folder := out / "alignments" / name).is_dir()]:
+    if aligned := [out / "alignments" / name for name in ALIGNMENTS if (out / "alignments" / name / RESULT).is_file()]:
         write_report(aligned, out / "alignments.html", utterances=3)
     return results
 
@@ -238,38 +239,62 @@ def _each(work: Callable[..., None], names: list[str], common: dict[str, Any], j
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)
     waiting, running = list(names), set()
-    with _signals_passed_on(), ProcessPoolExecutor(jobs, context, _begin, (threads,)) as pool:
+    with _signals_passed_on() as asked, ProcessPoolExecutor(jobs, context, _begin, (threads,)) as pool:
         try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    running.add(pool.submit(work, waiting.pop(0), **common))
+            while running or (waiting and not asked):
+                while waiting and not asked and len(running) < jobs:
+                    with _blocked(signal.SIGINT):  # a process begins with it, until `_begin` has it ignored
+                        running.add(pool.submit(_interruptible, work, waiting.pop(0), **common))
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
         except BrokenExecutor:
             raise Interrupted("a training was stopped at once, or killed; the same command goes on") from None
+    if asked:
+        raise Interrupted("stopped between two trainings; the same command goes on")
 
 
 @contextmanager
-def _signals_passed_on() -> Iterator[None]:
-    """To the trainings, which end their steps; the first one's Interrupted then ends all."""
+def _blocked(number: int) -> Iterator[None]:
+    resource_tracker.ensure_running()  # which would unblock it when it is first needed
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+
+
+@contextmanager
+def _signals_passed_on() -> Iterator[list[int]]:
+    """To the trainings, which end their steps; the first one's Interrupted then ends all. Gives the signals so far."""
+    asked: list[int] = []
 
     def pass_on(number: int, _: Any) -> None:
+        asked.append(number)
         for child in multiprocessing.active_children():
-            os.kill(child.pid, number)
+            os.kill(child.pid, signal.SIGINT)  # which an idle one ignores: SIGTERM is the pool's own
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def _interruptible(work: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        work(*args, **kwargs)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _begin(threads: int) -> None:
     from transformers.utils import logging
 
-    os.setsid()  # a terminal's Ctrl-C comes once, from the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

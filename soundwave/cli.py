@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 console, errors = Console(), Console(stderr=True)
 DEMO_MODEL = Path("runs/demo/model")
+TRAINING = ("train", "demo", "ablate")  # commands that go on where they were stopped
 ModelOption = Annotated[Path, typer.Option("--model", help="Folder of a trained model.", metavar="FOLDER")]
 
 
@@ -34,7 +35,8 @@ def main() -> None:
         _fail(error)
     except SystemExit as end:
         if end.code == 130:  # Ctrl-C while nothing was trained, or the second one
-            errors.print("stopped at once; a training goes on from its newest checkpoint with the same command")
+            goes_on = "; the same command goes on from the newest checkpoint"
+            errors.print(f"stopped at once{goes_on if sys.argv[1] in TRAINING else ''}")
         raise
     except RuntimeError as error:
         from soundwave.embedded import EmbeddedError  # here, as they bring torch with them

@@ -229,6 +229,42 @@ def test_a_signal_to_the_parent_alone_saves_all_trainings_and_the_same_call_goes
     assert all(newest_checkpoint(log.parent) for log in logs)
 
 
+ONE_ENDS_THE_OTHER_WAITS_FOR_A_SIGNAL = """
+import sys, time
+from pathlib import Path
+from soundwave import ablation
+from soundwave.training.callbacks import Interrupted, StopOnSignal
+
+def work(name, folder):
+    if name == "short":
+        return
+    with StopOnSignal() as stop:
+        (folder / "began").touch()
+        while not stop.asked:
+            time.sleep(0.01)
+        time.sleep(0.3)  # the step at hand
+    (folder / "saved").touch()
+    raise Interrupted("stopped after a step")
+
+if __name__ == "__main__":
+    ablation._each(work, ["short", "long"], {"folder": Path(sys.argv[1])}, jobs=2)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_beside_an_idle_process_lets_the_other_one_save(tmp_path, number):
+    """It is idle or, where the other took both, still loading its modules."""
+    (tmp_path / "run.py").write_text(ONE_ENDS_THE_OTHER_WAITS_FOR_A_SIGNAL)
+    process = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "began").is_file():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and said.splitlines()[-1].endswith("Interrupted: stopped after a step")
+    assert (tmp_path / "saved").is_file()
+
+
 def test_an_unknown_variant_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match="variant = 'soundwav', but known are soundwave, no-cross-attention"):
         ablation.run_ablations(tmp_path, ["soundwav"])

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from soundwave.hardware import pick_dtype
 from soundwave.modeling import WEIGHTS_FILE
-from soundwave.training.callbacks import Interrupted
+from soundwave.training.callbacks import Interrupted, StopOnSignal
 from soundwave.training.checkpoints import WriteError, fault_of, newest_checkpoint, written_aside
 from soundwave.training.settings import ConfigError
 from tests.short_runs import copy_recordings, lines, manifest_of, same_bits, train
@@ -344,6 +344,18 @@ def test_a_signal_saves_and_tells_how_to_go_on(whole, manifest, start, tmp_path,
     assert newest_checkpoint(tmp_path) is not None and not (tmp_path / "model").exists()
     assert same_bits(train(1, tmp_path, manifest, **settings).state, whole.state)
     assert signal.getsignal(number) == before
+
+
+def test_the_same_wish_sent_twice_is_one_and_a_later_signal_stops_at_once():
+    """A parent, or what ends a service, may send it beside the terminal."""
+    with StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        stop._asked_at -= stop.ONE_REQUEST
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
 
 
 def test_a_signal_in_the_last_step_stops_what_would_follow_the_stage(manifest, start, tmp_path):

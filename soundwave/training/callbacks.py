@@ -92,9 +92,10 @@ class StopOnSignal(TrainerCallback):
     """Within `with`: Ctrl-C or SIGTERM lets the step at hand end and saves a checkpoint; a second one acts at once."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    ONE_REQUEST = 1.0  # s; a service's end, or a parent beside the terminal, may send the same wish twice
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self._asked_at = False, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -107,9 +108,13 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self._before = {}
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        self.__exit__()
+    def _ask(self, number: int, _: Any) -> None:
+        if self.asked:
+            if time.monotonic() - self._asked_at > self.ONE_REQUEST:
+                self.__exit__()
+                os.kill(os.getpid(), number)
+            return
+        self.asked, self._asked_at = True, time.monotonic()
         # Not `say`: what the signal interrupts may hold its lock.
         os.write(2, b"\nstopping: the step at hand is finished and saved; once more to stop at once\n")
 
@@ -143,7 +148,7 @@ class Board(TensorBoardCallback):
             if not self.off:
                 event(*args, **kwargs)
         except OSError as error:
-            self.off = True
+            self.off, self.tb_writer = True, None
             say(f"TensorBoard's log cannot be written ({error.strerror or error}); training goes on without it")
 
 

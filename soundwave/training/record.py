@@ -1,5 +1,6 @@
 """One run in one folder: who may write there, what it goes on from, and what `run.json` tells of it."""
 
+import errno
 import hashlib
 import json
 import platform
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from soundwave.configuration import SoundwaveConfig
 from soundwave.data.manifest import Sample
 from soundwave.hardware import pick_dtype
 from soundwave.training.checkpoints import WriteError, newest_checkpoint, step_of
@@ -24,9 +26,12 @@ from soundwave.training.settings import ConfigError, StageConfig
 # Settings that may differ between a run and the one that goes on from its checkpoint: they decide no weight.
 FREE = ("out", "log_steps", "save_steps", "save_total_limit", "workers", "resume", "allow_outside")
 FREE += ("strict", "max_skipped", "quiet")
-# Those that decide which weights there are, and the optimiser's state of them.
-SHAPING = ("stage", "audio_tower", "language_model", "semantics", "frame_stack", "keys", "lora_rank", "optimizer")
-SHAPING += ("train_shrinking",)
+# Those that decide what is trained, and the optimiser's state of it.
+BOUND = ("stage", "optimizer", "train_shrinking")
+# And those of the model that decide the shapes of its weights.
+SHAPING = ("audio_hidden_size", "hidden_size", "vocab_size", "semantics", "frame_stack", "keys", "lora_rank")
+# A file system without locks, as some of a network are.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 LOCK = ".lock"
 VERSIONS_OF = ("soundwave", "torch", "triton", "transformers", "peft", "numpy")
 
@@ -37,7 +42,12 @@ def alone_in(out: Path) -> Iterator[None]:
     lock = FileLock(out / LOCK, timeout=0)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire()
+        except OSError as error:
+            if isinstance(error, Timeout) or error.errno not in NO_LOCKS:
+                raise
+            say(f"{out} cannot be locked ({error.strerror}): see to it that no other training uses it")
     except Timeout:
         raise ConfigError(
             f"out = {str(out)!r} is that of a training that still runs; wait for its end, or name another folder"
@@ -111,14 +121,9 @@ def note_of(
         old = earlier["config"] | {"samples": earlier["tasks"], "data": earlier.get("data", data)}
         new = settings | {"samples": tasks, "data": data}
         changed = [name for name in new if name not in FREE and old.get(name, new[name]) != new[name]]
-        if config.resume:  # other weights do not fit the checkpoint's, whatever is asked for
-            changed = [name for name in changed if name in SHAPING]
-        if changed:
-            found = "; ".join(f"{name} = {old[name]!r} then, {new[name]!r} now" for name in changed)
-            all_the_same = "" if config.resume else "go on all the same with resume=true, or "
-            raise ConfigError(
-                f"out = {str(config.out)!r} holds checkpoints of a run with {found}; {all_the_same}name another folder"
-            )
+        if config.resume:  # the checkpoint does not fit, whatever is asked for
+            changed = [name for name in changed if name in BOUND]
+        _refuse(config, {name: (old[name], new[name]) for name in changed})
     return {
         "stage": config.stage,
         "config": settings,
@@ -128,6 +133,22 @@ def note_of(
         "tasks": tasks,
         "data": data,
     }
+
+
+def refuse_misfit(config: StageConfig, checkpoint: Path, model: SoundwaveConfig) -> None:
+    """ConfigError if a checkpoint's weights are not those of the model that was built."""
+    saved = SoundwaveConfig.from_pretrained(checkpoint)
+    found = {name: (getattr(saved, name), getattr(model, name)) for name in SHAPING}
+    _refuse(config, {name: pair for name, pair in found.items() if pair[0] != pair[1]})
+
+
+def _refuse(config: StageConfig, changed: dict[str, tuple[Any, Any]]) -> None:
+    if changed:
+        found = "; ".join(f"{name} = {old!r} then, {new!r} now" for name, (old, new) in changed.items())
+        all_the_same = "" if config.resume else "go on all the same with resume=true, or "
+        raise ConfigError(
+            f"out = {str(config.out)!r} holds checkpoints of a run with {found}; {all_the_same}name another folder"
+        )
 
 
 def _digest(samples: list[Sample]) -> str:

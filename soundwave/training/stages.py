@@ -26,7 +26,7 @@ from soundwave.processing import SoundwaveProcessor
 from soundwave.training.callbacks import Board, Clock, Interrupted, ProgressBar, ProgressLines, StopOnSignal
 from soundwave.training.checkpoints import step_of, written_aside
 from soundwave.training.journal import Journal, say
-from soundwave.training.record import alone_in, checkpoint_of, earlier_note, note_of
+from soundwave.training.record import alone_in, checkpoint_of, earlier_note, note_of, refuse_misfit
 from soundwave.training.settings import ConfigError, StageConfig
 from soundwave.training.trainer import SampleError, SoundwaveTrainer
 
@@ -68,6 +68,8 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
     config = config.model_copy(update={"dtype": note["config"]["dtype"]})
 
     model = build_model(config, device).to(device)
+    if checkpoint:
+        refuse_misfit(config, checkpoint, model.config)
     journal = Journal(config.out)
     journal.begin(step)
     for left in left_out:
