@@ -131,15 +131,13 @@ def train(
 
     Example: `soundwave train 1 train=data/train.jsonl out=runs/mine/1 steps=300 batch_size=16 learning_rate=1e-3`
     """
-    from soundwave.training.settings import load_config
+    from soundwave.training.settings import StageConfig, load_config
     from soundwave.training.stages import train_stage
 
     flags = {"resume": resume, "strict": strict or None, "allow_outside": allow_outside or None, "quiet": quiet or None}
     words = [f"{name}={str(value).lower()}" for name, value in flags.items() if value is not None]
     values = load_config(stage, config, [*(settings or []), *words], to_show=show)
     if show:
-        from soundwave.training.settings import StageConfig
-
         table = _table("setting", "value", "meaning")
         for name, value in values.model_dump(mode="json").items():
             table.add_row(name, escape(str(value)), StageConfig.model_fields[name].description or "")
@@ -348,7 +346,7 @@ def ablate(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("runs/ablations"),
     scale: Annotated[float, typer.Option(min=0.01, max=10, help="Of the demonstration's steps.")] = 1.0,
-    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; what is timed is right with 1.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; what is timed comes after all.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the corpus, the weights and the order of the samples.")] = 0,
 ) -> None:
     """Leave out or replace parts of Soundwave and compare: word error rates, accuracies, lengths, times.

@@ -82,9 +82,8 @@ class SoundwaveConfig(PretrainedConfig):
         config_version: int = CONFIG_VERSION,
         **kwargs: Any,
     ):
-        if (
-            not isinstance(config_version, int) or config_version > CONFIG_VERSION
-        ):  # first: a newer version may know values that this one does not
+        # First: a newer version may know values that this one does not.
+        if not isinstance(config_version, int) or config_version > CONFIG_VERSION:
             raise ValueError(
                 f"config_version = {config_version!r}, but this soundwave reads up to {CONFIG_VERSION}: "
                 "the model was saved by a newer version; upgrade soundwave"
