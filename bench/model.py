@@ -15,7 +15,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from bench.shapes import DIMS, Case, kept_frames, lengths, planted_path
 from soundwave import SoundwaveForConditionalGeneration, eager
 from soundwave.eager import IGNORE_INDEX
-from soundwave.modeling import freeze_all_but
+from soundwave.model.modeling import freeze_all_but
 from soundwave.training.stages import TRAINED
 
 PROMPT, ANSWER = 24, 40  # text tokens around the recording, and those that are learned

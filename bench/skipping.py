@@ -18,8 +18,8 @@ from soundwave.data.collate import Collator
 from soundwave.data.corpus import build_corpus
 from soundwave.data.manifest import read_manifest
 from soundwave.fused import functional
-from soundwave.modeling import SoundwaveForConditionalGeneration
-from soundwave.processing import SoundwaveProcessor
+from soundwave.model.modeling import SoundwaveForConditionalGeneration
+from soundwave.model.processing import SoundwaveProcessor
 from soundwave.training.settings import make_config
 from soundwave.training.stages import build_model, train_stage
 

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from soundwave import memory
 from soundwave.benchmarks import commit, slug, spread, versions
 from soundwave.eager import IGNORE_INDEX
-from soundwave.modeling import SoundwaveForConditionalGeneration, freeze_all_but
+from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.training.stages import TRAINED
 
 CAP_GIB = 22.0

@@ -5,9 +5,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 _WHERE = {
-    "SoundwaveConfig": "configuration",
-    "SoundwaveForConditionalGeneration": "modeling",
-    "SoundwaveProcessor": "processing",
+    "SoundwaveConfig": "model.configuration",
+    "SoundwaveForConditionalGeneration": "model.modeling",
+    "SoundwaveProcessor": "model.processing",
 }
 __all__ = ["__version__", *_WHERE]
 

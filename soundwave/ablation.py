@@ -42,7 +42,7 @@ from soundwave.data.manifest import Sample, read_manifest, write_manifest
 from soundwave.demo import EVALUATED_AT_ONCE, FULL, LONGEST_ANSWER, STAGE, one_task
 from soundwave.evaluation import Report, answer, evaluate, evaluate_ctc, load_model
 from soundwave.hardware import pick_device, pick_dtype
-from soundwave.modeling import batch_to
+from soundwave.model.modeling import batch_to
 from soundwave.report import write_report
 from soundwave.training.callbacks import Interrupted
 from soundwave.training.journal import say, write_text

@@ -17,8 +17,8 @@ from soundwave.data.corpus import build_corpus
 from soundwave.data.manifest import read_manifest
 from soundwave.evaluation import Report, evaluate, evaluate_ctc, load_model
 from soundwave.hardware import pick_device
-from soundwave.modeling import SoundwaveForConditionalGeneration
-from soundwave.processing import SoundwaveProcessor
+from soundwave.model.modeling import SoundwaveForConditionalGeneration
+from soundwave.model.processing import SoundwaveProcessor
 from soundwave.report import write_report
 from soundwave.training.record import commit
 from soundwave.training.settings import StageConfig, make_config

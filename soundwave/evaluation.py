@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from whisper_normalizer.basic import BasicTextNormalizer
 
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.collate import answer_of, ctc_text_of, features, prompt_of, with_duration
 from soundwave.data.manifest import Sample
 from soundwave.hardware import pick_device, pick_dtype
-from soundwave.modeling import SoundwaveForConditionalGeneration, batch_to
-from soundwave.processing import SoundwaveProcessor
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
+from soundwave.model.processing import SoundwaveProcessor
 
 _normaliser = BasicTextNormalizer()
 

@@ -29,7 +29,7 @@ from soundwave.kernels.vocab_rows import CHUNK_BYTES
 if TYPE_CHECKING:
     from transformers import LlamaConfig, WhisperConfig
 
-    from soundwave.configuration import SoundwaveConfig
+    from soundwave.model.configuration import SoundwaveConfig
 
 GIB = 2**30
 BF16, FP32 = 2, 4
@@ -134,7 +134,7 @@ class Dims:
 
     def soundwave_config(self, **settings: Any) -> "SoundwaveConfig":
         """Of the model over backbones of these sizes, the placeholder behind the vocabulary; `settings` are added."""
-        from soundwave.configuration import SoundwaveConfig
+        from soundwave.model.configuration import SoundwaveConfig
 
         return SoundwaveConfig(
             audio_hidden_size=self.audio_width,

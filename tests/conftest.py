@@ -34,7 +34,7 @@ def pytest_runtest_setup(item):
 def processor():
     """The processor of the embedded backbones. Tests that change it make one of their own."""
     from soundwave import embedded
-    from soundwave.processing import SoundwaveProcessor
+    from soundwave.model.processing import SoundwaveProcessor
 
     return SoundwaveProcessor.from_backbones(embedded.WHISPER, embedded.LANGUAGE_MODEL)
 

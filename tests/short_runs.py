@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from soundwave.data.manifest import write_manifest
-from soundwave.modeling import WEIGHTS_FILE
+from soundwave.model.modeling import WEIGHTS_FILE
 from soundwave.training.settings import make_config
 from soundwave.training.stages import train_stage
 

@@ -18,9 +18,9 @@ import torch
 from soundwave import embedded
 from soundwave.ablation import VARIANTS
 from soundwave.cli import main
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.manifest import read_manifest, write_manifest
-from soundwave.modeling import SoundwaveForConditionalGeneration
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import SoundwaveForConditionalGeneration
 
 SCRIPT = Path(sys.executable).with_name("soundwave")
 FORMATS = ("wav", "flac", "ogg", "mp3")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from soundwave import embedded
-from soundwave.configuration import CONFIG_VERSION, SoundwaveConfig
+from soundwave.model.configuration import CONFIG_VERSION, SoundwaveConfig
 
 
 def test_sizes_come_from_the_backbones():

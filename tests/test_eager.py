@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from soundwave import eager
-from soundwave.configuration import SoundwaveConfig
+from soundwave.model.configuration import SoundwaveConfig
 
 D = 5  # width in the CTC tests
 EXACT = {"rtol": 1e-9, "atol": 1e-11}  # float64, another order of summation

@@ -7,12 +7,12 @@ import soundfile
 import torch
 
 from soundwave import embedded
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.collate import features
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.eager import length_mask
 from soundwave.evaluation import alike, answer, evaluate, evaluate_ctc, normalise, read_ctc, word_error_rate
-from soundwave.modeling import SoundwaveForConditionalGeneration
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import SoundwaveForConditionalGeneration
 
 # ---------------------------------------------------------------- scores
 

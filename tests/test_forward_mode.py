@@ -5,8 +5,8 @@ import torch
 from torch.autograd import forward_ad
 
 from soundwave import eager, fused
-from soundwave.configuration import SoundwaveConfig
 from soundwave.fused import functional as F
+from soundwave.model.configuration import SoundwaveConfig
 
 LABELS, LENGTHS = torch.tensor([[1, 2], [1, 3]]), ([5, 4], [2, 1])
 BOUNDS = torch.tensor([0, 2, 4], dtype=torch.int32)

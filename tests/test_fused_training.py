@@ -7,9 +7,9 @@ import pytest
 from safetensors.torch import load_file
 
 from soundwave import eager, fused
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.manifest import write_manifest
-from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
 from soundwave.training.settings import make_config
 from soundwave.training.stages import train_stage
 

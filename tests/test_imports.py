@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ["soundwave.kernels", "soundwave.fused", "soundwave.modeling", "soundwave.training", "soundwave.cli"]
+LAYERS = ["soundwave.kernels", "soundwave.fused", "soundwave.model.modeling", "soundwave.training", "soundwave.cli"]
 UNREACHABLE = {layer: LAYERS[rank + 1 :] for rank, layer in enumerate(LAYERS)} | {
     "soundwave.eager": ["soundwave.kernels", "soundwave.fused"]
 }
@@ -156,7 +156,7 @@ ALLOWED = {
         "kernels/ctc.py": "import math\nimport torch\nimport triton.language as tl\nfrom . import rows",
         "kernels/rows.py": "from torch.library import custom_op\ndef f():\n    import nvtx",
         "soundwave/fused/ctc.py": "from soundwave.kernels.ctc import ctc_loss",
-        "soundwave/modeling.py": "from .fused import ctc\nfrom soundwave import eager",
+        "soundwave/model/modeling.py": "from .fused import ctc\nfrom soundwave import eager",
         "soundwave/eager.py": "import torch",
         "soundwave/training/trainer.py": "from ..modeling import Model",
         "soundwave/cli.py": "def train():\n    from .training.trainer import Trainer",
@@ -168,7 +168,7 @@ ALLOWED = {
     },
     "the package that re-exports its modules": {
         "soundwave/__init__.py": "from .modeling import Model",
-        "soundwave/modeling.py": "import torch",
+        "soundwave/model/modeling.py": "import torch",
     },
     "tests that import what they test": {
         "soundwave/eager.py": "",
@@ -184,26 +184,26 @@ FORBIDDEN = {
     "a cycle through the package": (
         {
             "soundwave/__init__.py": "from .modeling import M",
-            "soundwave/modeling.py": "from soundwave import x",
+            "soundwave/model/modeling.py": "from soundwave import x",
         },
-        "cycle: soundwave -> soundwave.modeling -> soundwave",
+        "cycle: soundwave -> soundwave.model.modeling -> soundwave",
     ),
     "a layer above": (
-        {"soundwave/fused/ctc.py": "from ..modeling import M", "soundwave/modeling.py": ""},
-        "upwards: soundwave.fused.ctc -> soundwave.modeling",
+        {"soundwave/fused/ctc.py": "from ..modeling import M", "soundwave/model/modeling.py": ""},
+        "upwards: soundwave.fused.ctc -> soundwave.model.modeling",
     ),
     "a layer above, inside a function": (
-        {"soundwave/modeling.py": "def f():\n    import soundwave.cli", "soundwave/cli.py": ""},
-        "upwards: soundwave.modeling -> soundwave.cli",
+        {"soundwave/model/modeling.py": "def f():\n    import soundwave.cli", "soundwave/cli.py": ""},
+        "upwards: soundwave.model.modeling -> soundwave.cli",
     ),
     "a layer above, through another module": (
         {
-            "soundwave/modeling.py": "from .data import x",
+            "soundwave/model/modeling.py": "from .data import x",
             "soundwave/data/__init__.py": "from .collate import x",
             "soundwave/data/collate.py": "from ..training import y",
             "soundwave/training/__init__.py": "",
         },
-        "upwards: soundwave.modeling -> soundwave.data -> soundwave.data.collate -> soundwave.training",
+        "upwards: soundwave.model.modeling -> soundwave.data -> soundwave.data.collate -> soundwave.training",
     ),
     "a layer above, by import_module": (
         {

@@ -36,7 +36,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperEncoderLayer
 
 from soundwave import eager, fused, memory
-from soundwave.configuration import SoundwaveConfig
 from soundwave.memory import (
     GIB,
     LLAMA_8B_WHISPER_LARGE,
@@ -47,7 +46,8 @@ from soundwave.memory import (
     predict,
     table,
 )
-from soundwave.modeling import SoundwaveForConditionalGeneration, freeze_all_but
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.training.stages import TRAINED
 
 DIMS = LLAMA_8B_WHISPER_LARGE

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, WhisperModel
 
 from soundwave import eager, embedded
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
-from soundwave.modeling import (
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import (
     WEIGHTS_FILE,
     SoundwaveForConditionalGeneration,
     freeze_all_but,

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soundwave import embedded
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.collate import TRANSCRIBE_PROMPT, Collator
 from soundwave.data.manifest import read_manifest, write_manifest
-from soundwave.processing import AUDIO_TOKEN, SoundwaveProcessor, pad
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.processing import AUDIO_TOKEN, SoundwaveProcessor, pad
 
 IGNORED = -100
 SECOND = 16_000

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from soundwave import embedded
-from soundwave.configuration import SoundwaveConfig
-from soundwave.modeling import SoundwaveForConditionalGeneration, freeze_all_but
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 
 PROMPTS = ["What is the capital of France?", "Say no."]
 ANSWERS = ["Paris is its capital.", "no"]

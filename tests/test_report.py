@@ -17,13 +17,13 @@ import torch
 from torch.nn import functional as F
 
 from soundwave import eager, fused
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.audio import SAMPLING_RATE, load_audio
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.data.sampling import paper_temperature, temperature_weights
 from soundwave.evaluation import evaluate, load_model
-from soundwave.modeling import SoundwaveForConditionalGeneration
-from soundwave.processing import SoundwaveProcessor
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import SoundwaveForConditionalGeneration
+from soundwave.model.processing import SoundwaveProcessor
 from soundwave.report import RunError, render, write_report
 from soundwave.report.runs import CURVES, Pass, Run, curves, mixture, read_run, reasons, run_names
 from soundwave.report.utterances import ATTENTION_ROWS, align_words, audio_uri, cross_attention, describe, examine

@@ -21,7 +21,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from soundwave.hardware import pick_dtype
-from soundwave.modeling import WEIGHTS_FILE
+from soundwave.model.modeling import WEIGHTS_FILE
 from soundwave.training.callbacks import Interrupted, StopOnSignal
 from soundwave.training.checkpoints import WriteError, fault_of, newest_checkpoint, written_aside
 from soundwave.training.settings import ConfigError

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from soundwave import embedded
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.audio import AudioError, load_audio, seconds_of
 from soundwave.data.collate import CheckedCollator, LeftOut
 from soundwave.data.manifest import ManifestError, Sample, read_manifest
-from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration, freeze_all_but
-from soundwave.processing import SoundwaveProcessor
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration, freeze_all_but
+from soundwave.model.processing import SoundwaveProcessor
 from soundwave.training.settings import ConfigError, make_config
 from soundwave.training.stages import TRAINED, _arguments, build_model, build_sampler
 from soundwave.training.trainer import SampleError, SoundwaveTrainer

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from soundwave import eager
-from soundwave.configuration import SoundwaveConfig
 from soundwave.fused.adapters import AlignmentAdapter, ShrinkingAdapter
 from soundwave.fused.functional import ctc_peaks, shrink_attention
 from soundwave.kernels import shrink_projection as op
 from soundwave.kernels.dispatch import interpreted
 from soundwave.kernels.shrink_projection import _backward, _forward, shrink_projection, shrink_projection_ref
+from soundwave.model.configuration import SoundwaveConfig
 from tests.accuracy import assert_as_accurate, assert_rms
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

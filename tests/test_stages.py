@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from soundwave import embedded
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.collate import Collator
 from soundwave.data.manifest import ManifestError, Sample, read_manifest, write_manifest
-from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
 from soundwave.training.checkpoints import newest_checkpoint
 from soundwave.training.settings import ConfigError, StageConfig, load_config, make_config
 from soundwave.training.stages import _arguments, build_model, build_sampler, train_stage

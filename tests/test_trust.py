@@ -12,9 +12,9 @@ import torch
 
 import soundwave
 from soundwave import embedded
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.manifest import ManifestError, read_manifest
-from soundwave.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
 from soundwave.training.checkpoints import TENSOR_FILES, fault_of, newest_checkpoint
 from tests.short_runs import copy_recordings, manifest_of, same_bits, train
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from soundwave.data.audio import AudioError, load_audio, seconds_of, shown
 from soundwave.data.manifest import Sample
-from soundwave.processing import SoundwaveProcessor
+from soundwave.model.processing import SoundwaveProcessor
 
 TRANSCRIBE_PROMPT = "Transcribe the speech."
 CHARACTERS_A_TOKEN = 4  # of English text

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.audio import SAMPLING_RATE, load_audio
 from soundwave.data.collate import answer_of, ctc_text_of, prompt_of
 from soundwave.data.manifest import Sample, read_manifest
 from soundwave.embedded import EmbeddedError
 from soundwave.evaluation import answer, normalise, read_ctc
 from soundwave.hardware import pick_device, pick_dtype
-from soundwave.modeling import SoundwaveForConditionalGeneration, batch_to
-from soundwave.processing import SoundwaveProcessor
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
+from soundwave.model.processing import SoundwaveProcessor
 from soundwave.report.runs import Run
 
 ENCODER_FRAME = 0.02  # s; Whisper's

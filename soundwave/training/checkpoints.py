@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from soundwave.modeling import WEIGHTS_FILE
+from soundwave.model.modeling import WEIGHTS_FILE
 
 ASIDE = ".writing"  # beside what is written, so that renaming crosses no file system
 OLD = ".old"  # what is replaced, for the moment between two renamings

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.manifest import Sample
 from soundwave.hardware import pick_dtype
+from soundwave.model.configuration import SoundwaveConfig
 from soundwave.training.checkpoints import WriteError, newest_checkpoint, step_of
 from soundwave.training.journal import say
 from soundwave.training.settings import ConfigError, StageConfig

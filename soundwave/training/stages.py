@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from soundwave.configuration import SoundwaveConfig
 from soundwave.data.audio import AudioError
 from soundwave.data.collate import CheckedCollator, LeftOut, ctc_text_of, tokens_of, with_duration
 from soundwave.data.manifest import Sample, read_manifest
 from soundwave.data.sampling import BucketBatchSampler, paper_temperature
 from soundwave.hardware import pick_device, pick_dtype
-from soundwave.modeling import SoundwaveForConditionalGeneration, freeze_all_but
-from soundwave.processing import SoundwaveProcessor
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_all_but
+from soundwave.model.processing import SoundwaveProcessor
 from soundwave.training.callbacks import Board, Clock, Interrupted, ProgressBar, ProgressLines, StopOnSignal
 from soundwave.training.checkpoints import step_of, written_aside
 from soundwave.training.journal import Journal, say

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerState
 from soundwave.data.collate import LeftOut
 from soundwave.data.sampling import BucketBatchSampler
 from soundwave.eager import IGNORE_INDEX
-from soundwave.modeling import SoundwaveOutput
+from soundwave.model.modeling import SoundwaveOutput
 from soundwave.training.callbacks import ignore_interrupts
 from soundwave.training.checkpoints import STATE_FILE, WriteError, clear_place, newest_checkpoint, rotate, written_aside
 from soundwave.training.journal import Journal, say, write_text

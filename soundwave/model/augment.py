@@ -1,0 +1,28 @@
+"""SpecAugment, the augmentation of log-mel features while training."""
+
+import torch
+from torch import Tensor
+
+from soundwave.model.configuration import SoundwaveConfig
+
+
+def spec_augment(features: Tensor, lengths: Tensor, config: SoundwaveConfig) -> Tensor:
+    """SpecAugment (arXiv 1904.08779) without time warping: masked places are set to 0, Whisper's mid-scale.
+
+    Each time mask is at most a fifth of its clip. Randomness is torch's own, on the features' device, so that a resumed
+    run repeats it.
+    """
+    batch, mels, frames = features.shape
+
+    def masked(size: int, count: int, width: Tensor, limit: Tensor) -> Tensor:
+        shape = (batch, count, 1)
+        widths = torch.rand(shape, device=features.device) * (width[:, None, None] + 1)
+        starts = torch.rand(shape, device=features.device) * (limit[:, None, None] - widths).clamp(min=0)
+        position = torch.arange(size, device=features.device)
+        return ((position >= starts.floor()) & (position < starts.floor() + widths.floor())).any(1)
+
+    time_width = torch.clamp(lengths // 5, max=config.spec_augment_time_width)
+    mel_width = torch.full_like(lengths, config.spec_augment_mel_width)
+    in_time = masked(frames, config.spec_augment_time_masks, time_width, lengths)
+    in_mel = masked(mels, config.spec_augment_mel_masks, mel_width, torch.full_like(lengths, mels))
+    return features.masked_fill(in_time[:, None, :] | in_mel[:, :, None], 0.0)

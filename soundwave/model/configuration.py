@@ -1,0 +1,167 @@
+"""Configuration of a Soundwave model: which backbones it stands on, the size of its adapters, what was trained.
+
+The backbones themselves are not part of it: `audio_tower` and `language_model` name them (a Hub id, a local folder,
+or one of `soundwave.embedded`'s names), and a saved model holds the trained parts only.
+"""
+
+import inspect
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from soundwave import embedded
+
+SEMANTICS = {
+    "paper": {"attend": "frames", "keep": "peaks", "keys": "all"},
+    "released": {"attend": "self", "keep": "runs", "keys": "kept"},
+}
+CONFIG_VERSION = 1
+
+
+class SoundwaveConfig(PretrainedConfig):
+    """Sizes and rules of a Soundwave model (arXiv 2502.12900).
+
+    Args:
+        audio_tower: Whisper checkpoint whose encoder is used, frozen.
+        language_model: causal LM that is adapted with LoRA; its output embedding is the CTC head, frozen.
+        audio_hidden_size: width of the Whisper encoder (d_enc).
+        hidden_size: width of the language model (d_llm), and of both adapters.
+        num_attention_heads: heads of both adapters; the language model's own number.
+        vocab_size: rows of the language model's output embedding. The CTC blank is one further row, index `vocab_size`.
+        audio_placeholder_id: id of the one placeholder token that the kept frames replace.
+        frame_stack: neighbouring encoder frames that are concatenated (2: 50 Hz -> 25 Hz).
+        adapter_dropout: dropout inside the alignment adapter while training.
+        layer_norm_eps: epsilon of the adapters' LayerNorms.
+        semantics: "paper" or "released" (the authors' inference code); sets `attend`, `keep` and `keys` together.
+        attend: "frames" (attention across an utterance's frames) or "self" (each frame sees itself alone).
+        keep: "peaks" (most probable frame of each run of a non-blank id), "runs" (first frame of every run) or
+            "frames" (all of them: nothing is shrunk).
+        keys: "all" (kept frames attend to every valid frame), "kept" (to the kept frames only) or "none" (there is no
+            cross-attention: the LLM reads the normed kept frames).
+        ctc_weight: weight of the CTC loss beside the next-token loss in stage II.
+        lora_rank, lora_alpha, lora_dropout, lora_target_modules: LoRA on the language model.
+        quantization: "nf4" (4-bit, double quantisation, through bitsandbytes) or None.
+        spec_augment_time_masks, spec_augment_time_width: number of time masks, their largest width (10 ms frames).
+        spec_augment_mel_masks, spec_augment_mel_width: number of frequency masks and their largest width in mel bins.
+        implementation: "fused" (`soundwave.fused`) or "eager" (`soundwave.eager`, plain PyTorch); the same parameters.
+        exact: the fused CTC computes its gradient over all columns instead of skipping those that carry nothing.
+        stage: the last training stage that this model has seen; 0 is untrained.
+    """
+
+    model_type = "soundwave"
+
+    def __init__(
+        self,
+        audio_tower: str = embedded.WHISPER,
+        language_model: str = embedded.LANGUAGE_MODEL,
+        audio_hidden_size: int = 384,
+        hidden_size: int = 576,
+        num_attention_heads: int = 9,
+        vocab_size: int = 49_152,
+        audio_placeholder_id: int = 49_152,
+        frame_stack: int = 2,
+        adapter_dropout: float = 0.1,
+        layer_norm_eps: float = 1e-5,
+        semantics: str = "paper",
+        attend: str | None = None,
+        keep: str | None = None,
+        keys: str | None = None,
+        ctc_weight: float = 0.3,
+        lora_rank: int = 64,
+        lora_alpha: int = 16,
+        lora_dropout: float = 0.0,
+        lora_target_modules: tuple[str, ...] | list[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+        quantization: str | None = None,
+        spec_augment_time_masks: int = 2,
+        spec_augment_time_width: int = 10,
+        spec_augment_mel_masks: int = 2,
+        spec_augment_mel_width: int = 10,
+        implementation: str = "fused",
+        exact: bool = False,
+        stage: int = 0,
+        config_version: int = CONFIG_VERSION,
+        **kwargs: Any,
+    ):
+        # First: a newer version may know values that this one does not.
+        if not isinstance(config_version, int) or config_version > CONFIG_VERSION:
+            raise ValueError(
+                f"config_version = {config_version!r}, but this soundwave reads up to {CONFIG_VERSION}: "
+                "the model was saved by a newer version; upgrade soundwave"
+            )
+        rules = SEMANTICS[_one_of("semantics", semantics, tuple(SEMANTICS))]
+        self.audio_tower = audio_tower
+        self.language_model = language_model
+        self.audio_hidden_size = audio_hidden_size
+        self.hidden_size = hidden_size
+        self.num_attention_heads = num_attention_heads
+        self.vocab_size = vocab_size
+        self.audio_placeholder_id = audio_placeholder_id
+        self.frame_stack = frame_stack
+        self.adapter_dropout = adapter_dropout
+        self.layer_norm_eps = layer_norm_eps
+        self.semantics = semantics
+        self.attend = _one_of("attend", attend or rules["attend"], ("frames", "self"))
+        self.keep = _one_of("keep", keep or rules["keep"], ("peaks", "runs", "frames"))
+        self.keys = _one_of("keys", keys or rules["keys"], ("all", "kept", "none"))
+        self.ctc_weight = ctc_weight
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.lora_target_modules = list(lora_target_modules)
+        self.quantization = _one_of("quantization", quantization, (None, "nf4"))
+        self.spec_augment_time_masks = spec_augment_time_masks
+        self.spec_augment_time_width = spec_augment_time_width
+        self.spec_augment_mel_masks = spec_augment_mel_masks
+        self.spec_augment_mel_width = spec_augment_mel_width
+        self.implementation = _one_of("implementation", implementation, ("fused", "eager"))
+        self.exact = exact
+        self.stage = stage
+        self.config_version = config_version
+        super().__init__(**kwargs)
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size = {hidden_size} must be a multiple of num_attention_heads = {num_attention_heads}"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a dictionary, e.g. a saved one, with `kwargs` in place of its values.
+
+        They are checked as in `__init__`, and a change of `semantics` sets `attend`, `keep` and `keys` anew; the
+        inherited method would set attributes afterwards, unchecked.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+        rules = SEMANTICS["paper"] if "semantics" in changes else {}
+        saved = {name: value for name, value in config_dict.items() if name not in rules}
+        return super().from_dict(saved | changes, **kwargs)
+
+    @classmethod
+    def from_backbones(cls, audio_tower: str, language_model: str, **kwargs: Any) -> "SoundwaveConfig":
+        """The configuration whose sizes fit two backbones; only their configuration files are read.
+
+        `audio_placeholder_id` is the first id that the tokenizer does not use; `SoundwaveProcessor` adds it.
+        """
+        from transformers import AutoTokenizer
+
+        audio = AutoConfig.from_pretrained(embedded.resolve(audio_tower), trust_remote_code=False)
+        language_folder = embedded.resolve(language_model)
+        language = AutoConfig.from_pretrained(language_folder, trust_remote_code=False).get_text_config()
+        if audio.model_type != "whisper":
+            raise ValueError(
+                f"audio_tower = {audio_tower!r} is a {audio.model_type} model, but it must be a Whisper model"
+            )
+        sizes = {
+            "audio_hidden_size": audio.d_model,
+            "hidden_size": language.hidden_size,
+            "num_attention_heads": language.num_attention_heads,
+            "vocab_size": language.vocab_size,
+            "audio_placeholder_id": len(AutoTokenizer.from_pretrained(language_folder, trust_remote_code=False)),
+        }
+        return cls(audio_tower=audio_tower, language_model=language_model, **{**sizes, **kwargs})
+
+
+def _one_of(name: str, value: Any, allowed: tuple) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{name} = {value!r}, but it must be one of {list(allowed)}")
+    return value

@@ -1,0 +1,559 @@
+"""The Soundwave model: Whisper encoder (frozen) -> alignment adapter -> kept frames -> shrinking adapter -> LLM + LoRA.
+
+Put together so that every stage loads no more than it needs: stage I has no language model, only the rows of its
+output embedding, which are the CTC head.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, WhisperModel
+from transformers.utils import ModelOutput
+
+from soundwave import eager, embedded, fused
+from soundwave.model.augment import spec_augment
+from soundwave.model.configuration import SoundwaveConfig
+
+WEIGHTS_FILE = "model.safetensors"
+# By `SoundwaveConfig.implementation`: where the operations and the adapters are taken from.
+OPERATIONS, ADAPTERS = {"fused": fused.functional, "eager": eager}, {"fused": fused, "eager": eager}
+
+
+@dataclass
+class SoundwaveOutput(ModelOutput):
+    """What `forward` returns.
+
+    Attributes:
+        loss: scalar that the model's stage trains on; None without labels.
+        ctc_loss, lm_loss: its parts, where they were asked for.
+        logits: [B, L', V] of the language model over the spliced sequence; None in stage I, and while training.
+        path: int64 [A, T], CTC's most probable id of each frame, -1 past the length; `path_lengths` int64 [A].
+        cu_seqlens: int32 [A + 1], bounds of the kept frames of each recording; None in stage I.
+    """
+
+    loss: Tensor | None = None
+    ctc_loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    logits: Tensor | None = None
+    path: Tensor | None = None
+    path_lengths: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+class SoundwaveForConditionalGeneration(PreTrainedModel):
+    """Speech LLM of arXiv 2502.12900.
+
+    `__init__` makes the adapters alone; `from_backbones` and `from_pretrained` load what they stand on.
+    """
+
+    config_class = SoundwaveConfig
+    config: SoundwaveConfig
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = False  # or Trainer stops dividing by the accumulation steps
+    _supports_sdpa = True
+
+    def __init__(
+        self,
+        config: SoundwaveConfig,
+        audio_tower: nn.Module | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        adapters = ADAPTERS[config.implementation]
+        self.alignment = adapters.AlignmentAdapter(config)
+        self.shrinking = adapters.ShrinkingAdapter(config)
+        # It begins as the norm of the kept frame alone: the LLM learns to read that in half the steps (docs/log.md).
+        nn.init.zeros_(self.shrinking.out_proj.weight)
+        self.blank_weight = nn.Parameter(torch.zeros(config.hidden_size))
+        self.blank_bias = nn.Parameter(torch.zeros(()))
+        self.post_init()
+        self.audio_tower = audio_tower
+        self.language_model = language_model
+        self.register_buffer("_head", None, persistent=False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The modules initialise themselves."""
+
+    # ---------------------------------------------------------------- loading and saving
+
+    @classmethod
+    def from_backbones(
+        cls, config: SoundwaveConfig, *, dtype: torch.dtype = torch.float32, language_model: bool = True
+    ) -> "SoundwaveForConditionalGeneration":
+        """A model with fresh adapters on frozen pretrained backbones, in evaluation mode.
+
+        Args:
+            dtype: of the backbones; the trained parts stay float32.
+            language_model: False loads the language model's output embedding only (stage I).
+        """
+        model = cls(config)
+        whisper = WhisperModel.from_pretrained(embedded.resolve(config.audio_tower), dtype=dtype, use_safetensors=True)
+        model.audio_tower = whisper.get_encoder().requires_grad_(False)
+        folder = embedded.resolve(config.language_model)
+        if language_model:
+            model.language_model = _load_language_model(folder, config, dtype)
+            if config.lora_rank:
+                model.add_lora()
+        else:
+            model._head = load_output_embedding(folder).to(dtype)
+        rows, width = model.head_weight.shape
+        if (rows, width) != (config.vocab_size, config.hidden_size):
+            raise ValueError(
+                f"vocab_size, hidden_size = {config.vocab_size}, {config.hidden_size}, "
+                f"but {config.language_model} has an output embedding of {rows} x {width}"
+            )
+        return model.eval()
+
+    def add_lora(self) -> None:
+        """Fresh LoRA matrices on the language model (peft), in float32.
+
+        Raises:
+            ValueError: the language model has none of a name in `lora_target_modules`; peft would leave it out.
+        """
+        from peft import LoraConfig
+
+        config = self.config
+        there = {name.rpartition(".")[2] for name, _ in self.language_model.named_modules()}
+        missing = [name for name in config.lora_target_modules if name not in there]
+        if missing:
+            raise ValueError(
+                f"lora_target_modules names {missing[0]!r}, which {config.language_model} has not: Soundwave trains "
+                "language models of Llama's layout"
+            )
+        self.language_model.add_adapter(
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=list(config.lora_target_modules),
+                task_type="CAUSAL_LM",
+            )
+        )
+        for name, parameter in self.language_model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        language_model: bool = True,
+        **config_changes: Any,
+    ) -> "SoundwaveForConditionalGeneration":
+        """Load the trained parts of `folder` onto the backbones that its configuration names; in evaluation mode.
+
+        Args:
+            folder: what `save_pretrained` wrote: `config.json` and `model.safetensors`.
+            dtype, language_model: as in `from_backbones`.
+            config_changes: values that replace those of the saved configuration, e.g. `quantization="nf4"`.
+
+        Raises:
+            FileNotFoundError: the folder holds no Soundwave model.
+            ValueError: the file's parameters are not exactly those that the configuration calls trained; or
+                `config_changes` names what no configuration has.
+        """
+        folder = Path(folder)
+        for name in ("config.json", WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no Soundwave model: {name} is missing")
+        config, unknown = SoundwaveConfig.from_pretrained(folder, return_unused_kwargs=True, **config_changes)
+        if unknown:
+            raise ValueError(f"{next(iter(unknown))!r} is no setting of SoundwaveConfig; correct its name")
+        try:
+            state = load_file(folder / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from None
+        model = cls.from_backbones(config, dtype=dtype, language_model=language_model)
+        unwanted = set() if language_model else {name for name in state if name.startswith("language_model.")}
+        expected = set(model.trained_state_dict())
+        if (set(state) - unwanted) != expected:
+            missing, unknown = sorted(expected - set(state)), sorted(set(state) - unwanted - expected)
+            raise ValueError(
+                f"{folder / WEIGHTS_FILE} does not fit its configuration: "
+                f"{len(missing)} parameters missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
+            )
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name in expected:
+                if own[name].shape != state[name].shape:
+                    raise ValueError(f"{name} in {folder} is {list(state[name].shape)}, wanted {list(own[name].shape)}")
+                own[name].copy_(state[name])
+        return model
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """The parameters that training has changed up to `config.stage`, by name: what a saved model holds."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith(trained_prefixes(self.config.stage)) or (self.config.stage >= 2 and ".lora_" in name)
+        }
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write `config.json` and the trained parts (`model.safetensors`) to a folder.
+
+        Trainer passes `state_dict`, `is_main_process` and the like; the state is read from the model itself.
+
+        Raises:
+            ValueError: the model has LoRA matrices by its stage, but was loaded without its language model.
+        """
+        if self.config.stage >= 2 and self.language_model is None:
+            raise ValueError(
+                f"the model has seen stage {self.config.stage}, but was loaded with language_model=False: "
+                "saving it would lose its LoRA matrices; load it whole"
+            )
+        if not kwargs.get("is_main_process", True):
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(folder)
+        state = {name: parameter.detach().cpu().contiguous() for name, parameter in self.trained_state_dict().items()}
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / WEIGHTS_FILE).chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
+
+    # ---------------------------------------------------------------- parts
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The language model's output embedding [V, D]: the frozen rows of the CTC head."""
+        if self.language_model is not None:
+            return self.language_model.get_output_embeddings().weight
+        if self._head is None:
+            raise ValueError("the model has no language model and no output embedding; build it with from_backbones")
+        return self._head
+
+    @property
+    def blank(self) -> int:
+        """Index of the CTC blank: the one extra row after the head's."""
+        return self.config.vocab_size
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The backbones' dtype, in which products run; float32 has no autocast."""
+        return self.audio_tower.conv1.weight.dtype
+
+    @property
+    def _operations(self) -> Any:
+        return OPERATIONS[self.config.implementation]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+    def encode(self, input_features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Whisper's encoder at the clips' true lengths.
+
+        Args:
+            input_features: [A, n_mels, T_mel], log-mel at 100 Hz, padded with anything.
+            feature_lengths: int [A], in mel frames.
+
+        Returns:
+            Frames at 50 Hz [A, ceil(T_mel / 2), E] and their lengths. A clip's frames do not depend on its neighbours
+            in the batch: padding is zeroed before each convolution, as at a clip's own end, and masked in attention.
+        """
+        tower = self.audio_tower
+        limit = 2 * tower.config.max_source_positions
+        if input_features.shape[-1] > limit:
+            raise ValueError(
+                f"input_features has {input_features.shape[-1]} mel frames, but the encoder takes {limit} "
+                f"({limit / 100:g} s): cut the recording, e.g. with soundwave.data.audio.windows"
+            )
+        mel_mask = eager.length_mask(feature_lengths, input_features.shape[-1])[:, None, :]
+        lengths = (feature_lengths + 1) // 2
+        x = input_features.masked_fill(~mel_mask, 0.0).to(self.compute_dtype)  # not a product: padding may be NaN
+        x = F.gelu(tower.conv1(x)) * mel_mask
+        x = F.gelu(tower.conv2(x)).transpose(1, 2)
+        x = x + tower.embed_positions.weight[: x.shape[1]]
+        mask = eager.length_mask(lengths, x.shape[1])
+        padded = not bool(mask.all())
+        for layer in tower.layers:
+            x = layer(x, mask[:, None, None, :].expand(-1, 1, x.shape[1], -1) if padded else None)
+        return tower.layer_norm(x), lengths
+
+    def align(
+        self, input_features: Tensor, feature_lengths: Tensor | None, ctc_labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, eager.LinearCTCOutput]:
+        """Audio to aligned frames [A, T, D], their lengths [A], and CTC over them (the loss only with labels).
+
+        Recordings whose `ctc_labels` are all -100 have no transcript and are left out of the loss.
+        """
+        if feature_lengths is None:
+            feature_lengths = torch.full(
+                (input_features.shape[0],), input_features.shape[-1], device=input_features.device
+            )
+        if self.training:
+            input_features = spec_augment(input_features, feature_lengths, self.config)
+        with torch.no_grad():
+            frames, lengths = self.encode(input_features, feature_lengths)
+        hidden, lengths = self.alignment(frames, lengths)
+        if ctc_labels is None:
+            return hidden, lengths, self._ctc(hidden, lengths)
+        known = ctc_labels != eager.IGNORE_INDEX
+        targets, counts = ctc_labels.masked_fill(~known, 0), known.sum(1)
+        transcribed = counts > 0
+        if transcribed.all():
+            return hidden, lengths, self._ctc(hidden, lengths, targets, counts)
+        path = torch.full(hidden.shape[:2], -1, device=hidden.device)
+        scores = torch.zeros(hidden.shape[:2], device=hidden.device)
+        # Of no transcript 0, and every gradient is there.
+        loss = sum(x.flatten()[:0].sum() for x in (hidden, self.blank_weight, self.blank_bias))
+        for chosen in (transcribed, ~transcribed):
+            if chosen.any():
+                labels = (targets[chosen], counts[chosen]) if chosen is transcribed else ()
+                part = self._ctc(hidden[chosen], lengths[chosen.to(lengths.device)], *labels)
+                path[chosen], scores[chosen] = part.path, part.path_log_prob.to(scores.dtype)
+                loss = loss if part.loss is None else part.loss
+        return hidden, lengths, eager.LinearCTCOutput(loss, path, scores)
+
+    def _ctc(
+        self, hidden: Tensor, lengths: Tensor, targets: Tensor | None = None, target_lengths: Tensor | None = None
+    ) -> eager.LinearCTCOutput:
+        """CTC over the LLM's vocabulary; without targets the path only."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and targets is not None):
+            return self._operations.linear_ctc_loss(
+                hidden,
+                self.head_weight,
+                targets,
+                lengths,
+                target_lengths,
+                blank=self.blank,
+                blank_weight=self.blank_weight,
+                blank_bias=self.blank_bias,
+                reduction="mean",  # known beforehand, so that it may weigh what columns are skipped
+                zero_infinity=True,
+                **({"exact": self.config.exact} if self.config.implementation == "fused" else {}),
+            )
+
+    def kept_frames(self, ctc: eager.LinearCTCOutput, lengths: Tensor) -> eager.Peaks:
+        """The frames that the language model will read, by `config.keep`, of what `align` gave."""
+        if self.config.keep == "frames":
+            return eager.every_frame(lengths.to(ctc.path.device), ctc.path.shape[1])
+        return self._operations.ctc_peaks(
+            ctc.path, lengths, blank=self.blank, keep=self.config.keep, scores=ctc.path_log_prob
+        )
+
+    @torch.no_grad()
+    def initialise_blank(self, input_features: Tensor, feature_lengths: Tensor) -> float:
+        """Set the blank's bias to the head's mean log-sum-exp over a first batch; returns it.
+
+        Without it blank starts some 14 nats below the vocabulary's sum and is never used (measured: `docs/log.md`).
+        """
+        with self._autocast():
+            frames, lengths = self.encode(input_features, feature_lengths)
+            hidden, lengths = self.alignment(frames, lengths)
+            rows = hidden[eager.length_mask(lengths, hidden.shape[1])]
+            normaliser = F.linear(rows, self.head_weight).float().logsumexp(-1).mean()
+        self.blank_bias.copy_(normaliser)
+        return float(normaliser)
+
+    def _splice(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        hidden: Tensor | None,
+        lengths: Tensor | None,
+        ctc: eager.LinearCTCOutput | None,
+        labels: Tensor | None,
+        padding_side: str,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Kept frames, shrunk, among the text embeddings: embeddings, mask, labels, bounds of the kept frames."""
+        placeholder = input_ids == self.config.audio_placeholder_id
+        embeddings = self.language_model.get_input_embeddings()(input_ids.masked_fill(placeholder, 0))
+        if hidden is None:
+            speech, cu_seqlens = (
+                embeddings.new_zeros(0, embeddings.shape[-1]),
+                torch.zeros(1, dtype=torch.int32),
+            )
+        else:
+            peaks = self.kept_frames(ctc, lengths)
+            speech, cu_seqlens = self.shrinking(hidden, lengths, peaks), peaks.cu_seqlens
+        embeddings, mask, labels = self._operations.splice(
+            embeddings,
+            input_ids,
+            attention_mask,
+            speech,
+            cu_seqlens.to(input_ids.device),
+            audio_placeholder_id=self.config.audio_placeholder_id,
+            labels=labels,
+            padding_side=padding_side,
+        )
+        return embeddings, mask, labels, cu_seqlens
+
+    # ---------------------------------------------------------------- forward and generation
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+        ctc_labels: Tensor | None = None,
+    ) -> SoundwaveOutput:
+        """One step of any stage.
+
+        Args:
+            input_ids, attention_mask: int [B, L]; the audio placeholder once in each row that has a recording.
+                Stage I needs neither.
+            input_features: [A, n_mels, T_mel], the recordings of those rows, in order; None for text only.
+            feature_lengths: int [A] in mel frames; None: all of T_mel.
+            labels: int [B, L] aligned with `input_ids`, -100 where nothing is to be learned (prompt, padding).
+            ctc_labels: int [A, U] padded with -100: the transcripts' tokens. All -100: no transcript.
+
+        Returns:
+            `loss` = `lm_loss` + `ctc_weight` · `ctc_loss`, or the one that was asked for. `lm_loss` is the mean over
+            answer tokens. While training on labels only the answers are projected on the vocabulary; `logits` is None.
+        """
+        with self._autocast():
+            hidden = lengths = ctc = None
+            if input_features is not None:
+                hidden, lengths, ctc = self.align(input_features, feature_lengths, ctc_labels)
+            out = SoundwaveOutput()
+            if ctc is not None:
+                out.path, out.path_lengths, out.ctc_loss = ctc.path, lengths, ctc.loss
+            if self.language_model is None:
+                out.loss = out.ctc_loss
+                return out
+            if input_ids is None:
+                out.loss = out.ctc_loss
+                return out
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids)
+            embeddings, mask, labels, out.cu_seqlens = self._splice(
+                input_ids, attention_mask, hidden, lengths, ctc, labels, "right"
+            )
+            states = self.language_model.base_model(
+                inputs_embeds=embeddings, attention_mask=mask, use_cache=False
+            ).last_hidden_state
+            if labels is None or not self.training:
+                out.logits = self.language_model.get_output_embeddings()(states)
+            if labels is not None:
+                answered = labels[:, 1:] != eager.IGNORE_INDEX
+                rows, wanted = states[:, :-1][answered], labels[:, 1:][answered]
+                summed = self._operations.linear_cross_entropy(rows, self.head_weight, wanted, reduction="sum")
+                out.lm_loss = summed / max(wanted.numel(), 1)  # without any answer 0, not the mean of nothing
+                out.loss = out.lm_loss
+                if out.ctc_loss is not None:
+                    out.loss = out.lm_loss + self.config.ctc_weight * out.ctc_loss
+            return out
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_lengths: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """New tokens [B, L_new] by the language model's `generate`, which takes `kwargs`; inputs as in `forward`."""
+        if self.language_model is None:
+            raise ValueError("generate needs the language model, but this model was loaded without it")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        with self._autocast():
+            hidden = lengths = ctc = None
+            if input_features is not None:
+                hidden, lengths, ctc = self.align(input_features, feature_lengths)
+            embeddings, mask, _, _ = self._splice(input_ids, attention_mask, hidden, lengths, ctc, None, "left")
+            return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)
+
+
+def trained_prefixes(stage: int) -> tuple[str, ...]:
+    """Prefixes of the parameters outside the language model that are trained by the end of a stage."""
+    alignment = ("alignment.", "blank_weight", "blank_bias")
+    return () if stage < 1 else alignment if stage == 1 else (*alignment, "shrinking.")
+
+
+def _load_language_model(folder: str, config: SoundwaveConfig, dtype: torch.dtype) -> PreTrainedModel:
+    quantization = None
+    if config.quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=quantization, use_safetensors=True, trust_remote_code=False
+    )
+    if quantization is not None:
+        import bitsandbytes
+
+        for module in model.modules():
+            # On CPUs with AVX512-BF16 an evaluation would repack the weights, and no gradient passes them afterwards.
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+    # generate() projects a strided view, each row's last token; the CPU's product then copies the head for every row.
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    return model.requires_grad_(False)
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in inputs)
+
+
+def load_output_embedding(folder: str) -> Tensor:
+    """The output embedding [V, D] of a causal LM's folder or Hub id, without loading its layers.
+
+    Reads `lm_head.weight`, or the input embedding where the two are tied, from safetensors, single-file or sharded.
+    Raises FileNotFoundError or ValueError where there is no such file or tensor.
+    """
+    tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().tie_word_embeddings
+    names = ("lm_head.weight", "model.embed_tokens.weight") if tied else ("lm_head.weight",)
+    index = _checkpoint_file(folder, "model.safetensors.index.json")
+    if index is not None:
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        for name in names:
+            if name in weight_map:
+                shard = _checkpoint_file(folder, weight_map[name])
+                if shard is None:
+                    raise FileNotFoundError(
+                        f"{folder} has no {weight_map[name]}, but its index names it: copy it again"
+                    )
+                return _read_tensor(shard, name)
+        raise ValueError(f"{folder} has none of {list(names)} in its safetensors index")
+    single = _checkpoint_file(folder, WEIGHTS_FILE)
+    if single is None:
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}: save the language model as safetensors first")
+    with safe_open(single, framework="pt") as file:
+        name = next((name for name in names if name in set(file.keys())), None)
+    if name is None:
+        raise ValueError(f"{single} has none of {list(names)}")
+    return _read_tensor(single, name)
+
+
+def _checkpoint_file(folder: str, name: str) -> str | None:
+    from transformers.utils import cached_file
+
+    return cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+
+
+def _read_tensor(path: str, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def batch_to(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A batch with its tensors on `device`."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def freeze_all_but(model: nn.Module, prefixes: Iterable[str]) -> list[str]:
+    """Train exactly the parameters whose name starts with one of `prefixes` ("lora" stands for every LoRA matrix)."""
+    prefixes = tuple(prefixes)
+    trained = []
+    for name, parameter in model.named_parameters():
+        wanted = name.startswith(prefixes) or ("lora" in prefixes and ".lora_" in name)
+        parameter.requires_grad_(wanted)
+        if wanted:
+            trained.append(name)
+    return trained
