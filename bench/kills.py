@@ -18,7 +18,7 @@ import time
 from itertools import product
 from pathlib import Path
 
-from soundwave.data.corpus import build_corpus
+from soundwave.demo.corpus import build_corpus
 
 SCRIPT = Path(sys.executable).with_name("soundwave")
 MANIFESTS = {1: "stage1.jsonl", 2: "stage2.jsonl", 3: "stage3.jsonl"}

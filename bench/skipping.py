@@ -15,8 +15,8 @@ import torch
 
 from soundwave import eager
 from soundwave.data.collate import Collator
-from soundwave.data.corpus import build_corpus
 from soundwave.data.manifest import read_manifest
+from soundwave.demo.corpus import build_corpus
 from soundwave.fused import functional
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor

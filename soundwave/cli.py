@@ -39,7 +39,7 @@ def main() -> None:
             errors.print(f"stopped at once{goes_on if sys.argv[1] in TRAINING else ''}")
         raise
     except RuntimeError as error:
-        from soundwave.embedded import EmbeddedError  # here, as they bring torch with them
+        from soundwave.backbones.wheels import EmbeddedError  # here, as they bring torch with them
         from soundwave.training.callbacks import Interrupted
 
         if isinstance(error, Interrupted):
@@ -94,7 +94,7 @@ def demo(
 
     The first run fetches two small backbones (some 160 MB) and makes its own recordings; nothing else is needed.
     """
-    from soundwave.demo import run_demo
+    from soundwave.demo.run import run_demo
 
     _quiet_transformers()
     summary = run_demo(out, quick=quick, seed=seed)
@@ -354,7 +354,7 @@ def ablate(
     Ten variants, of which each takes two thirds of `soundwave demo`'s time, and four alignments that they start from.
     The same command goes on where it was interrupted.
     """
-    from soundwave.ablation import VARIANTS, run_ablations
+    from soundwave.demo.ablation import VARIANTS, run_ablations
 
     _quiet_transformers()
     results = run_ablations(out, variants or tuple(VARIANTS), scale=scale, jobs=jobs, seed=seed)

@@ -3,8 +3,9 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from soundwave import embedded
+from soundwave import backbones
 from soundwave.attention import choose_attention
+from soundwave.backbones import wheels
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.kernels.dispatch import resolve_impl
 
@@ -37,8 +38,8 @@ def findings() -> list[tuple[str, str, str]]:
         ("implementation", f"fused, {implementation}", "of adapters and losses: Triton on CUDA, else torch"),
         ("attention", *choose_attention(device=device, dtype=dtype)),
     ]
-    for name in (embedded.WHISPER, embedded.LANGUAGE_MODEL):
-        folder = embedded.folder_of(name)
+    for name in (backbones.WHISPER, backbones.LANGUAGE_MODEL):
+        folder = wheels.folder_of(name)
         rows.append((name, "ready" if folder.is_dir() else "not fetched", str(folder)))
     return rows
 

@@ -1,5 +1,7 @@
 """The old name of `soundwave.model.modeling`, kept for one version."""
 
+from soundwave.backbones.load import load_output_embedding as load_output_embedding
+from soundwave.model.augment import spec_augment as spec_augment
 from soundwave.model.modeling import WEIGHTS_FILE as WEIGHTS_FILE
 from soundwave.model.modeling import SoundwaveForConditionalGeneration as SoundwaveForConditionalGeneration
 from soundwave.model.modeling import SoundwaveOutput as SoundwaveOutput

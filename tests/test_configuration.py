@@ -4,27 +4,27 @@ import json
 
 import pytest
 
-from soundwave import embedded
+from soundwave import backbones
 from soundwave.model.configuration import CONFIG_VERSION, SoundwaveConfig
 
 
 def test_sizes_come_from_the_backbones():
-    config = SoundwaveConfig.from_backbones(embedded.WHISPER, embedded.LANGUAGE_MODEL)
+    config = SoundwaveConfig.from_backbones(backbones.WHISPER, backbones.LANGUAGE_MODEL)
     sizes = {"audio_hidden_size": 384, "hidden_size": 576, "num_attention_heads": 9}
     sizes |= {"vocab_size": 49_152, "audio_placeholder_id": 49_152}
     assert {name: getattr(config, name) for name in sizes} == sizes
-    assert (config.audio_tower, config.language_model) == (embedded.WHISPER, embedded.LANGUAGE_MODEL)
+    assert (config.audio_tower, config.language_model) == (backbones.WHISPER, backbones.LANGUAGE_MODEL)
     assert config.to_dict() == SoundwaveConfig().to_dict()  # the defaults are the embedded backbones'
 
 
 def test_what_is_given_beside_the_backbones_wins():
-    config = SoundwaveConfig.from_backbones(embedded.WHISPER, embedded.LANGUAGE_MODEL, lora_rank=4, hidden_size=1_152)
+    config = SoundwaveConfig.from_backbones(backbones.WHISPER, backbones.LANGUAGE_MODEL, lora_rank=4, hidden_size=1_152)
     assert (config.lora_rank, config.hidden_size, config.audio_hidden_size) == (4, 1_152, 384)
 
 
 def test_an_audio_tower_that_is_no_whisper_is_refused():
     with pytest.raises(ValueError, match="audio_tower = 'embedded:smollm2-135m-instruct' is a llama model"):
-        SoundwaveConfig.from_backbones(embedded.LANGUAGE_MODEL, embedded.LANGUAGE_MODEL)
+        SoundwaveConfig.from_backbones(backbones.LANGUAGE_MODEL, backbones.LANGUAGE_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_saved_configuration_names_backbones_and_version(tmp_path):
     SoundwaveConfig().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert (saved["model_type"], saved["config_version"]) == ("soundwave", CONFIG_VERSION)
-    assert (saved["audio_tower"], saved["language_model"]) == (embedded.WHISPER, embedded.LANGUAGE_MODEL)
+    assert (saved["audio_tower"], saved["language_model"]) == (backbones.WHISPER, backbones.LANGUAGE_MODEL)
 
 
 def test_a_newer_version_is_refused_even_where_its_values_are_unknown(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from soundwave import demo
+from soundwave.demo import run as demo
 from soundwave.training.callbacks import Interrupted
 
 SHORT = {"batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 0, "dtype": "float32"}

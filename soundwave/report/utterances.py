@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soundwave.backbones.wheels import EmbeddedError
 from soundwave.data.audio import SAMPLING_RATE, load_audio
 from soundwave.data.collate import answer_of, ctc_text_of, prompt_of
 from soundwave.data.manifest import Sample, read_manifest
-from soundwave.embedded import EmbeddedError
 from soundwave.evaluation import answer, normalise, read_ctc
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.model.configuration import SoundwaveConfig

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from soundwave import embedded
+from soundwave import backbones
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -22,8 +22,8 @@ class StageConfig(BaseModel):
     train: list[Path] = Field(min_length=1, description="manifests to train on")
     out: Path = Field(description="folder for checkpoints, logs and the model")
     model: Path | None = Field(None, description="model of the stage before; None starts from the backbones")
-    audio_tower: str = Field(embedded.WHISPER, description="Whisper: Hub id, folder or embedded name")
-    language_model: str = Field(embedded.LANGUAGE_MODEL, description="causal LM: Hub id, folder or embedded name")
+    audio_tower: str = Field(backbones.WHISPER, description="Whisper: Hub id, folder or embedded name")
+    language_model: str = Field(backbones.LANGUAGE_MODEL, description="causal LM: Hub id, folder or embedded name")
     semantics: Literal["paper", "released"] = Field(
         "paper", description="attention across frames and CTC peaks; or as the authors' inference code has it"
     )

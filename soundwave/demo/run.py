@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from soundwave import embedded
-from soundwave.data.corpus import build_corpus
+from soundwave import backbones
+from soundwave.backbones import wheels
 from soundwave.data.manifest import read_manifest
+from soundwave.demo.corpus import build_corpus
 from soundwave.evaluation import Report, evaluate, evaluate_ctc, load_model
 from soundwave.hardware import pick_device
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
@@ -93,8 +94,8 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     """
     recipe = QUICK if quick else FULL
     out.mkdir(parents=True, exist_ok=True)
-    for name in (embedded.WHISPER, embedded.LANGUAGE_MODEL):
-        embedded.resolve(name)
+    for name in (backbones.WHISPER, backbones.LANGUAGE_MODEL):
+        wheels.resolve(name)
     corpus = build_corpus(out / f"corpus-{recipe.corpus}", seed=seed, size=recipe.corpus)
     start = time.perf_counter()
     tests = {name: read_manifest(corpus / f"{name}.jsonl") for name in ("test", "test_voices")}

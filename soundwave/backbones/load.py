@@ -1,0 +1,99 @@
+"""Load the backbones: Whisper's encoder, and a language model (also in 4 bits) or its output embedding alone."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, WhisperModel
+
+from soundwave.backbones.wheels import resolve
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def load_encoder(name: str, dtype: torch.dtype) -> nn.Module:
+    """Whisper's encoder from a Hub id, a folder or an embedded name, frozen."""
+    whisper = WhisperModel.from_pretrained(resolve(name), dtype=dtype, use_safetensors=True)
+    return whisper.get_encoder().requires_grad_(False)
+
+
+def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | None = None) -> PreTrainedModel:
+    """A causal language model from a Hub id, a folder or an embedded name, frozen.
+
+    Args:
+        dtype: of the weights, or of the products where these are quantised.
+        quantization: "nf4" (4 bits, double quantisation, through bitsandbytes) or None.
+    """
+    quantization_config = None
+    if quantization == "nf4":
+        quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve(name),
+        dtype=dtype,
+        quantization_config=quantization_config,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    if quantization_config is not None:
+        import bitsandbytes
+
+        for module in model.modules():
+            # On CPUs with AVX512-BF16 an evaluation would repack the weights, and no gradient passes them afterwards.
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+    # generate() projects a strided view, each row's last token; the CPU's product then copies the head for every row.
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    return model.requires_grad_(False)
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in inputs)
+
+
+def load_output_embedding(name: str) -> Tensor:
+    """The output embedding [V, D] of a causal language model, without loading its layers.
+
+    Reads `lm_head.weight`, or the input embedding where the two are tied, from safetensors, single-file or sharded.
+    Raises FileNotFoundError or ValueError where there is no such file or tensor.
+    """
+    folder = resolve(name)
+    tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().tie_word_embeddings
+    names = ("lm_head.weight", "model.embed_tokens.weight") if tied else ("lm_head.weight",)
+    index = _checkpoint_file(folder, "model.safetensors.index.json")
+    if index is not None:
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        for tensor in names:
+            if tensor in weight_map:
+                shard = _checkpoint_file(folder, weight_map[tensor])
+                if shard is None:
+                    raise FileNotFoundError(
+                        f"{folder} has no {weight_map[tensor]}, but its index names it: copy it again"
+                    )
+                return _read_tensor(shard, tensor)
+        raise ValueError(f"{folder} has none of {list(names)} in its safetensors index")
+    single = _checkpoint_file(folder, WEIGHTS_FILE)
+    if single is None:
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}: save the language model as safetensors first")
+    with safe_open(single, framework="pt") as file:
+        tensor = next((tensor for tensor in names if tensor in set(file.keys())), None)
+    if tensor is None:
+        raise ValueError(f"{single} has none of {list(names)}")
+    return _read_tensor(single, tensor)
+
+
+def _checkpoint_file(folder: str, file: str) -> str | None:
+    from transformers.utils import cached_file
+
+    return cached_file(folder, file, _raise_exceptions_for_missing_entries=False)
+
+
+def _read_tensor(path: str, tensor: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(tensor)
