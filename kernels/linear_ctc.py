@@ -5,12 +5,16 @@ With z = H Wᵀ, P = softmax(z) and gamma the posteriors of the CTC lattice, the
     dH = P W - gamma W_labels        dW = Pᵀ H - scatter(gammaᵀ H)
 
 "Labels" are blank and the *distinct* labels of an utterance. The lattice needs their log-probabilities only, so z is
-formed in chunks of rows, each used while it is there (see vocab_rows):
+formed in chunks of rows, each used while it is there (see vocab_rows). Four steps, in `linear_ctc_steps`:
 
-  1. the labels' logits in fp32 by a small product of their own; the chunk S = H_c Wᵀ
-  2. one pass over S without the row's labels: maximum, sum, argmax, merged with the labels; S <- P, 0 at the labels
-  3. dH_c = P W, over the columns that matter
-  4. after all chunks the lattice on the labels' log-probabilities, and dH += (P_labels - gamma) W_labels in fp32
+  1. the rows inside the lengths; the labels' logits, in fp32 by a small product of their own
+  2. for each chunk of rows S = H_c Wᵀ; one pass over S without the row's labels: maximum, sum, argmax, merged with the
+     labels; S <- P, 0 at the labels; dH_c = P W over the columns that matter; dW += Pᵀ H_c
+  3. the lattice on the labels' log-probabilities
+  4. dH += (P_labels - gamma) W_labels in fp32, and the same for dW and the extra blank
+
+An utterance may have frames enough and still be lost, because a label or blank that it needs has probability 0. Only
+step 3 shows that. If step 2 has already counted it, steps 2 and 3 run once more without it.
 
 P_labels - gamma is small against either where the model is sure. A row of the gradient sums to 0 over its columns, so
 the difference of its most probable label is taken as minus the sum of the others, none of which is close to 1.
@@ -30,20 +34,21 @@ import torch
 from torch import Tensor
 
 from soundwave.kernels.checks import raise_pending
-from soundwave.kernels.ctc_lattice import ctc_lattice
-from soundwave.kernels.ctc_targets import before, check_targets, distinct_labels, feasible, pad_targets
+from soundwave.kernels.ctc_targets import pad_targets
 from soundwave.kernels.dispatch import ranged
-from soundwave.kernels.linear_ctc_path import Head, Packed, best, label_logits, sum_dtype, without_autocast
-from soundwave.kernels.vocab_rows import (
-    RowStats,
-    add_weight_gradient,
-    longest_row,
-    probabilities_times_weight,
-    vocab_chunks,
+from soundwave.kernels.linear_ctc_path import Head, sum_dtype, without_autocast
+from soundwave.kernels.linear_ctc_steps import (
+    Need,
+    Settings,
+    add_labels,
+    align,
+    error_bound,
+    label_columns,
+    over_vocabulary,
+    weigh,
 )
 
 REDUCTIONS = ("mean", "sum", "none")
-LN2 = 0.6931471805599453
 
 
 def linear_ctc_ref(
@@ -54,7 +59,7 @@ def linear_ctc_ref(
     return torch.nn.functional.ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, "none")
 
 
-class _Result(NamedTuple):
+class Result(NamedTuple):
     """Gradients are empty where they are not needed. dH and the blank's are those of each utterance's own loss."""
 
     loss: Tensor  # scalar, or [B]
@@ -68,26 +73,9 @@ class _Result(NamedTuple):
     scale: Tensor  # [B], of each utterance's loss; 0 where it cannot be aligned
 
 
-def _alphabet(targets: Tensor, target_lengths: Tensor, blank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """labels int64 [B, C], `blank` first and where unused; used bool [B, C]; where each target stands in it [B, U]."""
-    labels, order, rank = distinct_labels(targets, target_lengths, blank)
-    rank = rank.masked_fill(~before(target_lengths, targets.shape[1]), 0)  # padding is sorted last
-    used = labels != blank
-    used[:, 0] = True
-    return labels, used, torch.zeros_like(rank).scatter_(1, order, rank)
-
-
 def _scale(nll: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:
     """`nll` [B] as the reduction weighs it, before any sum."""
     return nll / (target_lengths.clamp(min=1) * len(nll)) if reduction == "mean" else nll
-
-
-def _label_gradient(log_probs: Tensor, gamma: Tensor, stats: RowStats) -> Tensor:
-    """P_labels - gamma [N, C] of `log_probs` [N, C], that of a label which is close to 1 from all others of its row."""
-    gradient = log_probs.exp().sub_(gamma)
-    top, at = log_probs.max(1, keepdim=True)
-    others = gradient.scatter(1, at, 0.0).sum(1, keepdim=True) + stats.off[:, None]
-    return gradient.scatter_(1, at, torch.where(top > -LN2, -others, gradient.gather(1, at)))
 
 
 @without_autocast
@@ -97,112 +85,43 @@ def _run(
     targets: Tensor,
     input_lengths: Tensor,
     target_lengths: Tensor,
-    product_dtype: torch.dtype,
-    reduction: str,
-    zero_infinity: bool,
-    exact: bool,
-    need: tuple[bool, bool, bool],
-    impl: str,
-    validate: bool,
+    settings: Settings,
     upstream: Tensor | None = None,
-    checked: tuple | None = None,
-) -> _Result:
-    """`need`: the gradients of hidden, weight and blank; `upstream` [B]: what the losses in dW are multiplied with.
-
-    `checked` is what `check_targets` gave for the same arguments.
-    """
-    need_hidden, need_weight, need_blank = need
-    (batch, size, width), dtype = hidden.shape, sum_dtype(hidden, head.weight)
-    given, given_targets, given_target_lengths = input_lengths, targets, target_lengths
-    checked = checked or check_targets(
-        targets, input_lengths, target_lengths, frames=size, classes=head.size, blank=head.blank, device=hidden.device,
-        validate=validate, frames_of="hidden", classes_of="rows of the head",
-    )  # fmt: skip
-    targets, input_lengths, target_lengths, wrong = checked
-    fits = feasible(targets, input_lengths, target_lengths)
-    fits = fits if wrong is None else fits & ~wrong
-    scale = _scale(fits.to(dtype), target_lengths, reduction)
-    scale = scale if upstream is None else torch.where(fits, scale * upstream, 0.0)
-    greatest = scale.abs().amax() if batch else scale.sum()
-    share = scale / greatest.clamp(min=torch.finfo(dtype).tiny)
-
-    packed = Packed.of(input_lengths if given.is_cuda else given.clamp(0, size), hidden)
-    labels, used, column = _alphabet(targets, target_lengths, head.blank)
-    own = label_logits(hidden, head, labels, used, packed)
-    rows, weight = packed.pack(hidden).to(product_dtype), head.weight.to(product_dtype)
-    stats = RowStats.empty(len(rows), own)
-    dhidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
-    dweight = own.new_zeros(weight.shape if need_weight else 0)
-    dblank = own.new_zeros((batch, width + 1) if need_blank else 0)
-    true_share, row_sign = share.abs()[packed.utterance], share.sign().to(product_dtype)[packed.utterance, None]
-    row_share = true_share
-    if not need_weight:
-        row_share = true_share.log2().round_().exp2_()  # only weighs what is skipped: dividing by it again is exact
-    groups = packed.utterance == torch.arange(batch, device=hidden.device)[:, None]
-    if reduction != "none":  # which leaves the weights to backward: no utterance may lose more than its share then
-        groups = groups.any(0, keepdim=True)
-    active, skipped = 0.0, own.new_zeros(len(groups))
-    chunks = vocab_chunks(
-        rows, weight, own, labels.masked_fill(~used, -1), packed.utterance,
-        row_share if need_hidden or need_weight else None, stats, impl,
-    )  # fmt: skip
-    for start, stop, p in chunks:
-        if need_hidden:
-            s = row_share[start:stop]
-            off = stats.off[start:stop] * s
-            product, columns, missing = probabilities_times_weight(p, weight, off, exact, groups[:, start:stop])
-            product *= torch.where(s > 0, 1 / s, 0.0)[:, None]
-            dhidden.view(-1, width)[packed.place[start:stop]] = product.to(hidden.dtype)
-            active += columns * (stop - start)
-            skipped += missing
-        if need_weight:
-            add_weight_gradient(dweight, p, rows[start:stop] * row_sign[start:stop])
-
-    path, path_log_prob = best(own, labels, stats, packed, hidden)
-    top = torch.maximum(own.amax(1), stats.top)
-    log_probs = (own - top[:, None]) - stats.log_sum[:, None]
-    nll, gamma = ctc_lattice(
-        packed.pad(log_probs, hidden).transpose(0, 1), column, input_lengths, target_lengths,
-        blank=0, impl=impl, need_gamma=any(need),
-    )  # fmt: skip
-    lost = fits & (nll == torch.inf)  # it has frames enough, but what it needs has probability 0
-    took_part = need_weight or (need_hidden and active < len(rows))  # in dW, or in what columns are skipped
-    if took_part and bool((lost & (scale != 0)).any()):  # once more, without it
-        kept = scale.new_ones(batch).masked_fill(lost, 0.0)
-        return _run(
-            hidden, head, given_targets, given, given_target_lengths, product_dtype, reduction, zero_infinity, exact,
-            need, impl, validate, kept if upstream is None else torch.where(lost, 0.0, upstream), checked,
-        )  # fmt: skip
-    fits, scale = fits & ~lost, scale.masked_fill(lost, 0.0)
-    if any(need):
-        gradient = _label_gradient(log_probs, gamma.transpose(0, 1).flatten(0, 1)[packed.place], stats)
-        gradient.masked_fill_(~fits[packed.utterance, None], 0.0)
-        first = head.size - len(weight)  # of the columns that are rows of the head: all, or all but the extra blank
-        for b, g in enumerate(packed.utterances(gradient)):
-            h, dh = hidden[b, : len(g)].to(dtype), dhidden[b, : len(g)] if need_hidden else None
-            if need_hidden:
-                dh.copy_(torch.addmm(dh.to(dtype), g, head.rows(labels[b], dtype)))
-            if need_blank:
-                dblank[b, :width], dblank[b, width] = g[:, 0] @ h, g[:, 0].sum()
-            if need_weight:
-                places = labels[b, first:].clamp(max=len(weight) - 1)  # an unused column adds zeros
-                dweight.index_add_(0, places, (g[:, first:] * share[b]).t() @ h)
-        if need_weight:
-            dweight *= greatest
-    error_bound = own.new_zeros(())
-    if active < len(rows) and need_hidden:
-        norms = groups.to(dtype) @ (packed.pack(dhidden).to(dtype) * true_share[:, None]).square().sum(1)
-        rounded_down = torch.where(row_share > 0, true_share / row_share, 0.0).amax()  # what was skipped weighs more
-        largest = longest_row(head.weight, dtype) * skipped.sqrt() * rounded_down
-        error_bound = torch.where(largest == 0, 0.0, largest / norms.sqrt()).amax()
-    if zero_infinity:
+) -> Result:
+    """The four steps. `upstream` [B]: what the losses in dW are multiplied with, 1 if None."""
+    need = settings.need
+    batch = label_columns(hidden, head, targets, input_lengths, target_lengths, settings)
+    scale = _scale(batch.feasible.to(batch.own.dtype), batch.target_lengths, settings.reduction)
+    if upstream is not None:
+        scale = torch.where(batch.feasible, scale * upstream, 0.0)
+    while True:
+        weights = weigh(scale, batch, settings)
+        sums = over_vocabulary(batch, weights, settings)
+        alignment = align(batch, sums.stats, settings)
+        lost = batch.feasible & (alignment.nll == torch.inf)  # frames enough, but what it needs has probability 0
+        took_part = need.weight or (need.hidden and sums.active < len(batch.own))  # in dW, or in what was skipped
+        again = took_part and bool((lost & (scale != 0)).any())
+        scale = scale.masked_fill(lost, 0.0)
+        if not again:
+            break
+    dblank = add_labels(batch, weights, sums, alignment, batch.feasible & ~lost, need)
+    nll = alignment.nll
+    if settings.zero_infinity:
         nll = nll.masked_fill(nll == torch.inf, 0.0)
-    if wrong is not None:
-        nll = nll.masked_fill(wrong, torch.nan)
-    loss = _scale(nll, target_lengths, reduction)
-    loss = loss.clone() if reduction == "none" else loss.sum()
-    active_share = own.new_tensor(active / max(len(rows), 1))
-    return _Result(loss, path, path_log_prob, active_share, error_bound, dhidden, dweight, dblank, scale)
+    if batch.wrong is not None:
+        nll = nll.masked_fill(batch.wrong, torch.nan)
+    loss = _scale(nll, batch.target_lengths, settings.reduction)
+    return Result(
+        loss=loss.clone() if settings.reduction == "none" else loss.sum(),
+        path=alignment.path,
+        path_log_prob=alignment.path_log_prob,
+        active_share=batch.own.new_tensor(sums.active / max(len(batch.own), 1)),
+        error_bound=error_bound(batch, weights, sums, need),
+        dhidden=sums.dhidden,
+        dweight=sums.dweight,
+        dblank=dblank,
+        scale=scale,
+    )
 
 
 @torch.library.custom_op("soundwave::linear_ctc_fwd", mutates_args=())
@@ -226,13 +145,11 @@ def _linear_ctc_fwd(
     need_blank: bool,
     validate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_Result`; with reduction "none" without dW, which then is `_linear_ctc_dweight`."""
-    need = need_hidden, need_weight and reduction != "none", need_blank
+    """`Result`; with reduction "none" without dW, which then is `_linear_ctc_dweight`."""
+    need = Need(need_hidden, need_weight and reduction != "none", need_blank)
+    settings = Settings(product_dtype, impl, reduction, zero_infinity, exact, need, validate)
     head = Head(weight, blank, blank_weight, blank_bias)
-    return _run(
-        hidden, head, targets, input_lengths, target_lengths, product_dtype, reduction, zero_infinity, exact, need,
-        impl, validate,
-    )  # fmt: skip
+    return _run(hidden, head, targets, input_lengths, target_lengths, settings)
 
 
 @_linear_ctc_fwd.register_fake
@@ -242,7 +159,7 @@ def _(
 ):  # fmt: skip
     batch, size, width = hidden.shape
     own = hidden.new_empty(0, dtype=sum_dtype(hidden, weight))
-    return _Result(
+    return Result(
         loss=own.new_empty(batch if reduction == "none" else ()),
         path=own.new_empty(batch, size, dtype=torch.int64),
         path_log_prob=own.new_empty(batch, size),
@@ -272,11 +189,11 @@ def _linear_ctc_dweight(
 ) -> Tensor:
     """dW for reduction "none": its sum over rows cannot be formed before `grad` [B] is known."""
     head = Head(weight, blank, blank_weight, blank_bias)
-    need = False, True, False
-    return _run(
-        hidden, head, targets, input_lengths, target_lengths, product_dtype, "none", False, True, need,
-        impl, False, grad,
-    ).dweight  # fmt: skip
+    settings = Settings(
+        product_dtype, impl, reduction="none", zero_infinity=False, exact=True, need=Need(False, True, False),
+        validate=False,
+    )  # fmt: skip
+    return _run(hidden, head, targets, input_lengths, target_lengths, settings, grad).dweight
 
 
 @_linear_ctc_dweight.register_fake

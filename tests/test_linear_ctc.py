@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from soundwave import eager, fused
 from soundwave.fused.functional import linear_ctc_loss, linear_ctc_path
-from soundwave.kernels import linear_ctc, vocab_rows
+from soundwave.kernels import linear_ctc, linear_ctc_steps, vocab_rows
 from soundwave.kernels.linear_ctc_path import Head
 from tests.accuracy import assert_as_accurate, assert_rms
 from tests.implementations import everywhere, not_interpreted
@@ -198,7 +198,7 @@ def test_the_difference_of_a_label_that_is_almost_certain():
     log_probs = torch.stack([p[0].log(), p[1].log()]).float()
     log_probs[0, 0] = float(torch.tensor(-3e-7, dtype=FP64))  # as log1p gives it
     stats = vocab_rows.RowStats(*[None] * 3, off.float())
-    found = linear_ctc._label_gradient(log_probs, gamma.float(), stats)
+    found = linear_ctc_steps.label_gradient(log_probs, gamma.float(), stats)
     torch.testing.assert_close(found.double(), p - gamma, rtol=1e-5, atol=1e-13)
 
 
@@ -510,10 +510,8 @@ def test_no_tensor_of_all_rows_and_columns(need, exact):
     case = to(case, FP32, trained=())
     head = Head(case["weight"], 20000, case["blank_weight"], case["blank_bias"])
     with Allocations() as seen:
-        linear_ctc._run(
-            case["hidden"], head, case["targets"], case["input_lengths"], case["target_lengths"], FP32, "sum", False,
-            exact, need, "torch", False,
-        )  # fmt: skip
+        settings = linear_ctc.Settings(FP32, "torch", "sum", False, exact, linear_ctc.Need(*need), False)
+        linear_ctc._run(case["hidden"], head, case["targets"], case["input_lengths"], case["target_lengths"], settings)
     assert seen.largest <= vocab_rows.CHUNK_ROWS_CPU * 20000
     # Without a gradient the head is multiplied once: by the rows, and never by probabilities.
     wide = [shape for shape in seen.products if 8 in shape and max(shape) > 100]
