@@ -177,14 +177,14 @@ class Session:
         return self.last
 
     def compare(self, entries) -> tuple[list[str], int]:
-        """As `benchmarks.compare` has it, of some entries of this run."""
-        from soundwave import benchmarks
+        """As `history.compare` has it, of some entries of this run."""
+        from bench import history
 
-        earlier = [run for run in benchmarks.load(self.config.getoption("results")) if run.date < self.run.date]
-        return benchmarks.compare(self.run.model_copy(update={"entries": entries}), earlier)
+        earlier = [run for run in history.load(self.config.getoption("results")) if run.date < self.run.date]
+        return history.compare(self.run.model_copy(update={"entries": entries}), earlier)
 
     def _record(self, operation, case, result) -> None:
-        from soundwave.benchmarks import Entry
+        from bench.history import Entry
 
         dtype = str(case.dtype).removeprefix("torch.")
         self.roofs.setdefault(dtype, []).append((result.roof_flops, result.roof_bytes))
@@ -219,16 +219,17 @@ class Session:
         """The results so far, to the folder of this device and to $OUT."""
         import torch
 
-        from soundwave import benchmarks
+        from bench import history
+        from soundwave.provenance import commit, device_name
 
         if self.run is None:
-            self.run = benchmarks.Run(
-                device=benchmarks.device_name(),
+            self.run = history.BenchRun(
+                device=device_name(),
                 kind=self.device.type,
                 size=self.size,
                 date=self.started,
-                commit=benchmarks.commit(ROOT),
-                versions=benchmarks.versions(),
+                commit=commit() or "unknown",
+                versions=history.installed(),
                 threads=torch.get_num_threads(),
                 roofs={},
                 entries=[],
@@ -237,10 +238,10 @@ class Session:
             )
         self.run.entries = self.entries
         self.run.skipped = [
-            benchmarks.Skipped(operation=operation, reason=reason, cases=list(dict.fromkeys(cases)))
+            history.Skipped(operation=operation, reason=reason, cases=list(dict.fromkeys(cases)))
             for (operation, reason), cases in self.skipped.items()
         ]
-        self.run.roofs = {dtype: benchmarks.Roof.of_groups(measured) for dtype, measured in self.roofs.items()}
+        self.run.roofs = {dtype: history.Roof.of_groups(measured) for dtype, measured in self.roofs.items()}
         self.path = self.run.save(self.config.getoption("results"))
         if os.environ.get("OUT"):
             self.run.save(Path(os.environ["OUT"]))
@@ -268,14 +269,14 @@ def pytest_sessionfinish(session, exitstatus):
 def pytest_terminal_summary(terminalreporter, config):
     from rich.console import Console
 
-    from soundwave import benchmarks
+    from bench import history
 
     mine = config.stash[SESSION]
     if mine.run is None:
         return
     terminalreporter.section("beside eager, and beside the roofs of this run")
     terminalreporter.ensure_newline()
-    Console(file=sys.stdout, width=150).print(*benchmarks.tables(mine.run))
+    Console(file=sys.stdout, width=150).print(*history.tables(mine.run))
     terminalreporter.write_line(f"written to {mine.path}")
     if mine.compared is not None:
         terminalreporter.write_line(f"{mine.compared} figures compared with earlier runs on {mine.run.device}")

@@ -27,8 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.history import OURS
 from bench.shapes import Case
-from soundwave.benchmarks import OURS
 
 try:
     from nvtx import annotate

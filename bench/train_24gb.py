@@ -27,7 +27,6 @@ import tempfile
 import time
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,9 +38,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from soundwave import memory
-from soundwave.benchmarks import commit, slug, spread, versions
 from soundwave.eager import IGNORE_INDEX
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_all_but
+from soundwave.provenance import commit, slug, versions
 from soundwave.training.stages import TRAINED
 
 CAP_GIB = 22.0
@@ -55,6 +54,7 @@ TINY = memory.Dims(
     width=128, layers=2, heads=4, kv_heads=2, mlp=256, vocab=1000, lora_rank=4,
 )  # fmt: skip
 TINY_SECONDS, TINY_BATCHES = 2.0, (1, 2)
+PACKAGES = ("soundwave", "torch", "triton", "transformers", "peft", "bitsandbytes")
 ROOT = Path(__file__).resolve().parents[1]
 console = Console()
 
@@ -438,13 +438,21 @@ def speed(trial: Trial, size: int, kept_per_second: float, times: list[float], r
     return {
         "accumulation": ACCUMULATION,
         "step_seconds_median": median,
-        "step_seconds_spread": spread(times),
+        "step_seconds_spread": interquartile_range(times),
         "audio_seconds_per_second": ACCUMULATION * size * trial.seconds / median,
         "tokens_per_second": tokens / median,
         "model_tflop_per_step": flops / 1e12,
         "model_flop_utilisation": flops / median / roof,
         "predicted_peaks": predicted.peaks,
     }
+
+
+def interquartile_range(values: list[float]) -> float:
+    """0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return third - first
 
 
 def in_a_process(stage: int, implementation: str, tiny: bool, until: float) -> tuple[list[dict[str, Any]], str | None]:
@@ -476,9 +484,8 @@ def header(tiny: bool) -> dict[str, Any]:
         "benchmark": "train_24gb",
         "device": "CPU rehearsal" if tiny else torch.cuda.get_device_name(),
         "date": date.today().isoformat(),
-        "commit": commit(ROOT),
-        "versions": versions()
-        | ({} if find_spec("bitsandbytes") is None else {"bitsandbytes": version("bitsandbytes")}),
+        "commit": commit() or "unknown",
+        "versions": versions(PACKAGES) | ({"cuda": torch.version.cuda} if torch.version.cuda else {}),
         "dtype": "bfloat16 products, float32 trained weights, NF4 language model",
         "cap_gib": None if tiny else CAP_GIB,
         "dims": asdict(TINY if tiny else memory.LLAMA_8B_WHISPER_LARGE),

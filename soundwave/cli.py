@@ -5,12 +5,15 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from soundwave.inference.answer import LoadedModel
 
 app = typer.Typer(
     help="Teach a text LLM to hear: train and use Soundwave (arXiv 2502.12900) on one GPU, or on a laptop.\n\n"
@@ -160,26 +163,16 @@ def transcribe(
 
     A recording over 30 s is read in pieces, cut where it is quietest. A model of stage 1 is read by CTC.
     """
-    from soundwave.data.audio import load_audio, windows
-    from soundwave.data.collate import TRANSCRIBE_PROMPT
-    from soundwave.evaluation import answer, read_ctc
+    from soundwave.data.audio import load_audio
+    from soundwave.inference.long import transcribe_each
 
-    loaded = [(file, load_audio(file)) for file in files]
-    network, processor = _load_model(model)
-    for file, audio in loaded:
-        texts = []
-        for piece in windows(audio):
-            clip = processor.features(piece)
-            if network.config.stage == 1:
-                texts += read_ctc(network, processor, [clip])[0]
-            else:
-                texts += answer(network, processor, [TRANSCRIBE_PROMPT], [clip], max_new_tokens=256)
-        text = " ".join(" ".join(texts).split())  # one line a file
+    loaded = [load_audio(file) for file in files]
+    for file, transcript in zip(files, transcribe_each(loaded, _load_model(model)), strict=True):
         if as_json:
-            row = {"file": str(file), "seconds": round(len(audio) / 16_000, 3), "text": text}
+            row = {"file": str(file), "seconds": transcript.seconds, "text": transcript.text}
             print(json.dumps(row, ensure_ascii=False))
         else:
-            print(f"{file}: {text}" if len(files) > 1 else text)
+            print(f"{file}: {transcript}" if len(files) > 1 else transcript)
 
 
 @app.command()
@@ -190,19 +183,18 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
 ) -> None:
     """Ask a question about a recording; of a long one the first 30 s are heard."""
-    from soundwave.data.audio import load_audio, seconds_of, windows
-    from soundwave.evaluation import answer
+    from soundwave.data.audio import seconds_of
+    from soundwave.inference.long import ask as ask_about
 
-    # The first piece is the same without the rest of an hour.
-    pieces = windows(load_audio(file, duration=60.0 if seconds_of(file) > 60 else None))
-    network, processor = _load_model(model)
-    if network.config.stage == 1:
+    seconds_of(file)  # a file that cannot be used is told before the model is loaded
+    loaded = _load_model(model)
+    if loaded.model.config.stage == 1:
         raise ValueError(f"{model} has seen stage 1 only and cannot answer; train stage 2, or use soundwave transcribe")
-    if len(pieces) > 1:
-        heard = f"{file}: only the first {len(pieces[0]) / 16_000:.0f} s are heard"
-        errors.print(heard, soft_wrap=True, markup=False, highlight=False)
-    clip = processor.features(pieces[0])
-    print(answer(network, processor, [question], [clip], max_new_tokens=max_new_tokens)[0])
+    found = ask_about(file, question, loaded, max_new_tokens=max_new_tokens)
+    if found.heard < found.seconds:
+        line = f"{file}: only the first {found.heard:.0f} s are heard"
+        errors.print(line, soft_wrap=True, markup=False, highlight=False)
+    print(found)
 
 
 @app.command()
@@ -219,33 +211,33 @@ def evaluate(
     allow_outside: Annotated[bool, typer.Option("--allow-outside", help="Audio may lie outside the folder.")] = False,
 ) -> None:
     """Score a model on a manifest: word error rate, and for other tasks the share of right answers."""
-    from soundwave import evaluation
     from soundwave.data.manifest import read_manifest
+    from soundwave.evaluation import run
 
     samples = read_manifest(manifest, allow_outside=allow_outside)
     if answers is not None:
         answers.parent.mkdir(parents=True, exist_ok=True)
     network, processor = _load_model(model)
     if ctc or network.config.stage == 1:
-        report = evaluation.evaluate_ctc(network, processor, samples, batch_size=batch_size)
+        scores = run.evaluate_ctc(network, processor, samples, batch_size=batch_size)
     else:
         settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        report = evaluation.evaluate(network, processor, samples, **settings)
+        scores = run.evaluate(network, processor, samples, **settings)
     if answers is not None:
-        rows = [dict(zip(("sample", "task", "reference", "answer"), row, strict=True)) for row in report.answers]
+        rows = [dict(zip(("sample", "task", "reference", "answer"), row, strict=True)) for row in scores.answers]
         answers.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     if as_json:
-        print(json.dumps({name: value for name, value in vars(report).items() if name != "answers"}))
+        print(json.dumps({name: value for name, value in vars(scores).items() if name != "answers"}))
         return
     table = Table("task", "samples", "score", box=None)
-    for task, count in report.samples.items():
-        value = f"WER {report.wer:.1%}" if task == "transcribe" else f"accuracy {report.accuracy[task]:.1%}"
+    for task, count in scores.samples.items():
+        value = f"WER {scores.wer:.1%}" if task == "transcribe" else f"accuracy {scores.accuracy[task]:.1%}"
         table.add_row(task, str(count), value)
     console.print(table)
-    if report.blank_share is not None:
+    if scores.blank_share is not None:
         console.print(
-            f"blank share {report.blank_share:.2f} · kept per label {report.kept_per_label:.2f} "
-            f"· compression {report.compression:.1f} x"
+            f"blank share {scores.blank_share:.2f} · kept per label {scores.kept_per_label:.2f} "
+            f"· compression {scores.compression:.1f} x"
         )
 
 
@@ -366,26 +358,6 @@ def ablate(
     _say(f"tables {out / 'ablations.md'} · report {out / 'report.html'} · of stage I {out / 'alignments.html'}")
 
 
-bench = typer.Typer(help="Results of the benches, which `pytest bench/` runs from a checkout.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-
-@bench.callback()
-def _bench() -> None:
-    """Keeps `report` a command of its own."""
-
-
-@bench.command("report")
-def bench_report(
-    results: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("bench/results"),
-    out: Annotated[Path, typer.Option(help="Markdown file; plots go beside it.")] = Path("docs/benchmarks.md"),
-) -> None:
-    """Turn all results of the benches into tables and plots, the newest beside earlier ones."""
-    from soundwave.benchmarks import write_report
-
-    _say(f"report {write_report(results, out)}")
-
-
 @app.command()
 def doctor() -> None:
     """Show what is installed, and which device, dtype, implementation and attention will run, and why."""
@@ -397,12 +369,12 @@ def doctor() -> None:
     console.print(table)
 
 
-def _load_model(folder: Path) -> tuple:
+def _load_model(folder: Path) -> "LoadedModel":
     if not (folder / "config.json").is_file():
         hint = "train one with `soundwave demo`" if folder == DEMO_MODEL else "give the folder that training printed"
         raise FileNotFoundError(f"{folder} holds no model; {hint}, or name another with --model")
     _quiet_transformers()
-    from soundwave.evaluation import load_model
+    from soundwave.inference.answer import load_model
 
     return load_model(folder)
 

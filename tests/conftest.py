@@ -4,6 +4,7 @@ On `sys.path` the root would offer its folder `kernels/` to every `import kernel
 bitsandbytes. `python -m pytest` and PYTHONPATH put it there; soundwave is found through its installation.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+
+def load_bench() -> None:
+    """Make `import bench` work for the tests of the benches, although the root is not on `sys.path`."""
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["bench"] = package
+    spec.loader.exec_module(package)
+
+
+load_bench()
 
 # Before torch is imported. The tests' tensors are small, and a second thread makes them several times slower where
 # something else runs on the machine.

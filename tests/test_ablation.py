@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from soundwave import comparison
 from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
 from soundwave.demo import ablation
+from soundwave.evaluation import intervals as comparison
 from soundwave.training.checkpoints import newest_checkpoint
 from soundwave.training.settings import ConfigError
 

@@ -9,7 +9,8 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from soundwave.data.audio import AudioError, load_audio, windows
+from soundwave.data.audio import AudioError, load_audio
+from soundwave.inference.long import windows
 
 ESC10 = Path(__file__).resolve().parents[2] / "shared" / "data" / "esc10"
 

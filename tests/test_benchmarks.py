@@ -1,6 +1,5 @@
 """The benches: their shapes and generators, how contenders are timed, the results, their comparison, the report."""
 
-import importlib
 import os
 import re
 import subprocess
@@ -8,19 +7,17 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-from soundwave import benchmarks, eager
-from soundwave.benchmarks import Entry, Run
+from bench import history, race, shapes
+from bench.history import BenchRun, Entry
+from soundwave import eager
 from soundwave.fused import functional
+from soundwave.provenance import device_name, slug
 
 ROOT = Path(__file__).resolve().parents[1]
-# As a package by itself: the root on `sys.path` would offer its folder `kernels/`, too.
-sys.modules.setdefault("bench", ModuleType("bench")).__path__ = [str(ROOT / "bench")]
-shapes, race = (importlib.import_module(f"bench.{name}") for name in ("shapes", "race"))
 CPU = torch.device("cpu")
 
 
@@ -137,7 +134,7 @@ def test_contenders_take_turns_and_each_is_first_in_some_round():
 
 def test_a_step_is_the_sum_of_its_parts():
     laps = time_it({"eager": lambda: lambda x: (x * x).sum()}).laps["eager"]
-    for forward, backward, both in zip(*(laps.seconds[part] for part in benchmarks.PARTS), strict=True):
+    for forward, backward, both in zip(*(laps.seconds[part] for part in history.PARTS), strict=True):
         assert both == pytest.approx(forward + backward)
         assert min(forward, backward) > 0
 
@@ -155,7 +152,7 @@ def test_a_contender_without_backward_is_timed_forward_only():
     laps = time_it({"eager": lambda: lambda x: x.sum(), "forward-only": lambda: lambda x: x.detach().sum()}).laps
     assert not laps["forward-only"].failed
     assert set(laps["forward-only"].seconds) == {"forward"}
-    assert set(laps["eager"].seconds) == set(benchmarks.PARTS)
+    assert set(laps["eager"].seconds) == set(history.PARTS)
 
 
 def double(x):
@@ -261,15 +258,15 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def run(finished) -> Run:
-    (only,) = benchmarks.load(finished[0])
+def run(finished) -> BenchRun:
+    (only,) = history.load(finished[0])
     return only
 
 
 def test_a_run_writes_one_file_named_after_device_date_and_commit(finished, run):
     (path,) = finished[0].rglob("*.json")
     assert path.relative_to(finished[0]).as_posix() == (
-        f"{benchmarks.slug(benchmarks.device_name())}/{run.date:%Y-%m-%d-%H%M%S}-{run.commit}.json"
+        f"{slug(device_name())}/{run.date:%Y-%m-%d-%H%M%S}-{run.commit}.json"
     )
 
 
@@ -282,7 +279,7 @@ def test_every_figure_says_where_when_what_and_how_far_from_the_roof(run):
     assert run.device and run.commit and run.date.tzinfo is not None
     assert run.versions["torch"] == torch.__version__
     assert {entry.contender for entry in run.entries} == {"eager", "ours-torch"}
-    assert {entry.part for entry in run.entries} == set(benchmarks.PARTS)
+    assert {entry.part for entry in run.entries} == set(history.PARTS)
     for entry in run.entries:
         assert entry.shape and entry.dtype == "float32" and entry.rounds >= 5
         assert entry.seconds > 0 and entry.spread >= 0 and entry.ratio > 0 and entry.peak_bytes > 0
@@ -291,7 +288,7 @@ def test_every_figure_says_where_when_what_and_how_far_from_the_roof(run):
 
 def test_an_unknown_field_in_a_result_is_refused(run):
     with pytest.raises(ValueError, match="Extra inputs are not permitted"):
-        Run.model_validate({**run.model_dump(), "colour": "green"})
+        BenchRun.model_validate({**run.model_dump(), "colour": "green"})
 
 
 def test_absent_contenders_are_named_with_the_reason(finished, run):
@@ -307,18 +304,18 @@ def test_the_table_of_pytest_benchmark_has_every_contender_of_a_group(finished):
 
 
 @pytest.fixture
-def clean(run) -> Run:
+def clean(run) -> BenchRun:
     """The run as if of a clean checkout and without `-k`."""
     return run.model_copy(update={"commit": "abc1234", "whole": True})
 
 
-def earlier(run: Run, factor: float, days: int = 1, **changes) -> Run:
+def earlier(run: BenchRun, factor: float, days: int = 1, **changes) -> BenchRun:
     """`run` as if it had been measured some days before, with ratios `factor` times as high."""
     entries = [entry.model_copy(update={"ratio": entry.ratio * factor, "ratio_spread": 0.0}) for entry in run.entries]
     return run.model_copy(update={"date": run.date - timedelta(days=days), "entries": entries} | changes)
 
 
-def with_entries(run: Run, **changes) -> Run:
+def with_entries(run: BenchRun, **changes) -> BenchRun:
     """Its entries with some values replaced, by functions of the entry."""
     entries = [
         entry.model_copy(update={name: change(entry) for name, change in changes.items()}) for entry in run.entries
@@ -326,12 +323,12 @@ def with_entries(run: Run, **changes) -> Run:
     return run.model_copy(update={"entries": entries})
 
 
-def ours(run: Run) -> list[Entry]:
+def ours(run: BenchRun) -> list[Entry]:
     return [entry for entry in run.entries if entry.contender.startswith("ours")]
 
 
 def test_ratios_that_fell_by_more_than_their_spread_are_named(clean):
-    worse, compared = benchmarks.compare(clean, [earlier(clean, 1000)])
+    worse, compared = history.compare(clean, [earlier(clean, 1000)])
     assert compared == 2 * len(worse) == 2 * len(ours(clean))  # their memory, too
     assert worse[0].startswith("ctc · V 32 · forward · ours-torch: ") and "in 1 run before" in worse[0]
 
@@ -340,42 +337,42 @@ def test_ratios_that_fell_by_more_than_their_spread_are_named(clean):
 def test_a_ratio_may_fall_by_its_spread_and_what_runs_of_the_same_code_drift(clean, ratio, spread, worse):
     before = with_entries(clean, ratio=lambda entry: 1.0, ratio_spread=lambda entry: 0.0)
     now = with_entries(clean, ratio=lambda entry: ratio, ratio_spread=lambda entry: spread)
-    assert bool(benchmarks.compare(now, [before])[0]) is worse
+    assert bool(history.compare(now, [before])[0]) is worse
 
 
 def test_what_has_become_unsteady_does_not_excuse_itself(clean):
     before = with_entries(clean, ratio=lambda entry: 3.0, ratio_spread=lambda entry: 0.0)
     now = with_entries(clean, ratio=lambda entry: 1.5, ratio_spread=lambda entry: 2.7)
-    assert len(benchmarks.compare(now, [before])[0]) == len(ours(clean))
+    assert len(history.compare(now, [before])[0]) == len(ours(clean))
 
 
 def test_many_small_losses_do_not_pass_one_after_the_other(clean):
     runs = [with_entries(clean, ratio=lambda entry, n=n: 0.92**n, ratio_spread=lambda entry: 0.0) for n in range(6)]
-    found = [bool(benchmarks.compare(runs[n], runs[:n])[0]) for n in range(1, 6)]
+    found = [bool(history.compare(runs[n], runs[:n])[0]) for n in range(1, 6)]
     assert not found[0] and found[-1]
 
 
 def test_more_memory_and_a_vanished_ratio_are_worse(clean):
     more = with_entries(clean, peak_bytes=lambda entry: 2 * entry.peak_bytes)
-    assert all("of memory, but" in line for line in benchmarks.compare(more, [earlier(clean, 1.0)])[0])
+    assert all("of memory, but" in line for line in history.compare(more, [earlier(clean, 1.0)])[0])
     gone = with_entries(clean, ratio=lambda entry: None, ratio_spread=lambda entry: None)
-    assert len(benchmarks.compare(gone, [earlier(clean, 1.0)])[0]) == len(ours(clean))
+    assert len(history.compare(gone, [earlier(clean, 1.0)])[0]) == len(ours(clean))
     unknown = with_entries(clean, peak_bytes=lambda entry: None)
-    assert "unknown of memory, but" in benchmarks.compare(unknown, [earlier(clean, 1.0)])[0][0]
+    assert "unknown of memory, but" in history.compare(unknown, [earlier(clean, 1.0)])[0][0]
 
 
 @pytest.mark.parametrize("change", [{"commit": "abc1234-changed"}, {"whole": False}, {"worse": ["slow"]}], ids=str)
 def test_runs_that_do_not_count_are_nobodys_measure(clean, change, tmp_path):
     """A run of a changed checkout, of a part of a case's contenders, or one that was found worse itself."""
-    assert benchmarks.compare(clean, [earlier(clean, 1000, **change)]) == ([], 0)
+    assert history.compare(clean, [earlier(clean, 1000, **change)]) == ([], 0)
     earlier(clean, 1.0, days=2, size="cpu").save(tmp_path)
     newer = clean.model_copy(update=change | {"size": "cpu"}).save(tmp_path)
-    page = benchmarks.write_report(tmp_path, tmp_path / "benchmarks.md")
+    page = history.write_page(tmp_path, tmp_path / "benchmarks.md")
     day = f"{clean.date - timedelta(days=2):%Y-%m-%d}"
     assert f"{day} {clean.date:%H:%M} UTC" in page.read_text() and f"{clean.date:%Y-%m-%d}" not in page.read_text()
     for other in set(tmp_path.rglob("*.json")) - {newer}:
         other.unlink()
-    benchmarks.write_report(tmp_path, page)  # but the only one of a device is shown
+    history.write_page(tmp_path, page)  # but the only one of a device is shown
     assert f"{clean.date:%Y-%m-%d}" in page.read_text()
     assert ("a part of the suite" in page.read_text()) is (change == {"whole": False})
 
@@ -384,7 +381,7 @@ def test_results_of_other_devices_shapes_threads_and_torches_are_not_compared(cl
     before = earlier(clean, 1000)
     larger = with_entries(before, shape=lambda entry: entry.shape | {"T": 2 * entry.shape["T"]})
     others = [{"device": "another"}, {"threads": 99}, {"versions": before.versions | {"torch": "1.0"}}]
-    assert benchmarks.compare(clean, [larger, *(before.model_copy(update=other) for other in others)]) == ([], 0)
+    assert history.compare(clean, [larger, *(before.model_copy(update=other) for other in others)]) == ([], 0)
 
 
 def test_the_option_compare_fails_a_run_that_became_slower(clean, tmp_path):
@@ -393,7 +390,7 @@ def test_the_option_compare_fails_a_run_that_became_slower(clean, tmp_path):
     done = run_benches(tmp_path, "--compare")
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
     assert "ctc · V 32 · both · ours-torch: " in done.stdout
-    _, slow = benchmarks.load(tmp_path)
+    _, slow = history.load(tmp_path)
     assert len(slow.worse) == len(ours(slow)) and not slow.counts
     assert len({entry.key for entry in slow.entries}) == len(slow.entries)
 
@@ -401,7 +398,7 @@ def test_the_option_compare_fails_a_run_that_became_slower(clean, tmp_path):
 def test_only_what_came_to_its_end_without_a_choice_is_whole(run, tmp_path):
     assert not run.whole  # -k "not compiled"
     assert run_benches(tmp_path / "whole", "-k", "").returncode == 0
-    (found,) = benchmarks.load(tmp_path / "whole")
+    (found,) = history.load(tmp_path / "whole")
     assert found.whole
     process = subprocess.Popen(bench_command(tmp_path / "killed", "-k", ""), cwd=ROOT, env=bench_environment())
     while not list((tmp_path / "killed").rglob("*.json")):
@@ -409,7 +406,7 @@ def test_only_what_came_to_its_end_without_a_choice_is_whole(run, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    (killed,) = benchmarks.load(tmp_path / "killed")
+    (killed,) = history.load(tmp_path / "killed")
     assert len(killed.entries) < len(found.entries) and not killed.whole
 
 
@@ -421,7 +418,7 @@ def report(clean, tmp_path) -> Path:
     run = clean.model_copy(update={"size": "cpu"})
     for each in (run, earlier(run, 0.5)):
         each.save(tmp_path / "results")
-    return benchmarks.write_report(tmp_path / "results", tmp_path / "docs" / "benchmarks.md")
+    return history.write_page(tmp_path / "results", tmp_path / "docs" / "benchmarks.md")
 
 
 def test_the_report_shows_the_newest_figures_beside_the_earlier_ratio(report, clean):
@@ -447,9 +444,25 @@ def test_the_report_names_what_did_not_run_and_that_no_gpu_was_there(report):
 
 def test_files_of_other_benches_are_left_alone(run, tmp_path):
     run.save(tmp_path).with_name("train_24gb-1.json").write_text("{}")
-    assert len(benchmarks.load(tmp_path)) == 1
+    assert len(history.load(tmp_path)) == 1
 
 
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no results; write some with pytest bench/"):
-        benchmarks.write_report(tmp_path, tmp_path / "benchmarks.md")
+        history.write_page(tmp_path, tmp_path / "benchmarks.md")
+
+
+def test_the_command_says_where_there_are_no_results(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "history.py"), str(tmp_path), "--out", str(tmp_path / "page.md")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{tmp_path} holds no results" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_command_writes_the_page(clean, tmp_path):
+    clean.model_copy(update={"size": "cpu"}).save(tmp_path / "results")
+    page = tmp_path / "page.md"
+    command = [sys.executable, str(ROOT / "bench" / "history.py"), str(tmp_path / "results"), "--out", str(page)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"report {page}\n"), done.stderr
+    assert page.read_text().startswith("# ")

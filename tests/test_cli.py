@@ -25,7 +25,7 @@ from soundwave.model.modeling import SoundwaveForConditionalGeneration
 
 SCRIPT = Path(sys.executable).with_name("soundwave")
 FORMATS = ("wav", "flac", "ogg", "mp3")
-COMMANDS = ("demo", "train", "transcribe", "ask", "evaluate", "splice", "memory", "report", "bench", "doctor")
+COMMANDS = ("demo", "train", "transcribe", "ask", "evaluate", "splice", "memory", "report", "ablate", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,6 @@ def test_memory_speaks_of_gib_alone(soundwave):
 
 def test_reports_want_something_to_tell(fault, tmp_path):
     assert "holds no log.jsonl" in fault("report", tmp_path)
-    assert "holds no results" in fault("bench", "report", tmp_path, "--out", tmp_path / "out.md")
 
 
 # ---------------------------------------------------------------- using a model

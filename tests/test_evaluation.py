@@ -11,7 +11,9 @@ from soundwave.data.collate import features
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.demo.espeak import Espeak
 from soundwave.eager import length_mask
-from soundwave.evaluation import alike, answer, evaluate, evaluate_ctc, normalise, read_ctc, word_error_rate
+from soundwave.evaluation.run import alike, evaluate, evaluate_ctc
+from soundwave.evaluation.scores import normalise, word_error_rate
+from soundwave.inference.answer import answer, read_ctc
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 

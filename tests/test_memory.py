@@ -7,7 +7,6 @@ bench/train_24gb.py, which measures it: its search, its clock and its count of o
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import subprocess
@@ -467,10 +466,9 @@ def test_the_prediction_is_within_5_percent_of_what_a_gpu_measured(path):
 
 @pytest.fixture(scope="module")
 def train_24gb():
-    spec = importlib.util.spec_from_file_location("train_24gb", ROOT / "bench" / "train_24gb.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from bench import train_24gb
+
+    return train_24gb
 
 
 class Card:

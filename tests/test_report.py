@@ -20,7 +20,8 @@ from soundwave import eager, fused
 from soundwave.data.audio import SAMPLING_RATE, load_audio
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.data.sampling import paper_temperature, temperature_weights
-from soundwave.evaluation import evaluate, load_model
+from soundwave.evaluation.run import evaluate
+from soundwave.inference.answer import load_model
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor

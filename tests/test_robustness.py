@@ -19,12 +19,13 @@ from soundwave import backbones
 from soundwave.data.audio import AudioError, load_audio, seconds_of
 from soundwave.data.collate import CheckedCollator, LeftOut
 from soundwave.data.manifest import ManifestError, Sample, read_manifest
+from soundwave.data.selection import SampleError
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.model.processing import SoundwaveProcessor
 from soundwave.training.settings import ConfigError, make_config
 from soundwave.training.stages import TRAINED, _arguments, build_model, build_sampler
-from soundwave.training.trainer import SampleError, SoundwaveTrainer
+from soundwave.training.trainer import SoundwaveTrainer
 from tests.short_runs import SETTINGS, copy_recordings, lines, manifest_of, same_bits, train
 
 SCRIPT = Path(sys.executable).with_name("soundwave")

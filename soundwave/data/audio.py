@@ -1,4 +1,4 @@
-"""Audio files to mono float32 arrays, and long recordings to windows. soundfile decodes, soxr resamples."""
+"""Audio files to mono float32 arrays. soundfile decodes, soxr resamples."""
 
 import math
 import os
@@ -7,18 +7,17 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
 SAMPLING_RATE = 16_000  # Whisper's
+LONGEST_SECONDS = 30.0  # that Whisper's encoder takes at a time
 RATES = (1_000, 1_000_000)  # Hz; others come from damaged headers, and would blow memory up
 ROUNDING = 0.05  # s; manifests often give durations with one decimal
 BLOCK = 1 << 22  # frames a read; headers may promise 2**63
-FRAME = 0.02  # s; a frame of `windows`
-SEARCH = 5.0  # s; how far before the limit `windows` looks for a pause
 CONVERT = "get a whole copy, or convert it: ffmpeg -i FILE FILE.wav"
 
 
@@ -156,26 +155,10 @@ def _refuse_misjudged_mp3(handle: BinaryIO) -> None:
         raise _Fault(f"has no length in its header, {position} of {size} bytes could be read; {CONVERT}")
 
 
-def windows(audio: np.ndarray, *, sampling_rate: int = SAMPLING_RATE, seconds: float = 30.0) -> list[np.ndarray]:
-    """Cut a recording [samples] into views of at most `seconds`; joined, they are the recording again.
+def __getattr__(name: str) -> Any:
+    """`windows`, which stands in `soundwave.inference.long` now; this path is kept for one version."""
+    if name == "windows":
+        from soundwave.inference.long import windows
 
-    A cut falls into the middle of the quietest 20 ms frame in the last 5 s (or half window) before the limit.
-
-    Raises ValueError: `seconds` under 0.08, less than a frame to choose.
-    """
-    limit = int(seconds * sampling_rate)
-    frame = int(FRAME * sampling_rate)
-    search = min(int(SEARCH * sampling_rate), limit // 2)
-    if search < 2 * frame:
-        raise ValueError(f"seconds = {seconds:g}; wanted at least {4 * FRAME:g}")
-    pieces = []
-    while len(audio) > limit:
-        first = limit - search
-        last = min(limit, len(audio) - search // 5)  # the rest, too, is long enough to hold a word
-        count = (last - first) // frame
-        frames = audio[first : first + count * frame].reshape(count, frame)
-        quietest = int(np.square(frames).mean(axis=1).argmin())
-        cut = first + quietest * frame + frame // 2
-        pieces.append(audio[:cut])
-        audio = audio[cut:]
-    return [*pieces, audio]
+        return windows
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,14 +34,16 @@ import numpy as np
 import soundfile
 import torch
 
-from soundwave.comparison import TASKS, differences, markdown, scores, tally
 from soundwave.data.audio import SAMPLING_RATE, load_audio
 from soundwave.data.collate import features, prompt_of
 from soundwave.data.manifest import Sample, read_manifest, write_manifest
 from soundwave.demo import corpus as embedded_corpus
 from soundwave.demo.run import EVALUATED_AT_ONCE, FULL, LONGEST_ANSWER, STAGE, one_task
-from soundwave.evaluation import Report, answer, evaluate, evaluate_ctc, load_model
+from soundwave.evaluation.intervals import TASKS, differences, markdown, scores, tally
+from soundwave.evaluation.run import evaluate, evaluate_ctc
+from soundwave.evaluation.scores import Scores
 from soundwave.hardware import pick_device, pick_dtype
+from soundwave.inference.answer import answer, load_model
 from soundwave.model.modeling import batch_to
 from soundwave.report import write_report
 from soundwave.training.callbacks import Interrupted
@@ -398,7 +400,7 @@ def _answer_all(folder: Path, samples: list[Sample], out: Path) -> dict[str, int
     return report.samples
 
 
-def _answer(folder: Path, samples: list[Sample], file: Path) -> Report:
+def _answer(folder: Path, samples: list[Sample], file: Path) -> Scores:
     """What the model of a folder answers to samples, each task's beside each other; written to `file`."""
     report = evaluate(*load_model(folder), samples, batch_size=EVALUATED_AT_ONCE, max_new_tokens=LONGEST_ANSWER)
     keys = "sample", "task", "reference", "answer"

@@ -6,7 +6,6 @@ import platform
 import shutil
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from soundwave import backbones
 from soundwave.backbones import wheels
 from soundwave.data.manifest import read_manifest
 from soundwave.demo.corpus import build_corpus
-from soundwave.evaluation import Report, evaluate, evaluate_ctc, load_model
+from soundwave.evaluation.run import evaluate, evaluate_ctc
+from soundwave.evaluation.scores import Scores
 from soundwave.hardware import pick_device
+from soundwave.inference.answer import load_model
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
+from soundwave.provenance import commit, versions
 from soundwave.report import write_report
-from soundwave.training.record import commit
 from soundwave.training.settings import StageConfig, make_config
 from soundwave.training.stages import train_stage
 
@@ -137,7 +138,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     device, _ = pick_device()
     summary |= {
         "seed": seed,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS_OF},
+        "versions": versions(VERSIONS_OF),
         "commit": commit(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
     }
@@ -163,7 +164,7 @@ def _score(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Stage III's row of the summary and the number of samples behind each figure; answers go to `answers.jsonl`."""
     tasks = ("transcribe", "voice", "rate", "intent", "question")
-    seen: Report = evaluate(
+    seen: Scores = evaluate(
         model,
         processor,
         [sample for task in tasks for sample in one_task(tests["test"], task)],

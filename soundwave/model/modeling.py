@@ -262,7 +262,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         if input_features.shape[-1] > limit:
             raise ValueError(
                 f"input_features has {input_features.shape[-1]} mel frames, but the encoder takes {limit} "
-                f"({limit / 100:g} s): cut the recording, e.g. with soundwave.data.audio.windows"
+                f"({limit / 100:g} s): cut the recording, e.g. with soundwave.inference.long.windows"
             )
         mel_mask = eager.length_mask(feature_lengths, input_features.shape[-1])[:, None, :]
         lengths = (feature_lengths + 1) // 2

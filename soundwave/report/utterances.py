@@ -22,8 +22,9 @@ from soundwave.backbones.wheels import EmbeddedError
 from soundwave.data.audio import SAMPLING_RATE, load_audio
 from soundwave.data.collate import answer_of, ctc_text_of, prompt_of
 from soundwave.data.manifest import Sample, read_manifest
-from soundwave.evaluation import answer, normalise, read_ctc
+from soundwave.evaluation.scores import normalise
 from soundwave.hardware import pick_device, pick_dtype
+from soundwave.inference.answer import answer, read_ctc
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.model.processing import SoundwaveProcessor

@@ -4,12 +4,9 @@ import errno
 import hashlib
 import json
 import platform
-import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from filelock import FileLock, Timeout
 from soundwave.data.manifest import Sample
 from soundwave.hardware import pick_dtype
 from soundwave.model.configuration import SoundwaveConfig
+from soundwave.provenance import commit, versions
 from soundwave.training.checkpoints import WriteError, newest_checkpoint, step_of
 from soundwave.training.journal import say
 from soundwave.training.settings import ConfigError, StageConfig
@@ -127,7 +125,7 @@ def note_of(
     return {
         "stage": config.stage,
         "config": settings,
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(VERSIONS_OF),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "commit": commit(),
         "tasks": tasks,
@@ -157,20 +155,3 @@ def _digest(samples: list[Sample]) -> str:
     for sample in samples:
         digest.update(sample.model_dump_json().encode() + b"\n")
     return digest.hexdigest()[:16]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS_OF:
-        with suppress(PackageNotFoundError):  # triton on other systems than Linux
-            found[name] = version(name)
-    return found
-
-
-def commit() -> str | None:
-    """Commit of the checkout that the package runs from, if it runs from one."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip() or None

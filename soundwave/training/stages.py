@@ -16,9 +16,10 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from soundwave.data.audio import AudioError
-from soundwave.data.collate import CheckedCollator, LeftOut, ctc_text_of, tokens_of, with_duration
-from soundwave.data.manifest import Sample, read_manifest
+from soundwave.data.collate import CheckedCollator, LeftOut, tokens_of
+from soundwave.data.manifest import Sample
 from soundwave.data.sampling import BucketBatchSampler, paper_temperature
+from soundwave.data.selection import select_samples
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_all_but
@@ -28,10 +29,9 @@ from soundwave.training.checkpoints import step_of, written_aside
 from soundwave.training.journal import Journal, say
 from soundwave.training.record import alone_in, checkpoint_of, earlier_note, note_of, refuse_misfit
 from soundwave.training.settings import ConfigError, StageConfig
-from soundwave.training.trainer import SampleError, SoundwaveTrainer
+from soundwave.training.trainer import SoundwaveTrainer
 
 OF_STAGE_2 = ("keep", "keys", "lora_rank", "lora_alpha")  # not decided by a model of stage I
-LONGEST = 30.0  # seconds that Whisper's encoder takes
 TRAINED = {
     1: ("alignment.", "blank_"),
     2: ("alignment.", "blank_", "shrinking.", "lora"),
@@ -63,7 +63,7 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
     set_seed(config.seed)
     device, _ = pick_device()
     left_out: list[LeftOut] = []
-    samples = _samples(config, left_out)
+    samples = _select(config, left_out)
     note = note_of(config, samples, device, earlier_note(config, checkpoint))
     config = config.model_copy(update={"dtype": note["config"]["dtype"]})
 
@@ -230,47 +230,24 @@ def _adopted(config: StageConfig) -> dict[str, Any]:
     return changes
 
 
-def _samples(config: StageConfig, left_out: list[LeftOut]) -> list[Sample]:
-    """The samples to train on, with durations; `left_out` gets those that cannot be used, or they are errors."""
+def _select(config: StageConfig, left_out: list[LeftOut]) -> list[Sample]:
+    """The samples that this stage trains on; `left_out` gets those that cannot be used.
 
-    def leave_out(sample: str, file: str, reason: str) -> None:
-        left_out.append(LeftOut(sample, file, reason))
-        if config.strict:
-            raise SampleError(str(left_out[-1]))
-
-    read = [
-        sample
-        for path in config.train
-        for sample in read_manifest(path, allow_outside=config.allow_outside, leave_out=leave_out)
-    ]
-    # Stage I learns from what CTC is to write alone.
-    fitting = [s for s in read if config.stage > 1 or (s.audio is not None and (ctc_text_of(s) or "").strip())]
-    if len(fitting) < len(read):
-        say(f"{len(read) - len(fitting)} of {len(read)} samples have no recording with a text: not for stage 1")
-    samples = []
-    for sample in fitting:
-        try:
-            samples.append(_checked_duration(sample))
-        except AudioError as error:
-            leave_out(sample.id, str(sample.audio), error.fault)
-    if not samples:
+    Raises:
+        SampleError: such a sample, with `strict`. ConfigError: no sample is left.
+    """
+    chosen = select_samples(
+        config.train, left_out, stage=config.stage, allow_outside=config.allow_outside, strict=config.strict
+    )
+    if chosen.unfit:
+        say(f"{chosen.unfit} of {chosen.read} samples have no recording with a text: not for stage 1")
+    if not chosen.samples:
         needed = "recordings with a text" if config.stage == 1 else "samples"
         why = f"; {len(left_out)} were left out, the first: {left_out[0]}" if left_out else ""
         raise ConfigError(
             f"{', '.join(map(str, config.train))}: no sample to train on; stage {config.stage} needs {needed}{why}"
         )
-    return samples
-
-
-def _checked_duration(sample: Sample) -> Sample:
-    sample = with_duration(sample)
-    if sample.audio is not None and sample.duration > LONGEST:
-        raise AudioError(
-            sample.audio,
-            f"duration = {sample.duration:g}, but at most {LONGEST:g} s can be trained on; cut it, or give offset and "
-            "duration",
-        )
-    return sample
+    return chosen.samples
 
 
 def _arguments(config: StageConfig, device: torch.device) -> TrainingArguments:

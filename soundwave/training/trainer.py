@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerState
 
 from soundwave.data.collate import LeftOut
 from soundwave.data.sampling import BucketBatchSampler
+from soundwave.data.selection import SampleError
 from soundwave.eager import IGNORE_INDEX
 from soundwave.model.modeling import SoundwaveOutput
 from soundwave.training.callbacks import ignore_interrupts
@@ -24,10 +25,6 @@ from soundwave.training.journal import Journal, say, write_text
 
 MEL_FRAMES_A_SECOND = 100
 BAD_BATCH = "bad-batch"  # .json and .safetensors
-
-
-class SampleError(ValueError):
-    """A sample that cannot be trained on, where none may be left out. One line: sample, file, fault, mend."""
 
 
 class SoundwaveTrainer(Trainer):

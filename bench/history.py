@@ -7,22 +7,21 @@ A run counts, in the report and for later comparisons, if it is of a clean check
 contenders or cases, and was not found worse than those before it.
 """
 
-import os
-import platform
-import re
+import argparse
 import statistics
-import subprocess
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from soundwave.provenance import CHANGED, slug, versions
+
 if TYPE_CHECKING:
     from rich.table import Table
 
+ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("forward", "backward", "both")
 PACKAGES = (
     "soundwave",
@@ -36,7 +35,6 @@ PACKAGES = (
     "flag-gems",
 )
 OURS = "ours"  # how the names of this library's contenders begin
-CHANGED = "-changed"  # how the commit of a checkout ends whose files differ from it
 DRIFT = 0.1  # of a ratio: what lies between two runs of the same code, beside the spread within each
 MORE_MEMORY = 1.05  # times as much as before is worse; an allocator's peak hardly varies
 
@@ -141,7 +139,7 @@ class Skipped(BaseModel):
     cases: list[str]
 
 
-class Run(BaseModel):
+class BenchRun(BaseModel):
     """One call of `pytest bench/`.
 
     Attributes:
@@ -194,56 +192,24 @@ def spread(values: Sequence[float]) -> float:
     return third - first
 
 
-def slug(device: str) -> str:
-    """A device's name as the name of a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
-def device_name() -> str:
-    """The GPU, or the CPU and its cores."""
+def installed() -> dict[str, str]:
+    """Versions of Python, CUDA and the packages that decide a figure; absent ones are left out."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    description = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", description, re.MULTILINE)
-    return f"{model[1].strip() if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    found = versions(PACKAGES)
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
-def commit(root: Path) -> str:
-    """Short commit of a checkout, with `-changed` where its files differ from it; "unknown" without git."""
-    command = ["git", "-C", str(root), "describe", "--always", f"--dirty={CHANGED}", "--abbrev=7", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def versions() -> dict[str, str]:
-    """Of Python, CUDA and the packages that decide a figure; absent ones are left out."""
-    import torch
-
-    found = {"python": platform.python_version()}
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def load(results: Path) -> list[Run]:
+def load(results: Path) -> list[BenchRun]:
     """All runs below a folder, oldest first. Files of other benches, whose names begin with no date, are left alone."""
     runs = [
-        Run.model_validate_json(path.read_text(encoding="utf-8"))
+        BenchRun.model_validate_json(path.read_text(encoding="utf-8"))
         for path in results.glob("*/[0-9][0-9][0-9][0-9]-*.json")
     ]
     return sorted(runs, key=lambda run: run.date)
 
 
-def compare(now: Run, earlier: Sequence[Run]) -> tuple[list[str], int]:
+def compare(now: BenchRun, earlier: Sequence[BenchRun]) -> tuple[list[str], int]:
     """Where ours has become slower beside eager, or takes more memory; and how many figures could be compared.
 
     Each is held to the median over all earlier runs that count, of the same device, threads, torch, case, shape, dtype
@@ -280,7 +246,7 @@ def compare(now: Run, earlier: Sequence[Run]) -> tuple[list[str], int]:
     return worse, compared
 
 
-def _machine(run: Run) -> tuple:
+def _machine(run: BenchRun) -> tuple:
     """What must be the same for figures to be comparable."""
     return run.device, run.size, run.threads, run.versions.get("torch")
 
@@ -352,7 +318,7 @@ def _by_operation(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     return found
 
 
-def tables(run: Run) -> "Iterator[Table]":
+def tables(run: BenchRun) -> "Iterator[Table]":
     """A table an operation for the terminal, without the points of the growth curves."""
     from rich.table import Table
 
@@ -371,7 +337,7 @@ def tables(run: Run) -> "Iterator[Table]":
 
 INTRODUCTION = """# Benchmarks
 
-Written by `soundwave bench report` from the files in `bench/results/`; `pytest bench/` adds one. The contenders of a
+Written by `python bench/history.py` from the files in `bench/results/`; `pytest bench/` adds one. The contenders of a
 case run in alternating rounds on inputs that are drawn alike, and their results are held to eager's. Times are
 milliseconds, median ± half the interquartile range.
 `x eager` is eager's time over the contender's, the median of the rounds' own ratios: above 1 is faster. `memory` is the
@@ -384,7 +350,7 @@ then shows its cost there, and `both` is what compares. The shapes and generator
 """
 
 
-def write_report(results: Path, out: Path) -> Path:
+def write_page(results: Path, out: Path) -> Path:
     """Write the tables and plots of all runs below `results` to the Markdown file `out`; returns it.
 
     Plots go into a folder beside it, named like it without its suffix. Each operation of a device shows its newest
@@ -401,7 +367,7 @@ def write_report(results: Path, out: Path) -> Path:
         raise FileNotFoundError(f"{results} holds no results; write some with pytest bench/")
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    by_device: dict[str, list[Run]] = {}
+    by_device: dict[str, list[BenchRun]] = {}
     for run in reversed(runs):
         by_device.setdefault(run.device, []).append(run)
     sections = [INTRODUCTION]
@@ -413,9 +379,9 @@ def write_report(results: Path, out: Path) -> Path:
     return out
 
 
-def _device_section(device: str, runs: list[Run], folder: Path, root: Path) -> Iterator[str]:
+def _device_section(device: str, runs: list[BenchRun], folder: Path, root: Path) -> Iterator[str]:
     yield f"## {device}\n"
-    newest: dict[str, tuple[Run, list[Entry]]] = {}
+    newest: dict[str, tuple[BenchRun, list[Entry]]] = {}
     for run in runs:
         for operation, entries in _by_operation(run.entries).items():
             newest.setdefault(operation, (run, entries))
@@ -444,14 +410,14 @@ def _device_section(device: str, runs: list[Run], folder: Path, root: Path) -> I
         yield ""
 
 
-def _label(run: Run) -> str:
+def _label(run: BenchRun) -> str:
     kind = "" if run.whole else ", a part of the suite"
     return f"{run.date:%Y-%m-%d %H:%M} UTC, commit {run.commit}{kind}"
 
 
-def _table(run: Run, entries: list[Entry], older: list[Run]) -> Iterator[str]:
+def _table(run: BenchRun, entries: list[Entry], older: list[BenchRun]) -> Iterator[str]:
     """Markdown of an operation's newest figures, with the ratio of the run before where there is one."""
-    before: dict[tuple, tuple[Run, Entry]] = {}
+    before: dict[tuple, tuple[BenchRun, Entry]] = {}
     for other in older:  # newest first: what is found first stays
         for entry in other.entries:
             before.setdefault(entry.key, (other, entry))
@@ -536,7 +502,7 @@ def _plot_growth(operation: str, entries: list[Entry], path: Path) -> None:
     plt.close(figure)
 
 
-def _plot_roofline(newest: dict[str, tuple[Run, list[Entry]]], path: Path) -> bool:
+def _plot_roofline(newest: dict[str, tuple[BenchRun, list[Entry]]], path: Path) -> bool:
     """Reached against possible, over operations a byte; False where no entry counts both."""
     plt = _pyplot()
     points = [
@@ -580,3 +546,19 @@ def _plot_roofline(newest: dict[str, tuple[Run, list[Entry]]], path: Path) -> bo
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def main() -> None:
+    """`python bench/history.py [RESULTS] [--out FILE]`."""
+    parser = argparse.ArgumentParser(description="Turn all results of the benches into tables and plots.")
+    parser.add_argument("results", nargs="?", type=Path, default=ROOT / "bench/results", help="folder of results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks.md", help="Markdown file; plots go beside")
+    arguments = parser.parse_args()
+    try:
+        print(f"report {write_page(arguments.results, arguments.out)}")
+    except FileNotFoundError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Where a figure comes from: the commit of the checkout, the versions of packages, the device."""
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DISTRIBUTIONS = {"soundwave": "soundwave-fused"}  # where they differ from the name of the import
+CHANGED = "-changed"  # how the commit of a checkout ends whose files differ from it
+
+
+def commit() -> str | None:
+    """Short commit of the checkout that the package runs from, with `-changed` where its files differ from it.
+
+    None if the package runs from no checkout, or without git.
+    """
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", f"--dirty={CHANGED}", "--abbrev=7", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of Python and of the installed ones of `packages`, by name."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with suppress(PackageNotFoundError):  # triton, for one, is there on Linux only
+            found[name] = version(DISTRIBUTIONS.get(name, name))
+    return found
+
+
+def device_name() -> str:
+    """The GPU; without one the CPU and the number of its cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    description = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", description, re.MULTILINE)
+    return f"{model[1].strip() if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def slug(device: str) -> str:
+    """A device's name as the name of a folder: lower case, with hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
