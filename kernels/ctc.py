@@ -20,23 +20,6 @@ from soundwave.kernels.ctc_targets import check_targets, pad_targets
 from soundwave.kernels.dispatch import ranged
 
 
-def ctc_ref(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int) -> Tensor:
-    """nll [B] by the recursion above, its gradient by autograd; the padding of `targets` [B, U] holds labels too."""
-    labels, none = targets.to(torch.int64), -1e30
-    start = log_probs.new_full((labels.shape[0], labels.shape[1] + 1), none)
-    blanks, label = start.index_fill(1, labels.new_zeros(1), 0.0), start[:, 1:]
-    differs = torch.ones_like(labels, dtype=torch.bool)
-    differs[:, 1:] = labels[:, 1:] != labels[:, :-1]
-    for t in range(log_probs.shape[0]):
-        previous = torch.cat([start[:, :1], label], 1)
-        ways = torch.stack([label, blanks[:, :-1], previous[:, :-1].masked_fill(~differs, none)])
-        going = (t < input_lengths)[:, None]
-        label = torch.where(going, ways.logsumexp(0) + log_probs[t].gather(1, labels), label)
-        blanks = torch.where(going, torch.logaddexp(blanks, previous) + log_probs[t, :, blank, None], blanks)
-    last = torch.logaddexp(blanks, torch.cat([start[:, :1], label], 1)).gather(1, target_lengths[:, None].long())[:, 0]
-    return torch.where(last < none / 10, torch.inf, -last)
-
-
 @torch.library.custom_op("soundwave::ctc_fwd", mutates_args=())
 @ranged("soundwave.ctc_fwd")
 def _ctc_fwd(

@@ -30,25 +30,8 @@ def _config(size: int) -> int:
     return min(max(triton.next_power_of_2(size), 32), MAX_BLOCK_T)
 
 
-def ctc_peaks_ref(path: Tensor, lengths: Tensor, scores: Tensor | None, blank: int, keep: str) -> Tensor:
-    """The definition: bool [B, T], true where a frame is kept."""
-    kept = torch.zeros(path.shape, dtype=torch.bool)
-    for utterance, length in enumerate(lengths.tolist()):
-        start = 0
-        while start < length:
-            ids = path[utterance, start:length]
-            stop = start + int((ids == ids[0]).long().cumprod(0).sum())
-            if keep == "runs":
-                kept[utterance, start] = True
-            elif ids[0] != blank and not scores[utterance, start:stop].isnan().any():
-                kept[utterance, start + int(scores[utterance, start:stop].float().argmax())] = True
-            start = stop
-        kept[utterance, 0] |= length > 0 and not kept[utterance].any()
-    return kept
-
-
 def _kept_frames(path: Tensor, lengths: Tensor, scores: Tensor | None, blank: int, keep: str) -> Tensor:
-    """`ctc_peaks_ref` without a loop, on any device."""
+    """bool [B, T], true where a frame is kept, without a loop."""
     batch, size = path.shape
     valid = torch.arange(size, device=path.device) < lengths[:, None]
     first = valid.clone()

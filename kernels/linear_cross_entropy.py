@@ -26,11 +26,6 @@ REDUCTIONS = ("mean", "sum", "none")
 TARGET_ROWS = 1024  # whose targets' rows of the head are gathered at once
 
 
-def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """loss [N]"""
-    return torch.nn.functional.cross_entropy(hidden @ weight.t(), target, ignore_index=ignore_index, reduction="none")
-
-
 @without_autocast
 def _run(
     hidden: Tensor,

@@ -51,14 +51,6 @@ from soundwave.kernels.linear_ctc_steps import (
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def linear_ctc_ref(
-    hidden: Tensor, weight: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int
-) -> Tensor:
-    """nll [B], for a blank that is a row of `weight`."""
-    log_probs = (hidden @ weight.t()).log_softmax(-1).transpose(0, 1)
-    return torch.nn.functional.ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, "none")
-
-
 class Result(NamedTuple):
     """Gradients are empty where they are not needed. dH and the blank's are those of each utterance's own loss."""
 

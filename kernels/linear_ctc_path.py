@@ -23,12 +23,6 @@ from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.vocab_rows import RowStats, vocab_chunks
 
 
-def linear_ctc_path_ref(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Without lengths, for a blank that is a row of `weight`."""
-    log_prob, path = (hidden @ weight.t()).log_softmax(-1).max(-1)
-    return path, log_prob
-
-
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator for the body of an operation, in which autocast is live; its first argument is a tensor."""
 

@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from soundwave.kernels.dispatch import ranged, resolve_impl
 
@@ -47,14 +46,6 @@ def _config(width: int) -> Config:
     """
     block_d = max(triton.next_power_of_2(width), 32)
     return Config(block_d, min(max(block_d // 512, 1), 16), together=block_d <= 4096)
-
-
-def add_layer_norm_ref(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, residual_index: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The definition: (y, s)."""
-    total = x + (residual if residual_index is None else residual[residual_index])
-    return F.layer_norm(total, total.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps), total
 
 
 @triton.jit

@@ -61,20 +61,6 @@ def _config(head_size: int, dtype: torch.dtype, arch: int) -> Config:
     return Config(Tile(block_m, 64, 4), Tile(block_m, 64, 4), Tile(64, 64, 8))
 
 
-def shrink_attention_ref(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
-) -> Tensor:
-    """The definition, one utterance after the other."""
-    parts = []
-    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for b in range(len(bounds_q) - 1):
-        q = query[bounds_q[b] : bounds_q[b + 1]]
-        k, v = (x[bounds_k[b] : bounds_k[b + 1]] for x in (key, value))
-        scores = torch.einsum("mhe,nhe->hmn", q, k) * scale
-        parts.append(torch.einsum("hmn,nhe->mhe", scores.softmax(-1), v))
-    return torch.cat(parts) if parts else torch.zeros_like(query)
-
-
 @triton.jit
 def _bounds(CU_SEQLENS, b, B, ROWS, MAX):
     """First row and number of rows of utterance b, never past ROWS, and whether all this can be right."""

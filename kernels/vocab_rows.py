@@ -81,7 +81,9 @@ def _max(x: Tensor) -> tuple[Tensor, Tensor]:
     return top, torch.where(group < count, group * PLACES_CPU + inside, group - count + whole)
 
 
-def vocab_rows_ref(logits: Tensor, own: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _vocab_rows_torch(
+    logits: Tensor, own: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """top, index, log_sum, off and P, in place if dtypes allow it; in `logits` the own columns are -inf."""
     x = logits.to(own.dtype)
     top, index = _max(x)
@@ -183,7 +185,7 @@ def vocab_rows(
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         block = logits[start:stop]
-        *stats, p = vocab_rows_ref(block, own[start:stop], None if scale is None else scale[start:stop])
+        *stats, p = _vocab_rows_torch(block, own[start:stop], None if scale is None else scale[start:stop])
         for values, target in zip(stats, out.rows(start, stop), strict=True):
             target.copy_(values)
         if scale is not None and p.dtype != block.dtype:

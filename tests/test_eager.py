@@ -110,6 +110,33 @@ def test_ctc_of_an_empty_target_is_the_probability_of_blanks_alone():
     torch.testing.assert_close(loss, torch.stack([-log_probs[0].sum(), -log_probs[1, 0], log_probs.new_zeros(())]))
 
 
+@pytest.mark.parametrize("zero_infinity", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ctc_by_the_recursion_is_torchs_loss(reduction, zero_infinity):
+    """Gradients agree for the logits: torch's is right only after a log-softmax.
+
+    The third utterance is too short: its gradient is 0 here, and NaN in torch without `zero_infinity`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 4, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.tensor([[1, 1, 5], [3, 4, -100], [2, 2, 2], [-100, -100, -100]])
+    given = targets, torch.tensor([9, 4, 4, 7]), torch.tensor([3, 2, 3, 0]), 0, reduction, zero_infinity
+    loss, expected = eager.ctc_loss(logits.log_softmax(-1), *given), F.ctc_loss(logits.log_softmax(-1), *given)
+    torch.testing.assert_close(loss, expected, **EXACT)
+    found, wanted = (torch.autograd.grad(x[x.isfinite()].sum(), logits)[0] for x in (loss, expected))
+    assert not found[:, 2].any()
+    torch.testing.assert_close(found, wanted.nan_to_num(), **EXACT)
+
+
+def test_ctc_gradient_is_that_of_the_log_probabilities_as_given():
+    scores = torch.randn(3, 1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    loss = eager.ctc_loss(scores, torch.tensor([[1]]), torch.tensor([3]), torch.tensor([1]), reduction="sum")
+    expected = ctc_by_paths(scores[:, 0], [1], 0)
+    torch.testing.assert_close(loss, expected, **EXACT)
+    (found,), (wanted,) = (torch.autograd.grad(x, scores) for x in (loss, expected))
+    torch.testing.assert_close(found, wanted, **EXACT)
+
+
 INFEASIBLE = {"too_short": ([1, 2], 1), "repeat_without_room": ([1, 1], 2), "no_frames": ([2, 1], 0)}
 
 
@@ -167,6 +194,13 @@ def test_path_is_the_argmax_within_the_lengths_and_carries_no_gradient():
         torch.testing.assert_close(out.path_log_prob[i, :length], log_probs[i, :length].amax(-1), **EXACT)
         assert not out.path_log_prob[i, length:].any()
     assert out.loss.requires_grad and not out.path.requires_grad and not out.path_log_prob.requires_grad
+
+
+def test_the_path_alone_is_the_losss():
+    leaves, blank = ctc_problem("extra")
+    out = run_ctc(leaves, torch.tensor([[1], [2], [0]]), [4, 3, 0], [1, 1, 0], blank=blank)
+    path, path_log_prob = eager.linear_ctc_path(**leaves, lengths=torch.tensor([4, 3, 0]), blank=blank)
+    assert torch.equal(path, out.path) and torch.equal(path_log_prob, out.path_log_prob)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -280,6 +314,36 @@ def test_peaks_without_scores_are_refused():
 def test_an_unknown_keep_rule_is_refused():
     with pytest.raises(ValueError, match="keep = 'all', but it must be 'peaks' or 'runs'"):
         eager.ctc_peaks(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2]), blank=0, keep="all")
+
+
+# ---------------------------------------------------------------- attention and norm
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_packed_attention_is_torchs_of_each_utterance(scale):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(n, 2, 4, generator=generator, dtype=torch.float64) for n in (5, 7, 7))
+    bounds = torch.tensor([0, 2, 4, 5], dtype=torch.int32), torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+    found = eager.shrink_attention(query, key, value, *bounds, 2, 4, scale=scale)
+    for q, k in (((0, 2), (0, 3)), ((4, 5), (3, 7))):
+        one = (query[slice(*q)], key[slice(*k)], value[slice(*k)])
+        expected = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in one), scale=scale).transpose(0, 1)
+        torch.testing.assert_close(found[slice(*q)], expected, **EXACT)
+    assert not found[2:4].any()  # the second utterance has no keys
+
+
+def test_no_utterances_have_no_attention():
+    empty, bounds = torch.zeros(0, 2, 4), torch.zeros(1, dtype=torch.int32)
+    assert eager.shrink_attention(empty, empty, empty, bounds, bounds, 0, 0).shape == (0, 2, 4)
+
+
+def test_residual_and_norm_are_torchs_norm_of_the_sum():
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(n, 6, generator=generator) for n in (3, 5))
+    norm, index = nn.LayerNorm(6), torch.tensor([4, 0, 2])
+    y, total = eager.add_layer_norm(x, residual, norm.weight, norm.bias, residual_index=index, return_sum=True)
+    assert torch.equal(total, x + residual[index]) and torch.equal(y, norm(total))
+    assert torch.equal(eager.add_layer_norm(x, residual[:3], norm.weight, norm.bias), norm(x + residual[:3]))
 
 
 # ---------------------------------------------------------------- splicing

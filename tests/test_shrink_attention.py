@@ -6,10 +6,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from soundwave import eager
 from soundwave.fused.functional import shrink_attention
 from soundwave.kernels.dispatch import interpreted
 from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
-from soundwave.kernels.shrink_attention import MAX_E, _backward, _config, _forward, shrink_attention_ref
+from soundwave.kernels.shrink_attention import MAX_E, _backward, _config, _forward
 from tests.accuracy import assert_as_accurate, assert_rms
 from tests.implementations import WHERE
 
@@ -86,11 +87,11 @@ def check(tensors, where, impl, scale=None):
     upstream = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(query.device, query.dtype)
     factor = query.shape[2] ** -0.5 if scale is None else scale
     found = everything(lambda *x: shrink_attention(*x, *where, scale=scale, impl=impl), tensors, upstream)
-    eager = everything(lambda *x: eager_attention(*x, *where[:2], factor), tensors, upstream)
+    theirs = everything(lambda *x: eager_attention(*x, *where[:2], factor), tensors, upstream)
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    truth = everything(lambda *x: shrink_attention_ref(*x, *where[:2], factor), wide, upstream)
+    truth = everything(lambda *x: eager.shrink_attention(*x, *where, scale=factor), wide, upstream)
     pairs = []
-    for name, a, b, c in zip(NAMES, found, eager, truth, strict=True):
+    for name, a, b, c in zip(NAMES, found, theirs, truth, strict=True):
         assert a.dtype == query.dtype, name
         pair = assert_as_accurate(a, b, c, query.dtype, name)
         norm = float(c.norm()) or 1.0

@@ -1,13 +1,13 @@
-"""Soundwave's operations and adapters in plain PyTorch: the definition that everything faster is held to.
+"""Soundwave's operations in plain PyTorch, one definition each: every faster implementation must agree with it.
 
 Dimension letters: B utterances, T frames of the longest, N = B·T, D width of the language model, E width of the
 encoder, V rows of the head, U labels of the longest target, K kept frames of all utterances together.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100
@@ -35,6 +35,49 @@ class Peaks(NamedTuple):
 def length_mask(lengths: Tensor, size: int) -> Tensor:
     """True where a position is before its row's length: bool [B, size]."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    """CTC (Graves et al. 2006) by its recursion over frames in log space; the gradient is autograd's.
+
+    `F.ctc_loss` gives the same losses and is much faster, but its gradient is right only after a log-softmax.
+
+    Args:
+        log_probs: [T, B, C].
+        targets: int [B, U], padded with anything past `target_lengths`.
+        input_lengths, target_lengths: int [B].
+        blank: class of the blank.
+        reduction: "mean" (each loss over its target length, then over utterances), "sum" or "none".
+        zero_infinity: an utterance that cannot be aligned counts 0, not inf. Its gradient is 0 in any case.
+    """
+    none = -1e30  # stands for log 0, because -inf gives NaN gradients
+    input_lengths, target_lengths = input_lengths.to(log_probs.device), target_lengths.to(log_probs.device)
+    labels = targets.to(log_probs.device, torch.int64)
+    labels = labels.masked_fill(~length_mask(target_lengths, labels.shape[1]), blank)
+    start = log_probs.new_full((labels.shape[0], labels.shape[1] + 1), none)
+    # alpha of the blank after u labels [B, U + 1], and of each label [B, U].
+    blanks, label = start.index_fill(1, labels.new_zeros(1), 0.0), start[:, 1:]
+    differs = torch.ones_like(labels, dtype=torch.bool)
+    differs[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    for t in range(log_probs.shape[0]):
+        previous = torch.cat([start[:, :1], label], 1)
+        into_label = torch.stack([label, blanks[:, :-1], previous[:, :-1].masked_fill(~differs, none)])
+        inside = (t < input_lengths)[:, None]
+        label = torch.where(inside, into_label.logsumexp(0) + log_probs[t].gather(1, labels), label)
+        blanks = torch.where(inside, torch.logaddexp(blanks, previous) + log_probs[t, :, blank, None], blanks)
+    last = torch.logaddexp(blanks, torch.cat([start[:, :1], label], 1)).gather(1, target_lengths[:, None].long())[:, 0]
+    loss = torch.where(last < none / 10, 0.0 if zero_infinity else torch.inf, -last)
+    if reduction == "mean":
+        return (loss / target_lengths.clamp(min=1)).sum() / max(len(loss), 1)
+    return loss.sum() if reduction == "sum" else loss
 
 
 def linear_ctc_loss(
@@ -91,6 +134,21 @@ def linear_ctc_loss(
         log_probs.transpose(0, 1), targets, input_lengths, target_lengths, blank, reduction, zero_infinity
     )
     return LinearCTCOutput(loss, path, path_log_prob)
+
+
+def linear_ctc_path(
+    hidden: Tensor,
+    weight: Tensor,
+    lengths: Tensor,
+    *,
+    blank: int,
+    blank_weight: Tensor | None = None,
+    blank_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`path` and `path_log_prob` of `linear_ctc_loss`, without a loss."""
+    extra = {"blank_weight": blank_weight, "blank_bias": blank_bias}
+    _, path, path_log_prob = linear_ctc_loss(hidden, weight, None, lengths, None, blank=blank, **extra)
+    return path, path_log_prob
 
 
 def _check_labels(targets: Tensor, target_lengths: Tensor, rows: int, blank: int) -> None:
@@ -171,6 +229,59 @@ def every_frame(lengths: Tensor, size: int) -> Peaks:
     return Peaks(kept.flatten().nonzero().squeeze(1), cu_seqlens, int(lengths.max()) if len(lengths) else 0)
 
 
+def shrink_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of packed queries to the packed keys of the same utterance, one utterance after the other.
+
+    Args:
+        query: [K, H, E]; key, value: [N, H, E].
+        cu_seqlens_q, cu_seqlens_k: int [B + 1], the bounds of the utterances, from 0 to K and to N.
+        max_seqlen_q, max_seqlen_k: the longest utterance of each; not needed here, but packed kernels take them.
+        scale: factor of the products before the softmax; None is 1 / sqrt(E).
+
+    Returns:
+        [K, H, E]; 0 for an utterance without keys.
+    """
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    parts = [query[:0]]
+    for b in range(len(bounds_q) - 1):
+        q = query[bounds_q[b] : bounds_q[b + 1]]
+        k, v = (x[bounds_k[b] : bounds_k[b + 1]] for x in (key, value))
+        scores = torch.einsum("mhe,nhe->hmn", q, k) * scale
+        parts.append(torch.einsum("hmn,nhe->mhe", scores.softmax(-1), v))
+    return torch.cat(parts)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    residual_index: Tensor | None = None,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm of the rows of `x + residual` [N, D]; with `return_sum` also the sum.
+
+    With `residual_index` int [N] row `residual_index[n]` of `residual` [R, D] is added to `x[n]`. `weight` and `bias`
+    are [D]. The result has the promoted dtype of x and residual.
+    """
+    total = x + (residual if residual_index is None else residual[residual_index])
+    y = F.layer_norm(total, total.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
+    return (y, total) if return_sum else y
+
+
 def splice(
     embeddings: Tensor,
     input_ids: Tensor,
@@ -237,130 +348,3 @@ def splice(
     new_labels = labels.new_full((batch, size), IGNORE_INDEX)
     new_labels[text_row, text_column] = labels[is_text]
     return out, mask, new_labels
-
-
-def attention_mask(mask: Tensor) -> Tensor | None:
-    """For bool [B, T] of the keys: [B, 1, 1, T]; None where all are seen to be valid, with which attention is faster.
-
-    To look makes the host wait for a GPU; a compiled graph would break, and a tensor without data has nothing to show.
-    """
-    unseen = torch.compiler.is_compiling() or mask.is_meta
-    return mask[:, None, None, :] if unseen or not mask.all() else None
-
-
-class SelfAttention(nn.Module):
-    """Self-attention with the parameters of `nn.MultiheadAttention`; `attend="self"` keeps each frame to itself."""
-
-    def __init__(self, hidden_size: int, num_heads: int, attend: str):
-        super().__init__()
-        self.num_heads, self.attend = num_heads, attend
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size))
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x` [B, T, D], `mask` bool [B, T] of valid frames -> [B, T, D]."""
-        batch, size, width = x.shape
-        if self.attend == "self":  # softmax over one key is 1: only the values remain
-            return self.out_proj(F.linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :]))
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(batch, size, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask(mask))
-        return self.out_proj(attended.transpose(1, 2).reshape(batch, size, width))
-
-
-class AdapterLayer(nn.Module):
-    """Pre-norm Transformer layer: d_ff = 2·D, ReLU, dropout; parameter names as in `nn.TransformerEncoderLayer`."""
-
-    def __init__(self, hidden_size: int, num_heads: int, attend: str, dropout: float, eps: float):
-        super().__init__()
-        self.self_attn = SelfAttention(hidden_size, num_heads, attend)
-        self.linear1 = nn.Linear(hidden_size, 2 * hidden_size)
-        self.linear2 = nn.Linear(2 * hidden_size, hidden_size)
-        self.norm1 = nn.LayerNorm(hidden_size, eps=eps)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=eps)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x` [B, T, D], `mask` bool [B, T] -> [B, T, D]."""
-        x = x + self.dropout(self.self_attn(self.norm1(x), mask))
-        return x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(self.norm2(x))))))
-
-
-class AlignmentAdapter(nn.Module):
-    """Encoder frames -> the language model's embedding space (arXiv 2502.12900, §2).
-
-    Neighbouring frames are concatenated (`frame_stack`), projected, sent through one Transformer layer and normalised.
-    """
-
-    def __init__(self, config: Any):
-        super().__init__()
-        self.frame_stack = config.frame_stack
-        self.projector = nn.Linear(config.frame_stack * config.audio_hidden_size, config.hidden_size)
-        self.layer = AdapterLayer(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.attend,
-            config.adapter_dropout,
-            config.layer_norm_eps,
-        )
-        self.out_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """`frames` [B, T_enc, E], `lengths` int [B] -> hidden [B, ceil(T_enc / stack), D] and its lengths.
-
-        A last group that is not full is filled with zero frames.
-        """
-        stack = self.frame_stack
-        frames = frames.masked_fill(~length_mask(lengths, frames.shape[1])[..., None], 0.0)
-        frames = F.pad(frames, (0, 0, 0, -frames.shape[1] % stack))
-        lengths = (lengths + stack - 1) // stack
-        hidden = self.projector(frames.reshape(frames.shape[0], -1, stack * frames.shape[2]))
-        mask = length_mask(lengths, hidden.shape[1])
-        return self.out_norm(self.layer(hidden, mask)), lengths
-
-
-class ShrinkingAdapter(nn.Module):
-    """Kept frames gather what lies around them (arXiv 2502.12900, §2).
-
-    `LayerNorm(x' + Attn(x' W_q, x W_k, x W_v) W_o)`, x' the kept rows of x; LayerNorm(x') with `keys = "none"`.
-    """
-
-    def __init__(self, config: Any):
-        super().__init__()
-        width = config.hidden_size
-        self.num_heads, self.keys = config.num_attention_heads, config.keys
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, hidden: Tensor, lengths: Tensor, peaks: Peaks) -> Tensor:
-        """`hidden` [B, T, D], `lengths` int [B], `peaks` of the same frames -> [K, D], packed."""
-        batch, size, width = hidden.shape
-        if self.keys == "none":
-            return self.norm(hidden.reshape(-1, width)[peaks.index])
-        weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
-        bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
-        counts = peaks.cu_seqlens.diff().to(hidden.device, torch.int64)
-        kept_mask = length_mask(counts, peaks.max_seqlen)
-        residual = hidden.reshape(-1, width)[peaks.index]
-        queries = hidden.new_zeros(batch, peaks.max_seqlen, width)
-        queries = queries.masked_scatter(kept_mask[..., None], residual.to(queries.dtype))
-        context, mask = (hidden, length_mask(lengths, size)) if self.keys == "all" else (queries, kept_mask)
-
-        def heads(x: Tensor) -> Tensor:
-            return x.view(batch, x.shape[1], self.num_heads, width // self.num_heads).transpose(1, 2)
-
-        attended = F.scaled_dot_product_attention(
-            heads(F.linear(queries, weight_q, bias_q)),
-            heads(F.linear(context, weight_k, bias_k)),
-            heads(F.linear(context, weight_v, bias_v)),
-            attn_mask=attention_mask(mask),
-        )
-        attended = attended.transpose(1, 2).reshape(queries.shape)[kept_mask]
-        return self.norm(residual + self.out_proj(attended))

@@ -1,0 +1,136 @@
+"""The two adapters in plain PyTorch. Dimension letters as in `operations`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from soundwave.eager.operations import Peaks, length_mask
+
+
+def attention_mask(mask: Tensor) -> Tensor | None:
+    """For bool [B, T] of the keys: [B, 1, 1, T]; None where all are seen to be valid, with which attention is faster.
+
+    To look makes the host wait for a GPU; a compiled graph would break, and a tensor without data has nothing to show.
+    """
+    unseen = torch.compiler.is_compiling() or mask.is_meta
+    return mask[:, None, None, :] if unseen or not mask.all() else None
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with the parameters of `nn.MultiheadAttention`; `attend="self"` keeps each frame to itself."""
+
+    def __init__(self, hidden_size: int, num_heads: int, attend: str):
+        super().__init__()
+        self.num_heads, self.attend = num_heads, attend
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size))
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x` [B, T, D], `mask` bool [B, T] of valid frames -> [B, T, D]."""
+        batch, size, width = x.shape
+        if self.attend == "self":  # softmax over one key is 1: only the values remain
+            return self.out_proj(F.linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :]))
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(batch, size, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask(mask))
+        return self.out_proj(attended.transpose(1, 2).reshape(batch, size, width))
+
+
+class AdapterLayer(nn.Module):
+    """Pre-norm Transformer layer: d_ff = 2·D, ReLU, dropout; parameter names as in `nn.TransformerEncoderLayer`."""
+
+    def __init__(self, hidden_size: int, num_heads: int, attend: str, dropout: float, eps: float):
+        super().__init__()
+        self.self_attn = SelfAttention(hidden_size, num_heads, attend)
+        self.linear1 = nn.Linear(hidden_size, 2 * hidden_size)
+        self.linear2 = nn.Linear(2 * hidden_size, hidden_size)
+        self.norm1 = nn.LayerNorm(hidden_size, eps=eps)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x` [B, T, D], `mask` bool [B, T] -> [B, T, D]."""
+        x = x + self.dropout(self.self_attn(self.norm1(x), mask))
+        return x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(self.norm2(x))))))
+
+
+class AlignmentAdapter(nn.Module):
+    """Encoder frames -> the language model's embedding space (arXiv 2502.12900, §2).
+
+    Neighbouring frames are concatenated (`frame_stack`), projected, sent through one Transformer layer and normalised.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.frame_stack = config.frame_stack
+        self.projector = nn.Linear(config.frame_stack * config.audio_hidden_size, config.hidden_size)
+        self.layer = AdapterLayer(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.attend,
+            config.adapter_dropout,
+            config.layer_norm_eps,
+        )
+        self.out_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """`frames` [B, T_enc, E], `lengths` int [B] -> hidden [B, ceil(T_enc / stack), D] and its lengths.
+
+        A last group that is not full is filled with zero frames.
+        """
+        stack = self.frame_stack
+        frames = frames.masked_fill(~length_mask(lengths, frames.shape[1])[..., None], 0.0)
+        frames = F.pad(frames, (0, 0, 0, -frames.shape[1] % stack))
+        lengths = (lengths + stack - 1) // stack
+        hidden = self.projector(frames.reshape(frames.shape[0], -1, stack * frames.shape[2]))
+        mask = length_mask(lengths, hidden.shape[1])
+        return self.out_norm(self.layer(hidden, mask)), lengths
+
+
+class ShrinkingAdapter(nn.Module):
+    """Kept frames gather what lies around them (arXiv 2502.12900, §2).
+
+    `LayerNorm(x' + Attn(x' W_q, x W_k, x W_v) W_o)`, x' the kept rows of x; LayerNorm(x') with `keys = "none"`.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads, self.keys = config.num_attention_heads, config.keys
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, hidden: Tensor, lengths: Tensor, peaks: Peaks) -> Tensor:
+        """`hidden` [B, T, D], `lengths` int [B], `peaks` of the same frames -> [K, D], packed."""
+        batch, size, width = hidden.shape
+        if self.keys == "none":
+            return self.norm(hidden.reshape(-1, width)[peaks.index])
+        weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
+        bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
+        counts = peaks.cu_seqlens.diff().to(hidden.device, torch.int64)
+        kept_mask = length_mask(counts, peaks.max_seqlen)
+        residual = hidden.reshape(-1, width)[peaks.index]
+        queries = hidden.new_zeros(batch, peaks.max_seqlen, width)
+        queries = queries.masked_scatter(kept_mask[..., None], residual.to(queries.dtype))
+        context, mask = (hidden, length_mask(lengths, size)) if self.keys == "all" else (queries, kept_mask)
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(batch, x.shape[1], self.num_heads, width // self.num_heads).transpose(1, 2)
+
+        attended = F.scaled_dot_product_attention(
+            heads(F.linear(queries, weight_q, bias_q)),
+            heads(F.linear(context, weight_k, bias_k)),
+            heads(F.linear(context, weight_v, bias_v)),
+            attn_mask=attention_mask(mask),
+        )
+        attended = attended.transpose(1, 2).reshape(queries.shape)[kept_mask]
+        return self.norm(residual + self.out_proj(attended))
