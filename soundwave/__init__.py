@@ -50,16 +50,18 @@ _DEFINED = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """A public name on its first use."""
-    if name in ("eager", "fused"):
-        return import_module(f"soundwave.{name}")
-    if name not in _DEFINED:
-        raise AttributeError(f"module 'soundwave' has no attribute {name!r}")
-    module, attribute = _DEFINED[name]
-    value = getattr(import_module(module), attribute)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take any name for a public one
+
+    def __getattr__(name: str) -> Any:
+        """A public name on its first use."""
+        if name in ("eager", "fused"):
+            return import_module(f"soundwave.{name}")
+        if name not in _DEFINED:
+            raise AttributeError(f"module 'soundwave' has no attribute {name!r}")
+        module, attribute = _DEFINED[name]
+        value = getattr(import_module(module), attribute)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
