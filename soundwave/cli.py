@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from soundwave import __version__
+from soundwave.provenance import refuse_hidden_kernels
+
 if TYPE_CHECKING:
     from soundwave.inference.answer import LoadedModel
 
@@ -83,6 +86,22 @@ def _say(line: str) -> None:
 def _table(*headers: str) -> Table:
     """A table that folds long cells, paths above all, where rich would cut them off."""
     return Table(*(Column(header, overflow="fold") for header in headers), box=None)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"soundwave {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    """The options that need no command."""
 
 
 @app.command()
@@ -396,3 +415,8 @@ def _summary_table(summary: dict) -> Table:
         table.add_row(f"III {task}", percent(value), str(samples[task]))
     table.add_row("seconds I · II · III", " · ".join(f"{seconds[f'stage{i}']:.0f}" for i in (1, 2, 3)), "")
     return table
+
+
+if __name__ == "__main__":  # python -m soundwave.cli
+    refuse_hidden_kernels()
+    main()

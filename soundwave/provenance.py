@@ -1,9 +1,11 @@
 """Where a figure comes from: the commit of the checkout, the versions of packages, the device."""
 
+import importlib.util
 import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +14,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTIONS = {"soundwave": "soundwave-fused"}  # where they differ from the name of the import
 CHANGED = "-changed"  # how the commit of a checkout ends whose files differ from it
+
+
+def refuse_hidden_kernels() -> None:
+    """Exit with status 1 and one line on stderr if `import kernels` would find the checkout's folder of that name.
+
+    `python -m` puts the working directory first on `sys.path`. In the checkout's own folder transformers then finds
+    `kernels/` in place of another project's package, and `soundwave.kernels` is found only if the package is installed.
+    """
+    if (ROOT / "soundwave" / "kernels").is_dir():  # an installed package, not a checkout
+        return
+    spec = importlib.util.find_spec("kernels")
+    if spec is not None and spec.origin and Path(spec.origin).resolve().parent == ROOT / "kernels":
+        sys.exit(
+            f"error: `python -m` cannot run soundwave while {ROOT} is on sys.path, where the folder kernels/ hides "
+            "another package of that name; start the command `soundwave` instead (`make setup` installs it)"
+        )
 
 
 def commit() -> str | None:

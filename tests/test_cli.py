@@ -6,6 +6,7 @@ Most run `main` in this process, as starting torch takes seconds; a few start th
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import soundfile
 import torch
 
-from soundwave import backbones
+from soundwave import __version__, backbones
 from soundwave.cli import main
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.demo.ablation import VARIANTS
@@ -23,6 +24,7 @@ from soundwave.demo.espeak import Espeak
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).with_name("soundwave")
 FORMATS = ("wav", "flac", "ogg", "mp3")
 COMMANDS = ("demo", "train", "transcribe", "ask", "evaluate", "splice", "memory", "report", "ablate", "doctor")
@@ -86,9 +88,14 @@ def fault(soundwave):
     return run
 
 
-def script(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+def start(*command: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Runs a command in a process of its own, with these environment variables and without what would change it."""
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "PYTHONPATH")}
-    return subprocess.run([SCRIPT, *words], cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment | variables, timeout=300)
+
+
+def script(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    return start(SCRIPT, *words, cwd=cwd)
 
 
 # ---------------------------------------------------------------- the console script
@@ -128,6 +135,45 @@ def test_script_doctor_tells_what_runs_and_cuts_nothing_off(tmp_path):
         assert word in done.stdout
     assert torch.__version__ in done.stdout
     assert "…" not in done.stdout
+
+
+# ---------------------------------------------------------------- python -m, and the version
+
+
+@pytest.mark.parametrize("module", ["soundwave", "soundwave.cli"])
+def test_python_m_in_the_checkout_says_what_to_start_instead(module):
+    done = start(sys.executable, "-m", module, "doctor", cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert f"while {ROOT} is on sys.path" in done.stderr and "start the command `soundwave` instead" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["soundwave", "soundwave.cli"])
+def test_python_m_runs_the_command_from_another_folder(module, tmp_path):
+    done = start(sys.executable, "-m", module, "memory", "--batch", "1", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "largest batch of stage 1 on 24 GiB" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["soundwave", "soundwave.cli"])
+def test_python_m_runs_an_installed_package_beside_the_other_kernels(module, tmp_path):
+    shutil.copytree(ROOT / "soundwave", tmp_path / "soundwave")
+    shutil.copytree(ROOT / "kernels", tmp_path / "soundwave" / "kernels")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    done = start(sys.executable, "-m", module, "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"soundwave {__version__}\n", "")
+
+
+def test_version_is_one_line(soundwave):
+    assert soundwave("--version") == (0, f"soundwave {__version__}\n", "")
+
+
+def test_version_does_not_wait_for_torch(tmp_path):
+    done = start(sys.executable, "-X", "importtime", SCRIPT, "--version", cwd=tmp_path)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "soundwave.cli" in imported
+    assert not imported & {"torch", "transformers", "numpy"}
 
 
 # ---------------------------------------------------------------- help

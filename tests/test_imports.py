@@ -3,7 +3,8 @@
 A room is a module or a package directly below `soundwave`. Rules, each with a test of its own on small sources:
 
 1. No cycle among the modules of soundwave, imports inside functions included.
-2. Every room has a place in `ROOMS`, and imports only rooms that stand before its own.
+2. Every room has a place in `ROOMS`, and imports only rooms that stand before its own. `soundwave` itself, the front
+   door, stands beside `cli`, which takes the version from it.
 3. The pairs in `APART` do not reach each other, not even through a third room.
 4. `kernels` imports torch, triton, nvtx and the standard library only.
 5. Nothing imports `bench` or `tests`, nor `kernels` as a top level (that is another project's package). Tests of the
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
     "eager", "kernels", "hardware", "provenance", "attention", "fused", "backbones", "model", "memory", "data",
     "training", "inference", "evaluation", "serve", "curation", "report", "demo", "doctor", "cli",
+    "__main__",
 ]  # fmt: skip
 APART = [("training", "inference"), ("inference", "training"), ("serve", "training"), ("evaluation", "training")]
 # Modules by the names that they had in version 0.1, kept for one version.
@@ -136,6 +138,7 @@ def violations(root: Path) -> list[str]:
         for name, found in imports.items()
     }
     places = {room: place for place, room in enumerate(ROOMS)}
+    places[""] = places["cli"]  # the front door, `soundwave` itself
 
     found = []
     if cycle := find_cycle(graph):
@@ -203,6 +206,10 @@ ALLOWED = {
         "soundwave/__init__.py": "from .model import Model",
         "soundwave/model.py": "import torch",
     },
+    "the version, for the commands": {
+        "soundwave/__init__.py": "",
+        "soundwave/cli.py": "from soundwave import __version__",
+    },
     "tests that import what they test": {
         "soundwave/eager.py": "",
         "tests/test_eager.py": "from soundwave import eager",
@@ -231,6 +238,10 @@ FORBIDDEN = {
     "a layer above, inside a function": (
         {"soundwave/model.py": "def f():\n    import soundwave.cli", "soundwave/cli.py": ""},
         "upwards: soundwave.model -> soundwave.cli",
+    ),
+    "the front door, from a room below the commands": (
+        {"soundwave/__init__.py": "", "soundwave/data.py": "def f():\n    import soundwave"},
+        "upwards: soundwave.data -> soundwave",
     ),
     "rooms apart, through a third one": (
         {
