@@ -3,10 +3,11 @@
 To look at a CUDA tensor the CPU has to wait for the GPU. So the first offender is found on the device and copied
 without waiting; its ValueError comes at backward or at the next call, whichever is the first to find the copy there.
 
-And the derivatives that no operation here has: those of forward mode.
+And the derivatives that no operation here has: those of forward mode, and second ones.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,19 @@ def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(f"{name}: forward-mode derivatives are not there; use reverse mode")
+
+
+def no_second_derivative(name: str, *gradients: Any) -> None:
+    """Make a second derivative of the operation `name` a RuntimeError.
+
+    `gradients` are the custom operations that compute its gradient; none of them can be differentiated.
+    """
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"{name} has no second derivative: its gradient cannot be differentiated")
+
+    for operation in gradients:
+        operation.register_autograd(refuse)
 
 
 def raise_pending(wait: bool = False) -> None:

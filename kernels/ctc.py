@@ -14,7 +14,7 @@ Bitwise deterministic.
 import torch
 from torch import Tensor
 
-from soundwave.kernels.checks import raise_pending
+from soundwave.kernels.checks import no_second_derivative, raise_pending
 from soundwave.kernels.ctc_lattice import LATTICES, spread
 from soundwave.kernels.ctc_targets import check_targets, pad_targets
 from soundwave.kernels.dispatch import ranged
@@ -63,24 +63,20 @@ def _(grad, nll, posteriors, labels, classes, dtype):
     return posteriors.new_empty(*posteriors.shape[:2], classes, dtype=dtype)
 
 
-def _save(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output)
     ctx.classes, ctx.dtype = inputs[0].shape[2], inputs[0].dtype
     ctx.mark_non_differentiable(output[2])  # but not the posteriors: through them a second derivative is noticed
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, *_):
+def _autograd(ctx, grad, *_):
     gradient = None if grad is None else _ctc_bwd(grad, *ctx.saved_tensors, ctx.classes, ctx.dtype)
     return gradient, *[None] * 7
 
 
-def _backward_twice(ctx, *_):
-    raise RuntimeError("ctc_loss has no second derivative: its gradient cannot be differentiated")
-
-
-_ctc_fwd.register_autograd(_backward, setup_context=_save)
-_ctc_bwd.register_autograd(_backward_twice)
+_ctc_fwd.register_autograd(_autograd, setup_context=_setup_context)
+no_second_derivative("ctc_loss", _ctc_bwd)
 
 
 def ctc_nll(

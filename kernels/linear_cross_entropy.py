@@ -17,7 +17,7 @@ Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it
 import torch
 from torch import Tensor
 
-from soundwave.kernels.checks import raise_pending, report
+from soundwave.kernels.checks import no_second_derivative, raise_pending, report
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.linear_ctc_path import sum_dtype, without_autocast
 from soundwave.kernels.vocab_rows import RowStats, add_weight_gradient, probabilities_times_weight, vocab_chunks
@@ -160,7 +160,7 @@ def _(grad, dhidden, dweight, scale):
     return torch.empty_like(dhidden), torch.empty_like(dweight)
 
 
-def _save(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     ctx.settings, reduction = inputs[3:6], inputs[6]
     ctx.need_hidden, ctx.need_weight = inputs[8:10]
     ctx.again = ctx.need_weight and reduction == "none"
@@ -170,7 +170,7 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, *_):
+def _autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 11
     dhidden, dweight = _linear_cross_entropy_bwd(grad, *ctx.saved_tensors[:3])
@@ -180,13 +180,8 @@ def _backward(ctx, grad, *_):
     return dhidden if ctx.need_hidden else None, dweight, *[None] * 9
 
 
-def _backward_twice(ctx, *_):
-    raise RuntimeError("linear_cross_entropy has no second derivative: its gradient cannot be differentiated")
-
-
-_linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
-_linear_cross_entropy_bwd.register_autograd(_backward_twice)
-_linear_cross_entropy_dweight.register_autograd(_backward_twice)
+_linear_cross_entropy_fwd.register_autograd(_autograd, setup_context=_setup_context)
+no_second_derivative("linear_cross_entropy", _linear_cross_entropy_bwd, _linear_cross_entropy_dweight)
 
 
 def linear_cross_entropy(

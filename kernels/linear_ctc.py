@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from soundwave.kernels.checks import raise_pending
+from soundwave.kernels.checks import no_second_derivative, raise_pending
 from soundwave.kernels.ctc_targets import pad_targets
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.linear_ctc_path import Head, sum_dtype, without_autocast
@@ -214,7 +214,7 @@ def _(grad, dhidden, dweight, dblank, scale):
     return torch.empty_like(dhidden), torch.empty_like(dweight), blank, dblank.new_empty(())
 
 
-def _save(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     tensors, ctx.settings, reduction = inputs[:7], inputs[7:10], inputs[10]
     ctx.need_hidden, ctx.need_weight, _ = inputs[13:16]
     ctx.again = ctx.need_weight and reduction == "none"
@@ -224,7 +224,7 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, *_):
+def _autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 17
     *saved, scale = ctx.saved_tensors[:4]
@@ -238,13 +238,8 @@ def _backward(ctx, grad, *_):
     return dhidden if ctx.need_hidden else None, *others, *[None] * 13
 
 
-def _backward_twice(ctx, *_):
-    raise RuntimeError("linear_ctc_loss has no second derivative: its gradient cannot be differentiated")
-
-
-_linear_ctc_fwd.register_autograd(_backward, setup_context=_save)
-_linear_ctc_bwd.register_autograd(_backward_twice)
-_linear_ctc_dweight.register_autograd(_backward_twice)
+_linear_ctc_fwd.register_autograd(_autograd, setup_context=_setup_context)
+no_second_derivative("linear_ctc_loss", _linear_ctc_bwd, _linear_ctc_dweight)
 
 
 def linear_ctc(

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from soundwave.kernels.checks import no_second_derivative
 from soundwave.kernels.dispatch import ranged, resolve_impl
 
 MAX_D = 8192  # one row in registers, 16 elements a thread of 16 warps; the widest stream in use is 8192 (Llama 70B)
@@ -292,12 +293,8 @@ def _autograd(ctx, dy, dsum, *_):
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None, None
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError("add_layer_norm has a first derivative only: its backward cannot be differentiated again")
-
-
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_backward.register_autograd(_no_double_backward)
+no_second_derivative("add_layer_norm", _backward)
 
 
 def add_layer_norm(

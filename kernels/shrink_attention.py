@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from soundwave.kernels.checks import no_second_derivative
 from soundwave.kernels.dispatch import input_precision, ranged, resolve_impl
 from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
 
@@ -317,12 +318,8 @@ def _autograd(ctx, dout, _):
     return *(gradient if needed else None for gradient, needed in zip(gradients, need, strict=True)), *[None] * 6
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError("shrink_attention has a first derivative only: its backward cannot be differentiated again")
-
-
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_backward.register_autograd(_no_double_backward)
+no_second_derivative("shrink_attention", _backward)
 
 
 def shrink_attention(

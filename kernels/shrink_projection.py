@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from soundwave.kernels.checks import no_second_derivative
 from soundwave.kernels.dispatch import input_precision, ranged, resolve_impl
 
 GROUP = 8  # tiles of rows that are done together, so that the tiles of W they share stay in the L2 cache
@@ -226,12 +227,8 @@ def _autograd(ctx, dq, dk, dv):
     return dx if need_x else None, *none, dweight if need_weight else None, dbias if need_bias else None, *none
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError("shrink_projection has a first derivative only: its backward cannot be differentiated again")
-
-
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_backward.register_autograd(_no_double_backward)
+no_second_derivative("shrink_projection", _backward)
 
 
 def shrink_projection(

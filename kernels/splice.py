@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from soundwave.kernels.checks import no_second_derivative
 from soundwave.kernels.dispatch import ranged, resolve_impl
 
 BLOCK_D = 1024  # columns a program: 2 kB of bf16, 16 bytes a thread of four warps
@@ -202,12 +203,8 @@ def _autograd(ctx, dout):
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError("splice has a first derivative only: its backward cannot be differentiated again")
-
-
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_backward.register_autograd(_no_double_backward)
+no_second_derivative("splice", _backward)
 
 
 def splice_places(
