@@ -23,7 +23,7 @@ UNITS = {
 def entries() -> list[dict]:
     """The points of the curves, from the newest run that was not restricted to some cases."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*/*.json")]
-    newest = max((run for run in runs if run.get("whole", True) and not run["worse"]), key=lambda run: run["date"])
+    newest = max((run for run in runs if run.get("whole", True) and not run.get("worse")), key=lambda run: run["date"])
     return [entry for entry in newest["entries"] if (entry["operation"], entry["over"]) == (OPERATION, OVER)]
 
 
