@@ -28,24 +28,27 @@ app = typer.Typer(
 )
 console, errors = Console(), Console(stderr=True)
 DEMO_MODEL = Path("runs/demo/model")
-TRAINING = ("train", "demo", "ablate")  # commands that go on where they were stopped
+TRAINING = ("train", "demo", "ablate")  # commands that continue from their newest checkpoint
 ModelOption = Annotated[Path, typer.Option("--model", help="Folder of a trained model.", metavar="FOLDER")]
 
 
 def main() -> None:
-    """Entry point: what a user can mend is one line on stderr and exit status 1; the rest is a traceback."""
+    """Entry point of the console script.
+
+    An error that the user can mend gives one line on stderr and exit status 1. Any other error keeps its traceback.
+    """
     _quiet()
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
     except SystemExit as end:
-        if end.code == 130:  # Ctrl-C while nothing was trained, or the second one
+        if end.code == 130:  # Ctrl-C outside of training, or for the second time
             goes_on = "; the same command goes on from the newest checkpoint"
             errors.print(f"stopped at once{goes_on if sys.argv[1] in TRAINING else ''}")
         raise
     except RuntimeError as error:
-        from soundwave.backbones.wheels import EmbeddedError  # here, as they bring torch with them
+        from soundwave.backbones.wheels import EmbeddedError  # imported here, because they import torch
         from soundwave.training.callbacks import Interrupted
 
         if isinstance(error, Interrupted):
@@ -63,7 +66,7 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _quiet() -> None:
-    """Libraries' advice about features that are not used here would bury the lines that matter."""
+    """Hide what libraries say about features that are not used here: it would bury the lines that matter."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     for name in ("bitsandbytes", "huggingface_hub", "gguf"):
@@ -71,7 +74,7 @@ def _quiet() -> None:
 
 
 def _quiet_transformers() -> None:
-    """The same for transformers, which sets its own level when it is imported, and its bars for reading weights."""
+    """Hide what transformers says, whose import sets its own log level, and its progress bars for loading weights."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -79,12 +82,12 @@ def _quiet_transformers() -> None:
 
 
 def _say(line: str) -> None:
-    """A line with paths in it: neither wrapped, nor read as markup."""
+    """Print a line that may hold paths: it is neither wrapped nor read as markup."""
     console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _table(*headers: str) -> Table:
-    """A table that folds long cells, paths above all, where rich would cut them off."""
+    """A table that folds long cells, such as paths, because rich would cut them off."""
     return Table(*(Column(header, overflow="fold") for header in headers), box=None)
 
 
@@ -108,13 +111,13 @@ def _options(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model, logs, picture and summary.")] = Path("runs/demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few minutes instead of twenty; shows that it runs.")
+        bool, typer.Option("--quick", help="Short run of a few minutes instead of twenty; only shows that it works.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the corpus, the weights and the order of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the corpus, the weights and the order of the samples.")] = 0,
 ) -> None:
     """Train all three stages on synthetic speech and show the scores.
 
-    The first run fetches two small backbones (some 160 MB) and makes its own recordings; nothing else is needed.
+    The first run downloads two small backbones (some 160 MB) and makes its own recordings; nothing else is needed.
     """
     from soundwave.demo.run import run_demo
 
@@ -127,29 +130,35 @@ def demo(
 
 @app.command()
 def train(
-    stage: Annotated[int, typer.Argument(help="1 alignment, 2 shrinking, 3 instruction tuning.", min=1, max=3)],
-    settings: Annotated[list[str] | None, typer.Argument(help="`key=value` …, over the file's.")] = None,
+    stage: Annotated[
+        int, typer.Argument(help="Training stage: 1 alignment, 2 shrinking, 3 instruction tuning.", min=1, max=3)
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings as `key=value` words; they override those of the file.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the settings that would be used, and stop.")] = False,
     resume: Annotated[
         bool | None,
         typer.Option(
             "--resume/--no-resume",
-            help="Go on from the newest checkpoint in `out`, with other settings too; or refuse to. "
-            "Without either, a run goes on if its settings and data are the same.",
+            help="Continue from the newest checkpoint in `out` even if settings or data have changed, or never "
+            "continue. By default a run continues only with the same settings and data.",
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at a sample that cannot be used; else it is left out.")
+        bool, typer.Option("--strict", help="Stop at a sample that cannot be used, instead of leaving it out.")
     ] = False,
-    allow_outside: Annotated[bool, typer.Option("--allow-outside", help="Audio may lie outside the folder.")] = False,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Train one stage on your own recordings.
 
-    Settings not given are the paper's; `--show` lists them. `train` (manifests) and `out` (a folder) are needed.
-    Stages 2 and 3 go on from `model`, the folder that the stage before printed. A run that ended early, by Ctrl-C, by
-    a full disk or by kill -9, goes on with the same command.
+    Settings that are not given are the paper's; `--show` lists them. Two settings are required: `train` (manifests)
+    and `out` (a folder). Stages 2 and 3 start from `model`, the folder that the stage before printed. After a run has
+    ended early, by Ctrl-C, a full disk or kill -9, the same command continues it.
 
     Example: `soundwave train 1 train=data/train.jsonl out=runs/mine/1 steps=300 batch_size=16 learning_rate=1e-3`
     """
@@ -174,13 +183,14 @@ def train(
 
 @app.command()
 def transcribe(
-    files: Annotated[list[Path], typer.Argument(help="WAV, FLAC, Ogg or MP3.", metavar="FILE")],
+    files: Annotated[list[Path], typer.Argument(help="Audio files: WAV, FLAC, Ogg or MP3.", metavar="FILE")],
     model: ModelOption = DEMO_MODEL,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: file, seconds, text.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines with file, seconds and text.")] = False,
 ) -> None:
     """Write down what is said in recordings.
 
-    A recording over 30 s is read in pieces, cut where it is quietest. A model of stage 1 is read by CTC.
+    A recording of more than 30 s is cut into pieces where it is quietest. CTC writes the text if the model has seen
+    stage 1 only, else the language model does.
     """
     from soundwave.data.audio import load_audio
     from soundwave.inference.long import transcribe_each
@@ -196,16 +206,16 @@ def transcribe(
 
 @app.command()
 def ask(
-    file: Annotated[Path, typer.Argument(help="WAV, FLAC, Ogg or MP3.")],
-    question: Annotated[str, typer.Argument(help="What you want to know about the recording.")],
+    file: Annotated[Path, typer.Argument(help="Audio file: WAV, FLAC, Ogg or MP3.")],
+    question: Annotated[str, typer.Argument(help="Question about the recording.")],
     model: ModelOption = DEMO_MODEL,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 128,
 ) -> None:
-    """Ask a question about a recording; of a long one the first 30 s are heard."""
+    """Ask a question about a recording, of which at most the first 30 s are heard."""
     from soundwave.data.audio import seconds_of
     from soundwave.inference.long import ask as ask_about
 
-    seconds_of(file)  # a file that cannot be used is told before the model is loaded
+    seconds_of(file)  # raises for a file that cannot be used, before the model is loaded
     loaded = _load_model(model)
     if loaded.model.config.stage == 1:
         raise ValueError(f"{model} has seen stage 1 only and cannot answer; train stage 2, or use soundwave transcribe")
@@ -219,15 +229,19 @@ def ask(
 @app.command()
 def evaluate(
     manifest: Annotated[
-        Path, typer.Argument(help="JSON lines: audio_filepath and text; for other tasks task, prompt and answer.")
+        Path, typer.Argument(help="Manifest: JSON lines with audio_filepath and text, or with task, prompt and answer.")
     ],
     model: ModelOption = DEMO_MODEL,
-    ctc: Annotated[bool, typer.Option("--ctc", help="Score the CTC reading instead of the LLM's answers.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    answers: Annotated[Path | None, typer.Option(help="Write every answer here, as JSON lines.")] = None,
+    ctc: Annotated[
+        bool, typer.Option("--ctc", help="Score the text that CTC writes instead of the LLM's answers.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
+    answers: Annotated[Path | None, typer.Option(help="File to write every answer to, as JSON lines.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
-    allow_outside: Annotated[bool, typer.Option("--allow-outside", help="Audio may lie outside the folder.")] = False,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
+    ] = False,
 ) -> None:
     """Score a model on a manifest: word error rate, and for other tasks the share of right answers."""
     from soundwave.data.manifest import read_manifest
@@ -264,14 +278,16 @@ def evaluate(
 def splice(
     index: Annotated[Path, typer.Argument(help="index.jsonl of single words: audio_filepath, text, speaker, split.")],
     out: Annotated[Path, typer.Argument(help="Folder for the audio and the manifest.")],
-    split: Annotated[str, typer.Option(help="Which clips to use.")] = "train",
-    count: Annotated[int, typer.Option(min=1, help="How many strings.")] = 1000,
-    max_words: Annotated[int, typer.Option(min=1, help="Longest string.")] = 8,
+    split: Annotated[str, typer.Option(help="Split whose clips are used.")] = "train",
+    count: Annotated[int, typer.Option(min=1, help="Number of strings.")] = 1000,
+    max_words: Annotated[int, typer.Option(min=1, help="Maximum number of words in a string.")] = 8,
     without: Annotated[
-        list[str] | None, typer.Option("--without-speaker", help="Leave this speaker out (may repeat).")
+        list[str] | None, typer.Option("--without-speaker", help="Speaker to leave out (may be repeated).")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option("--only-speaker", help="Use this speaker (may repeat).")] = None,
-    seed: Annotated[int, typer.Option(help="Of the strings and their gaps.")] = 0,
+    only: Annotated[
+        list[str] | None, typer.Option("--only-speaker", help="Speaker to use instead of all (may be repeated).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed for the strings and their gaps.")] = 0,
 ) -> None:
     """Splice recordings of single words into strings, as data for training or testing."""
     from soundwave.data.splicing import splice_strings
@@ -291,23 +307,23 @@ def splice(
 
 @app.command()
 def memory(
-    stage: Annotated[int, typer.Option(min=1, max=3, help="Of training.")] = 1,
+    stage: Annotated[int, typer.Option(min=1, max=3, help="Training stage.")] = 1,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Clips a forward pass; without, the largest that fits.")
+        int | None, typer.Option(min=1, help="Clips per forward pass; by default the largest number that fits.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Of each clip, 0.01 to 30.")] = 30.0,
+    seconds: Annotated[float, typer.Option(help="Length of each clip in seconds, 0.01 to 30.")] = 30.0,
     gpu: Annotated[float, typer.Option(help="Memory of the card in GiB; a 24 GB card has 24.")] = 24.0,
     eager: Annotated[bool, typer.Option("--eager", help="Plain PyTorch instead of the fused operations.")] = False,
-    kept: Annotated[float, typer.Option(help="Frames kept a second, above 0; 25: nothing is shrunk.")] = 3.0,
-    text_tokens: Annotated[int, typer.Option(min=1, help="Prompt and answer of a sample.")] = 150,
+    kept: Annotated[float, typer.Option(help="Kept frames per second, above 0; at 25 nothing is shrunk.")] = 3.0,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sample's prompt and answer.")] = 150,
     answer_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Those of them that are learned; without, 80 or all, if fewer.")
+        int | None, typer.Option(min=1, help="Tokens of a sample's answer; by default 80, but at most --text-tokens.")
     ] = None,
 ) -> None:
     """Predict the GPU memory of a training step, part by part, for Whisper-large-v3 and Llama-3.1-8B in 4 bits.
 
-    No GPU is needed: it is arithmetic. Also says the largest batch that fits, with room left for what the prediction
-    may be off. All sizes are in GiB.
+    No GPU is needed: the prediction is arithmetic. The largest batch that fits is printed too, with room left for the
+    error of the prediction. All sizes are in GiB.
     """
     from soundwave.memory import TOLERANCE, largest_batch, predict, table
 
@@ -317,7 +333,7 @@ def memory(
     }  # fmt: skip
     try:
         most = largest_batch(stage, seconds, **settings)
-    except ValueError as error:  # "name = value, but …", where the name is the function's
+    except ValueError as error:  # "name = value, but …", with the name of the argument: it becomes the option's
         name, _, rest = str(error).partition(" ")
         option = {"gpu_gib": "gpu", "kept_per_second": "kept"}.get(name, name.replace("_", "-"))
         raise ValueError(f"--{option} {rest.replace('text_tokens', '--text-tokens')}") from None
@@ -328,15 +344,15 @@ def memory(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.", metavar="RUN…")],
-    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the first run.")] = None,
-    utterances: Annotated[int, typer.Option(min=0, help="Recordings to look into.")] = 6,
+    out: Annotated[Path | None, typer.Option(help="Page to write; by default report.html in the first run.")] = None,
+    utterances: Annotated[int, typer.Option(min=0, help="Number of recordings to show in detail.")] = 6,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Show recordings outside their manifest's folder, too.")
     ] = False,
 ) -> None:
-    """Write a page to look at: curves, scores, and what the model hears in a few recordings.
+    """Write a page that shows curves, scores, and what the model hears in a few recordings.
 
-    One HTML file that needs no network.
+    The page is one HTML file that needs no network.
     """
     from soundwave.report import write_report
 
@@ -350,20 +366,24 @@ def ablate(
     variants: Annotated[
         list[str] | None,
         typer.Argument(
-            help="All without: soundwave, no-cross-attention, no-stage-1, runs, swapped, stacked-3, stacked-4, uneven, "
-            "uneven-plain, no-labels.",
+            help="Variants to train, by default all: soundwave, no-cross-attention, no-stage-1, runs, swapped, "
+            "stacked-3, stacked-4, uneven, uneven-plain, no-labels.",
             metavar="VARIANT…",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("runs/ablations"),
-    scale: Annotated[float, typer.Option(min=0.01, max=10, help="Of the demonstration's steps.")] = 1.0,
-    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; what is timed comes after all.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the corpus, the weights and the order of the samples.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the models, answers and tables.")] = Path("runs/ablations"),
+    scale: Annotated[
+        float, typer.Option(min=0.01, max=10, help="Factor on the number of steps of the demonstration.")
+    ] = 1.0,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Trainings that run at the same time; times are measured after all of them.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Seed for the corpus, the weights and the order of the samples.")] = 0,
 ) -> None:
     """Leave out or replace parts of Soundwave and compare: word error rates, accuracies, lengths, times.
 
-    Ten variants, of which each takes two thirds of `soundwave demo`'s time, and four alignments that they start from.
-    The same command goes on where it was interrupted.
+    There are ten variants, each of which takes two thirds of the time of `soundwave demo`, and four alignments from
+    which they start. After an interruption the same command continues.
     """
     from soundwave.demo.ablation import VARIANTS, run_ablations
 
@@ -374,7 +394,7 @@ def ablate(
         accuracies = (f"{found['accuracy'][task]['value']:.1%}" for task in ("voice", "rate", "intent", "question"))
         table.add_row(name, f"{found['wer']['value']:.1%}", *accuracies, f"{found['kept_per_second']:.1f}")
     console.print(table)
-    _say(f"tables {out / 'ablations.md'} · report {out / 'report.html'} · of stage I {out / 'alignments.html'}")
+    _say(f"tables {out / 'ablations.md'} · report {out / 'report.html'} · report of stage I {out / 'alignments.html'}")
 
 
 @app.command()

@@ -1,6 +1,6 @@
-"""The commands: what they print, and that every fault of the user's is one line on stderr and exit status 1.
+"""The commands: what they print, and that every error of the user's is one line on stderr and exit status 1.
 
-Most run `main` in this process, as starting torch takes seconds; a few start the console script itself.
+Most tests call `main` in this process, because importing torch takes seconds; a few start the console script itself.
 """
 
 import json
@@ -32,7 +32,7 @@ COMMANDS = ("demo", "train", "transcribe", "ask", "evaluate", "splice", "memory"
 
 @pytest.fixture(scope="module")
 def models(small_llm, tmp_path_factory) -> dict[int, Path]:
-    """Untrained models that say they have seen stage 1 and stage 3."""
+    """Untrained models whose configurations say that they have seen stage 1 and stage 3."""
     folders = {}
     for stage in (1, 3):
         config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_llm), lora_rank=4, stage=stage)
@@ -45,7 +45,7 @@ def models(small_llm, tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory) -> Path:
-    """A folder with one sentence as words.wav, .flac, .ogg and .mp3, 32 s of it as long.wav, and what is no audio."""
+    """A folder with one sentence as words.wav, .flac, .ogg and .mp3, 32 s of it as long.wav, and a text as text.wav."""
     folder = tmp_path_factory.mktemp("spoken [1]")  # a name that rich would read as markup
     with Espeak() as espeak:
         samples, rate = espeak.synthesize("turn on the light")
@@ -59,7 +59,7 @@ def spoken(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def soundwave(monkeypatch, capsys):
-    """Runs the command in this process: gives exit status, stdout and stderr."""
+    """Runs the command in this process and returns exit status, stdout and stderr."""
 
     def run(*words: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["soundwave", *map(str, words)])
@@ -77,7 +77,7 @@ def soundwave(monkeypatch, capsys):
 
 @pytest.fixture
 def fault(soundwave):
-    """Runs a command that must fail: gives its one line."""
+    """Runs a command that must fail and returns its one line."""
 
     def run(*words: str | Path) -> str:
         status, out, err = soundwave(*words)
@@ -117,7 +117,7 @@ def test_script_trains_a_stage_and_tells_where_the_model_is(spoken, small_llm, t
     (line,) = done.stdout.splitlines()
     assert line.startswith("stage 1: 1 steps in ") and "ctc_loss " in line and line.endswith("model run/model")
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    # The progress bar alone, which redraws its line.
+    # stderr holds nothing but the progress bar, which redraws its line.
     assert all("|" in part for part in done.stderr.replace("\r", "\n").splitlines() if part.strip())
     assert "Loading weights" not in done.stderr and "Failed to load" not in done.stderr
 
@@ -188,7 +188,7 @@ def test_every_command_has_a_help_of_its_own(soundwave, command):
 
 def test_the_help_of_ablate_names_every_variant(soundwave):
     _, out, _ = soundwave("ablate", "--help")
-    listed = re.search(r"All without:(.*?)\.", re.sub(r"[\s│]", "", out).replace("Allwithout", "All without")).group(1)
+    listed = re.search(r"bydefaultall:(.*?)\.", re.sub(r"[\s│]", "", out)).group(1)
     assert set(listed.split(",")) == set(VARIANTS)
 
 
@@ -265,7 +265,7 @@ def test_transcribe_reads_the_whole_of_a_long_recording(soundwave, models, spoke
     assert (status, err) == (0, "")
     row = json.loads(out)
     assert row["seconds"] == 32
-    # 32 s of the same sentence over and over, in two windows: the one sentence's tokens come many times.
+    # Two windows hold the same sentence over and over, so its tokens come many times.
     _, short, _ = soundwave("transcribe", spoken / "words.wav", "--json", "--model", models[1])
     assert len(row["text"]) > 5 * len(json.loads(short)["text"])
 
@@ -291,8 +291,8 @@ def test_evaluate_scores_and_keeps_the_answers(soundwave, models, spoken, tmp_pa
     words = ("evaluate", spoken / "words.jsonl", "--model", models[1], "--json", "--answers", answers)
     status, out, err = soundwave(*words)
     assert (status, err) == (0, "")
-    report = json.loads(out)
-    assert report["samples"] == {"transcribe": 2} and report["wer"] > 0
+    scores = json.loads(out)
+    assert scores["samples"] == {"transcribe": 2} and scores["wer"] > 0
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [row["reference"] for row in rows] == ["turn on the light"] * 2
 
