@@ -5,6 +5,8 @@ VENV ?= .venv
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11 python3.10
 # Passed on to pip, e.g. PIP_ARGS="--index-url URL".
 PIP_ARGS ?=
+# Processes that run the tests, each with one thread and up to 3 GB of memory.
+JOBS ?= 2
 STAMP = $(VENV)/.soundwave-installed
 
 .PHONY: help setup demo test lint clean
@@ -16,7 +18,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    check style and formatting"
 	@echo "make clean   remove $(VENV), build outputs and caches of tools; runs/ stays"
-	@echo "Variables:   PYTHON=python3.12 (3.10 or newer)   VENV=$(VENV)   PIP_ARGS=\"--index-url URL\""
+	@echo "Variables:   PYTHON=python3.12 (3.10 or newer)   VENV=$(VENV)   JOBS=$(JOBS) (of test)   PIP_ARGS=\"--index-url URL\""
 
 setup: $(STAMP)
 
@@ -46,7 +48,7 @@ demo: setup
 	$(VENV)/bin/soundwave demo $(if $(filter-out 0,$(QUICK)),--quick) $(if $(SEED),--seed $(SEED))
 
 test: setup
-	@$(VENV)/bin/pytest
+	@$(VENV)/bin/pytest -n $(JOBS) --dist loadfile
 
 lint: setup
 	@$(VENV)/bin/ruff check
