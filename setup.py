@@ -1,11 +1,19 @@
-"""Build of the package `soundwave`.
+"""Build of the distribution `soundwave-fused`, which is imported as `soundwave`.
 
 The folder `kernels/` is installed as `soundwave.kernels`, never as a top-level package: transformers and
 bitsandbytes import another package of that name. Plain `find_packages` would ship `kernels/` and `bench/`
-beside `soundwave`.
+beside `soundwave`. What the source distribution holds beside the packages is in MANIFEST.in.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+# Read, not imported: an isolated build has none of the requirements. The line in soundwave/__init__.py is the only
+# place that holds the version.
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "soundwave/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
 
 # Lower bounds only where one is known; constraints.txt pins what was tested.
 REQUIRES = [
@@ -32,7 +40,21 @@ REQUIRES = [
     "filelock",
 ]
 EXTRAS = {
-    "dev": ["pytest", "pytest-benchmark", "hypothesis", "playwright", "ruff", "setuptools>=77"],
+    "dev": [
+        "pytest",
+        "pytest-benchmark",
+        "pytest-xdist",
+        "hypothesis",
+        "playwright",  # opens the report's pages
+        "ruff",
+        "basedpyright",  # checks the types
+        "griffe2md",  # writes the pages of the API
+        "nbclient",  # runs the notebooks, with ipykernel
+        "ipykernel",
+        "sybil",  # runs the examples in the documents
+        "build",
+        "setuptools>=77",
+    ],
     "flash": ["flash-attn"],
     # What the benches compare with. flag-gems pins numpy 1.26: take it by itself, pip install --no-deps flag-gems (its
     # CTC is younger than its release 5.0.2). flash-attn is a source build, which needs torch and nvcc there first.
@@ -42,14 +64,38 @@ EXTRAS = {
 }
 
 setup(
-    name="soundwave",
-    version="0.1.0",
+    name="soundwave-fused",
+    version=VERSION,
     description="Teach a text LLM to hear on one 24 GB card: CTC alignment, shrinking and instruction tuning",
-    license="Apache-2.0",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["speech recognition", "speech LLM", "CTC", "Whisper", "Llama", "LoRA", "Triton", "fused kernels"],
+    # No classifier names the licence: beside a licence expression, setuptools and package indexes refuse one.
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[*find_packages(include=["soundwave*"]), "soundwave.kernels"],
     package_dir={"soundwave.kernels": "kernels"},
-    package_data={"soundwave.report": ["*.html", "*.css", "*.js"]},
+    package_data={"soundwave": ["py.typed"], "soundwave.report": ["*.html", "*.css", "*.js"]},
+    # The wheel's files are named here alone: what MANIFEST.in puts into the source distribution is not added.
+    include_package_data=False,
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["soundwave = soundwave.cli:main"]},

@@ -1,15 +1,23 @@
-"""The wheel, the editable install, and the folder `kernels/`, which must never be found as a top level."""
+"""The wheel, the sdist, the editable install, and the folder `kernels/`, which must never be found as a top level."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
+from email import message_from_bytes
+from email.message import Message
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from soundwave import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).with_name("soundwave")
@@ -38,40 +46,77 @@ def source_modules() -> set[str]:
     return soundwave | kernels
 
 
+class Built(NamedTuple):
+    wheel: Path  # built from the checkout
+    sdist: Path
+    wheel_of_sdist: Path  # built from the unpacked sdist
+
+
+class Installed(NamedTuple):
+    python: Path
+    site_packages: Path
+
+    def script(self, *arguments, cwd="/") -> str:
+        """Standard output of the console script `soundwave`."""
+        return run(self.python.with_name("soundwave"), *arguments, cwd=cwd)
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the checkout, where no earlier build/ can add to it."""
+def built(tmp_path_factory) -> Built:
+    """Wheel and sdist of a copy of the checkout, where no earlier build/ can add to them."""
     copy = tmp_path_factory.mktemp("checkout") / "checkout"
     ignored = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=ignored)
-    out = copy.with_name("wheels")
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        out,
-        copy,
-        cwd=out.parent,
-    )
-    (built,) = out.glob("*.whl")
-    return built
+    both, direct = copy.with_name("both"), copy.with_name("direct")
+    build = (sys.executable, "-m", "build", "--no-isolation")
+    run(*build, "--outdir", both, copy, cwd=copy.parent)
+    run(*build, "--wheel", "--outdir", direct, copy, cwd=copy.parent)
+    (wheel,), (sdist,), (wheel_of_sdist,) = direct.glob("*.whl"), both.glob("*.tar.gz"), both.glob("*.whl")
+    return Built(wheel, sdist, wheel_of_sdist)
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Path:
-    """A folder into which the wheel alone is installed."""
-    target = tmp_path_factory.mktemp("installed")
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel, cwd=target)
-    return target
+def wheel(built) -> Path:
+    return built.wheel
+
+
+@pytest.fixture(scope="module")
+def sdist(built) -> set[str]:
+    """The files of the sdist, relative to its one folder."""
+    with tarfile.open(built.sdist) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Installed:
+    """A new environment with the wheel alone, which finds the requirements in this one's folders.
+
+    Python reads no `.pth` file of a folder that a `.pth` file names: the editable soundwave stays out, and the wheel's
+    files come before whatever else those folders hold. They are named after pip has run, which would find the
+    distributions in them.
+    """
+    root = tmp_path_factory.mktemp("installed") / "environment"
+    venv.create(root, symlinks=True)
+    python = root / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel, cwd=root)
+    (site_packages,) = root.glob("lib/python*/site-packages")
+    here = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site_packages / "requirements.pth").write_text("\n".join(here))
+    return Installed(python, site_packages)
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return message_from_bytes(archive.read(name))
+
+
+# ---------------------------------------------------------------- the wheel
 
 
 def test_wheel_has_one_top_level_package(wheel):
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert tops == {"soundwave", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
+    assert tops == {"soundwave", f"soundwave_fused-{__version__}.dist-info"}
 
 
 def test_wheel_holds_every_module_of_the_checkout(wheel):
@@ -86,6 +131,11 @@ def test_wheel_holds_the_parts_of_the_report(wheel):
     assert parts and parts <= set(zipfile.ZipFile(wheel).namelist())
 
 
+def test_wheel_tells_type_checkers_to_read_it(wheel):
+    assert "soundwave/py.typed" in zipfile.ZipFile(wheel).namelist()
+    assert "Typing :: Typed" in metadata(wheel).get_all("Classifier")
+
+
 def test_wheel_names_its_licence_and_its_console_script(wheel):
     archive = zipfile.ZipFile(wheel)
     files = {name.partition(".dist-info/")[2]: archive.read(name).decode() for name in archive.namelist()}
@@ -94,13 +144,93 @@ def test_wheel_names_its_licence_and_its_console_script(wheel):
     assert "licenses/LICENSE" in files
 
 
+def test_wheel_describes_itself_with_the_readme(wheel):
+    found = metadata(wheel)
+    assert (found["Name"], found["Version"]) == ("soundwave-fused", __version__)
+    assert found["Description-Content-Type"] == "text/markdown"
+    assert found.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text("utf-8").strip()
+    pythons = {line for line in found.get_all("Classifier") if re.search(r":: 3\.\d+$", line)}
+    assert pythons == {f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)}
+
+
+def test_changelog_begins_with_the_version():
+    versions = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert [version for version in versions if version != "Unreleased"][0] == __version__
+
+
+# ---------------------------------------------------------------- the sdist
+
+
+def test_the_wheel_of_the_sdist_has_the_same_files(built):
+    direct, of_sdist = zipfile.ZipFile(built.wheel), zipfile.ZipFile(built.wheel_of_sdist)
+    assert {name: direct.read(name) for name in direct.namelist()} == {
+        name: of_sdist.read(name) for name in of_sdist.namelist()
+    }
+
+
+def test_sdist_holds_the_checkout(sdist):
+    folders = ("soundwave", "kernels", "tests", "bench", "docs")
+    sources = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    top = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"}
+    assert {path.relative_to(ROOT).as_posix() for path in sources} | top <= sdist
+    assert [name for name in sdist if "__pycache__" in name] == []
+
+
+def test_sdist_holds_what_the_readme_links_to(sdist):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    links = re.findall(r"\]\(([^)\s]+)[^)]*\)|(?:src|srcset|href)=\"([^\"\s]+)", readme)
+    relative = {(one or other).partition("#")[0].rstrip("/") for one, other in links if "://" not in one + other}
+    assert relative - {""} and relative - {""} <= sdist
+
+
+# ---------------------------------------------------------------- installed in a new environment
+
+
 def test_installed_wheel_is_used_from_outside_the_checkout(installed, tmp_path):
     code = "import soundwave, soundwave.kernels; print(soundwave.__file__); print(soundwave.kernels.__file__)"
-    found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).split()
+    found = run(installed.python, "-c", code, cwd=tmp_path).split()
     assert found == [
-        str(installed / "soundwave/__init__.py"),
-        str(installed / "soundwave/kernels/__init__.py"),
+        str(installed.site_packages / "soundwave/__init__.py"),
+        str(installed.site_packages / "soundwave/kernels/__init__.py"),
     ]
+
+
+def test_installed_wheel_loads_no_file_of_the_checkout(installed):
+    code = """
+import sys, torch, soundwave
+loss = soundwave.fused.CTCLoss()(torch.zeros(3, 1, 2).log_softmax(-1), torch.tensor([[1]]), [3], [1])
+print(loss.item())
+print(*(module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "soundwave"), sep="\\n")
+"""
+    loss, *files = run(installed.python, "-c", code, cwd="/").splitlines()
+    assert float(loss) > 0
+    assert "soundwave/kernels/ctc.py" in {Path(file).relative_to(installed.site_packages).as_posix() for file in files}
+
+
+def test_installed_command_prints_its_version(installed):
+    assert installed.script("--version") == f"soundwave {__version__}\n"
+
+
+def test_installed_doctor_runs_from_the_root_folder(installed):
+    told = installed.script("doctor")
+    assert "soundwave-fused" in told and "implementation" in told
+    assert "missing" not in told and "make" not in told
+
+
+@pytest.mark.parametrize("where", ["installed", "checkout"])
+def test_doctor_says_how_to_install_what_is_missing(where, installed):
+    """Without `site` Python finds no package but what PYTHONPATH names: torch and all others are missing."""
+    code = "import json, soundwave.doctor; print(json.dumps(soundwave.doctor.findings()))"
+    place = {"installed": installed.site_packages, "checkout": ROOT}[where]
+    rows = json.loads(run(installed.python, "-S", "-c", code, cwd="/", PYTHONPATH=str(place)))
+    told = {what: (value, why) for what, value, why in rows}
+    command = {"installed": "pip install soundwave-fused", "checkout": "make -B setup"}[where]
+    assert told["torch"] == ("missing", f"needed; run {command}")
+    value, why = told["flash-attn"]
+    assert (value, why) == ("not installed", "optional: pip install --no-build-isolation 'soundwave-fused[flash]'")
+
+
+# ---------------------------------------------------------------- the checkout
 
 
 def test_editable_install_finds_kernels_from_anywhere(tmp_path):
