@@ -39,14 +39,15 @@ def kernels_folders() -> list[str]:
     return [] if spec is None else [str(Path(place).resolve()) for place in spec.submodule_search_locations]
 
 
-def source_modules() -> set[str]:
+def source_modules(checkout: Path) -> set[str]:
     """Names the wheel must hold: all modules below soundwave/ and, as soundwave/kernels/, below kernels/."""
-    soundwave = {path.relative_to(ROOT).as_posix() for path in (ROOT / "soundwave").rglob("*.py")}
-    kernels = {f"soundwave/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
+    soundwave = {path.relative_to(checkout).as_posix() for path in (checkout / "soundwave").rglob("*.py")}
+    kernels = {f"soundwave/{path.relative_to(checkout).as_posix()}" for path in (checkout / "kernels").rglob("*.py")}
     return soundwave | kernels
 
 
 class Built(NamedTuple):
+    checkout: Path  # the copy that was built
     wheel: Path  # built from the checkout
     sdist: Path
     wheel_of_sdist: Path  # built from the unpacked sdist
@@ -72,7 +73,7 @@ def built(tmp_path_factory) -> Built:
     run(*build, "--outdir", both, copy, cwd=copy.parent)
     run(*build, "--wheel", "--outdir", direct, copy, cwd=copy.parent)
     (wheel,), (sdist,), (wheel_of_sdist,) = direct.glob("*.whl"), both.glob("*.tar.gz"), both.glob("*.whl")
-    return Built(wheel, sdist, wheel_of_sdist)
+    return Built(copy, wheel, sdist, wheel_of_sdist)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +120,9 @@ def test_wheel_has_one_top_level_package(wheel):
     assert tops == {"soundwave", f"soundwave_fused-{__version__}.dist-info"}
 
 
-def test_wheel_holds_every_module_of_the_checkout(wheel):
-    modules = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
-    assert modules == source_modules()
+def test_wheel_holds_every_module_of_the_checkout(built):
+    modules = {name for name in zipfile.ZipFile(built.wheel).namelist() if name.endswith(".py")}
+    assert modules == source_modules(built.checkout)
     assert "soundwave/kernels/__init__.py" in modules
 
 
@@ -144,11 +145,11 @@ def test_wheel_names_its_licence_and_its_console_script(wheel):
     assert "licenses/LICENSE" in files
 
 
-def test_wheel_describes_itself_with_the_readme(wheel):
-    found = metadata(wheel)
+def test_wheel_describes_itself_with_the_readme(built):
+    found = metadata(built.wheel)
     assert (found["Name"], found["Version"]) == ("soundwave-fused", __version__)
     assert found["Description-Content-Type"] == "text/markdown"
-    assert found.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text("utf-8").strip()
+    assert found.get_payload(decode=True).decode().strip() == (built.checkout / "README.md").read_text("utf-8").strip()
     pythons = {line for line in found.get_all("Classifier") if re.search(r":: 3\.\d+$", line)}
     assert pythons == {f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)}
 
@@ -168,16 +169,16 @@ def test_the_wheel_of_the_sdist_has_the_same_files(built):
     }
 
 
-def test_sdist_holds_the_checkout(sdist):
+def test_sdist_holds_the_checkout(built, sdist):
     folders = ("soundwave", "kernels", "tests", "bench", "docs")
-    sources = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    sources = {path for folder in folders for path in (built.checkout / folder).rglob("*.py")}
     top = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"}
-    assert {path.relative_to(ROOT).as_posix() for path in sources} | top <= sdist
+    assert {path.relative_to(built.checkout).as_posix() for path in sources} | top <= sdist
     assert [name for name in sdist if "__pycache__" in name] == []
 
 
-def test_sdist_holds_what_the_readme_links_to(sdist):
-    readme = (ROOT / "README.md").read_text("utf-8")
+def test_sdist_holds_what_the_readme_links_to(built, sdist):
+    readme = (built.checkout / "README.md").read_text("utf-8")
     links = re.findall(r"\]\(([^)\s]+)[^)]*\)|(?:src|srcset|href)=\"([^\"\s]+)", readme)
     relative = {(one or other).partition("#")[0].rstrip("/") for one, other in links if "://" not in one + other}
     assert relative - {""} and relative - {""} <= sdist
