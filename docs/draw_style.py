@@ -4,6 +4,7 @@ A picture is drawn twice, as `pictures/NAME-light.svg` and `pictures/NAME-dark.s
 least 19 units high on a canvas of 720, so that it can be read on a screen of 400 pixels.
 """
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,8 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
 
 
 def save(name: str, draw: Callable[[Palette], None]) -> None:
-    """Draw a picture once for each scheme; `draw` makes the figure."""
+    """Draw a picture once for each scheme, as a program without arguments; `draw` makes the figure."""
+    argparse.ArgumentParser(description=f"Draw pictures/{name}-light.svg and pictures/{name}-dark.svg.").parse_args()
     PICTURES.mkdir(exist_ok=True)
     for scheme, palette in PALETTES.items():
         with plt.rc_context(STYLE):
