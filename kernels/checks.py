@@ -68,7 +68,7 @@ def raise_pending(wait: bool = False) -> None:
             _raise(place, value, message, shape)
 
 
-def report(values: Tensor, wrong: Tensor, message: Message, validate: bool = False) -> None:
+def raise_or_defer(values: Tensor, wrong: Tensor, message: Message, validate: bool = False) -> None:
     """ValueError for the first of the integers `values`, of any shape, that is `wrong`.
 
     At once on the CPU or with `validate`, else later. `message` may hold `{value}` and `{place}`, the offender's index;

@@ -1,15 +1,15 @@
-"""CTC peaks: the frames that stand for the runs of equal ids on a path, chosen and packed on the device.
+"""CTC peaks: one frame for each run of equal ids on a path, chosen and packed on the device.
 
     keep="runs"   the first frame of every run, of blank too
-    keep="peaks"  of each run of a non-blank id the frame of the highest score; the first, where scores tie
+    keep="peaks"  the frame of the highest score of every run of a non-blank id; the first of equal scores
 
-An utterance of at least one frame keeps at least one: frame 0, where nothing else is kept.
+An utterance of at least one frame keeps at least one: frame 0 if nothing else is kept.
 
 Shapes    path int [B, T], lengths int [B], scores [B, T] -> index int64 [K] into the B·T rows, rising;
-          cu_seqlens int32 [B + 1], the bounds of each utterance's part of it; max_seqlen, the longest part.
+          cu_seqlens int32 [B + 1], the bounds of each utterance in it; max_seqlen, the longest utterance in it.
 Numerics  scores are compared in fp32. A run that holds a NaN score has no peak.
 Cost      path and scores are read once, 16·B·T bytes are written beside the result. K and max_seqlen come to the host
-          in one copy: the operation's only wait for the device.
+          in one copy, which is the only wait for the device.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from soundwave.kernels.dispatch import ranged, resolve_impl
 
-MAX_BLOCK_T = 1024  # frames a step: 40 s at 25 Hz. Eight a thread in four warps, one step for what Whisper can hear
+MAX_BLOCK_T = 1024  # frames a step, eight a thread in four warps: 40 s at 25 Hz, so one step for Whisper's 30 s
 COPY_BLOCK = 1024  # kept frames a program of the second kernel
 NUM_WARPS = 4
 KEEP = ("peaks", "runs")
@@ -42,9 +42,9 @@ def _kept_frames(path: Tensor, lengths: Tensor, scores: Tensor | None, blank: in
         run = first.flatten().cumsum(0).sub_(1).clamp_(min=0)
         labelled = (valid & (path != blank)).flatten()
         score = scores.flatten().float().masked_fill(~labelled, -torch.inf)
-        best = torch.full_like(score, -torch.inf).scatter_reduce_(0, run, score, "amax")
+        highest = torch.full_like(score, -torch.inf).scatter_reduce_(0, run, score, "amax")
         frame = torch.arange(path.numel(), device=path.device)
-        candidate = frame.where(labelled & (score == best[run]), path.numel())
+        candidate = frame.where(labelled & (score == highest[run]), path.numel())
         chosen = torch.full_like(frame, path.numel()).scatter_reduce_(0, run, candidate, "amin")
         kept = (frame == chosen[run]).view(batch, size)
     kept[:, 0] |= valid[:, 0] & ~kept.any(1)
@@ -53,7 +53,7 @@ def _kept_frames(path: Tensor, lengths: Tensor, scores: Tensor | None, blank: in
 
 @triton.jit
 def _better(first_a, score_a, frame_a, first_b, score_b, frame_b):
-    """Scan of (a run starts here, best score, its frame): what is right of a run's start forgets what is left of it."""
+    """For a scan of (a run starts here, highest score, its frame). The start of a run discards all to its left."""
     take_b = (first_b != 0) | (score_b > score_a) | ((score_b == score_a) & (frame_b < frame_a))
     return first_a | first_b, tl.where(take_b, score_b, score_a), tl.where(take_b, frame_b, frame_a)
 
@@ -63,7 +63,7 @@ def _ctc_peaks_kernel(
     PATH, LENGTHS, SCORES, FRAMES, COUNTS, T, PATH_STRIDE, SCORES_STRIDE, BLANK,
     PEAKS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One utterance: its kept frames, as rows of the B·T, side by side in FRAMES[b], their number in COUNTS[b]."""
+    """One utterance: its kept frames, as rows of the B·T, at the start of FRAMES[b]; their number in COUNTS[b]."""
     b = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(LENGTHS + b), 0), T).to(tl.int32)
     path, scores, out = PATH + b * PATH_STRIDE, SCORES + b * SCORES_STRIDE, FRAMES + b * T
@@ -74,18 +74,18 @@ def _ctc_peaks_kernel(
         t = start + step
         valid = t < length
         label = tl.load(path + t, mask=valid, other=-1)
-        before = tl.load(path + t - 1, mask=valid & (t > 0), other=-1)
-        first = valid & ((t == 0) | (label != before))
+        previous = tl.load(path + t - 1, mask=valid & (t > 0), other=-1)
+        first = valid & ((t == 0) | (label != previous))
         if PEAKS:
-            after = tl.load(path + t + 1, mask=t + 1 < length, other=-1)
-            emit = valid & ((t + 1 == length) | (label != after)) & (label != BLANK)  # at the end of a run
+            following = tl.load(path + t + 1, mask=t + 1 < length, other=-1)
+            emit = valid & ((t + 1 == length) | (label != following)) & (label != BLANK)  # at the end of a run
             score = tl.load(scores + t, mask=valid, other=float("-inf")).to(tl.float32)
-            # NaN beats every score, and a peak at frame -1 is none.
+            # NaN counts as the highest score, at frame -1, which is not emitted: a run with NaN has no peak.
             unordered = score != score
             score, frame = tl.where(unordered, float("inf"), score), tl.where(unordered, -1, t)
-            seen, best, frame = tl.associative_scan((first.to(tl.int32), score, frame), 0, _better)
-            _, best, frame = _better(0, carried_score, carried_frame, seen, best, frame)
-            carried_score = tl.sum(tl.where(step == BLOCK_T - 1, best, 0.0), 0)
+            seen, highest, frame = tl.associative_scan((first.to(tl.int32), score, frame), 0, _better)
+            _, highest, frame = _better(0, carried_score, carried_frame, seen, highest, frame)
+            carried_score = tl.sum(tl.where(step == BLOCK_T - 1, highest, 0.0), 0)
             carried_frame = tl.sum(tl.where(step == BLOCK_T - 1, frame, 0), 0)
             emit = emit & (frame >= 0)
         else:
@@ -114,9 +114,9 @@ def _pack_frames_kernel(FRAMES, CU_SEQLENS, INDEX, T, BLOCK: tl.constexpr):
 def _ctc_peaks(
     path: Tensor, lengths: Tensor, scores: Tensor | None, blank: int, keep: str, impl: str
 ) -> tuple[Tensor, Tensor, int]:
-    """The longest part is a number, not a tensor: it is on the host already, and compilers trace it as a size."""
+    """As `ctc_peaks`. max_seqlen is an int, because it is on the host already and compilers trace it as a size."""
     (batch, size), device = path.shape, path.device
-    if lengths.device.type == "cpu" and batch:  # reading them costs nothing
+    if lengths.device.type == "cpu" and batch:  # there reading them costs nothing
         wrong = ((lengths < 0) | (lengths > size)).nonzero()
         if wrong.numel():
             b = int(wrong[0])
@@ -139,7 +139,7 @@ def _ctc_peaks(
         )  # fmt: skip
     cu_seqlens[1:] = counts.cumsum(0)
     total, longest = torch.stack([counts.sum(), counts.max()]).tolist()
-    if impl == "torch":  # the k-th kept frame is where the running number of them reaches k
+    if impl == "torch":  # the k-th kept frame is where the cumulative count reaches k
         index = torch.searchsorted(kept.flatten().cumsum(0), torch.arange(1, total + 1, device=device))
     else:
         index = path.new_empty(total, dtype=torch.int64)

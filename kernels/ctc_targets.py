@@ -1,38 +1,38 @@
-"""What the CTC operations need to know of their targets: are they valid, can they be aligned, which labels occur.
+"""Targets of the CTC operations: whether they are valid and can be aligned, and which labels occur.
 
-B utterances, U labels of the longest target, S labels of all.
+B utterances, U labels of the longest target, S labels of all targets together.
 """
 
 import torch
 from torch import Tensor
 
-from soundwave.kernels.checks import raise_pending, report
+from soundwave.kernels.checks import raise_or_defer, raise_pending
 from soundwave.kernels.dispatch import ranged
 
 
-def before(lengths: Tensor, size: int) -> Tensor:
+def length_mask(lengths: Tensor, size: int) -> Tensor:
     """True where a position is before its row's length: bool [B, size]."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
 def feasible(targets: Tensor, input_lengths: Tensor, target_lengths: Tensor) -> Tensor:
-    """Whether each utterance can be aligned at all: bool [B], `T >= U + adjacent repeats`. `targets` int [B, U]."""
+    """bool [B]: whether each utterance has enough frames, `T >= U + adjacent repeats`. `targets` int [B, U]."""
     lengths = target_lengths.to(targets.device)
-    repeats = (targets[:, 1:] == targets[:, :-1]) & before(lengths - 1, max(targets.shape[1] - 1, 0))
+    repeats = (targets[:, 1:] == targets[:, :-1]) & length_mask(lengths - 1, max(targets.shape[1] - 1, 0))
     return input_lengths.to(targets.device) >= lengths + repeats.sum(1)
 
 
 def distinct_labels(targets: Tensor, target_lengths: Tensor, blank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct labels of each utterance, and where they stand in it.
+    """The distinct labels of each utterance, and their positions in it.
 
     Returns:
         labels int64 [B, U + 1]: `blank`, the distinct labels in rising order, then `blank` again as padding.
-        order int64 [B, U]: the positions, those of one label side by side; padding last.
-        column int64 [B, U]: of each position in `order`, its label's place in `labels`.
+        order int64 [B, U]: the positions, sorted by label; padding last.
+        column int64 [B, U]: for each position in `order` the column of its label in `labels`.
     """
     batch, size = targets.shape
     past = torch.iinfo(torch.int64).max
-    valid = before(target_lengths.to(targets.device), size)
+    valid = length_mask(target_lengths.to(targets.device), size)
     ordered, order = targets.to(torch.int64).masked_fill(~valid, past).sort(dim=1, stable=True)
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
@@ -54,21 +54,22 @@ def check_targets(
     frames_of: str = "log_probs",
     classes_of: str = "classes of log_probs",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Lengths within their tensors, labels within the classes, no label blank; `targets` int [B, U].
+    """Check that lengths fit their tensors, labels are classes, and none is the blank. `targets` int [B, U].
 
     Returns:
-        targets and both lengths on `device`, contiguous as kernels read them; and None if all three were on the CPU,
-        else bool [B], the utterances with something wrong, whose lengths then are 0, so that nothing is read out of
-        bounds.
+        targets and both lengths, on `device` and contiguous, as kernels read them.
+        None if all three were on the CPU, else bool [B], the utterances with something wrong. Their lengths are then
+        0, so that nothing is read out of bounds.
 
     Raises:
-        ValueError: at once if all three are on the CPU or with `validate`, else later (see `checks`).
+        ValueError: something is wrong; at once if all three are on the CPU or with `validate`, else later (see
+            `checks`).
     """
     raise_pending()
     size, given = targets.shape[1], (targets, input_lengths, target_lengths)
     late = any(tensor.is_cuda for tensor in given)
     targets, input_lengths, target_lengths = (tensor.to(device) if late else tensor for tensor in given)
-    # One table of everything, or a GPU would be given some fifty small operations: the lengths, then the labels.
+    # One table of lengths and labels, because separate checks would be some fifty small operations on a GPU.
     values = torch.cat([input_lengths[:, None], target_lengths[:, None], targets], 1)
     column = torch.arange(-2, size, device=values.device)
     limit = torch.where(column >= 0, classes - 1, torch.where(column == -1, size, frames))
@@ -84,7 +85,7 @@ def check_targets(
             return f"{name}[{row}] = {value}, but it must be 0 to {limit}, the {of}"
         return f"targets[{row}, {column - 2}] = {_wrong_label(value, classes, blank, classes_of)}"
 
-    report(values, wrong, message, validate)
+    raise_or_defer(values, wrong, message, validate)
     if not late:
         return *(tensor.to(device).contiguous() for tensor in given), None
     wrong = wrong.any(1)
@@ -106,24 +107,26 @@ def pad_targets(
     classes_of: str = "classes of log_probs",
     validate: bool = False,
 ) -> Tensor:
-    """Concatenated targets [S] -> [B, U], padded with -1. Lengths on CUDA cost a synchronisation: U comes from them.
+    """Concatenated targets [S] -> [B, U], padded with -1. Lengths on CUDA cost a synchronisation, because they give U.
 
-    Given `classes`, a label that is blank or no class raises ValueError with its place in [S], on the CPU or with
-    `validate`; of others `check_targets` knows the utterance and the place in that.
+    Raises:
+        ValueError: lengths that do not add up to S. With `classes` also a label that is the blank or no class, named by
+            its place in [S], if targets are on the CPU or with `validate`; otherwise `check_targets` finds it later and
+            names it by utterance and place.
     """
     lengths = target_lengths.cpu().to(torch.int64)
-    report(lengths, lengths < 0, "target_lengths[{place}] = {value}, but it must be 0 or more")
+    raise_or_defer(lengths, lengths < 0, "target_lengths[{place}] = {value}, but it must be 0 or more")
     if int(lengths.sum()) != targets.shape[0]:
         raise ValueError(f"targets has {targets.shape[0]} labels, but target_lengths adds up to {int(lengths.sum())}")
     if classes >= 0 and (validate or not targets.is_cuda):
         wrong = (targets < 0) | (targets >= classes) | (targets == blank)
-        report(
+        raise_or_defer(
             targets,
             wrong,
             lambda i, value: f"targets[{i}] = {_wrong_label(value, classes, blank, classes_of)}",
             validate,
         )
-    valid = before(lengths, int(lengths.max()) if lengths.numel() else 0)
+    valid = length_mask(lengths, int(lengths.max()) if lengths.numel() else 0)
     places = torch.zeros(valid.shape, dtype=torch.int64).masked_scatter_(valid, torch.arange(targets.shape[0]))
     return targets[places.to(targets.device)].masked_fill_(~valid.to(targets.device), -1)
 

@@ -1,14 +1,15 @@
 """Cross-entropy of `softmax(hidden @ weight.T)` without the logits, its gradients formed in the forward pass.
 
-    loss[n] = log_sum - (z[n, target] - top)        dH = P W - off · W_target        dW = Pᵀ H - scatter(off · H)
+    loss[n] = log_sum - (z[n, target] - maximum)       dH = P W - off · W_target        dW = Pᵀ H - scatter(off · H)
 
-with P 0 at the row's target, and off = sum of P = 1 - p[target], exact also where the model is sure. The target's logit
-is a product of its own in fp32; the others come in chunks of rows (see vocab_rows). The gradients are those of the
-rows' own losses; backward multiplies them by what comes from above. For dW, a sum over rows, that has to be one number:
-with reduction "none" it is computed in backward.
+P is 0 at the row's target, and off, the off-label mass, is the sum of P: 1 - p[target], exact also where the model is
+sure. The target's logit is a small product of its own in fp32; the others are formed in chunks of rows (see
+vocab_rows). The gradients are those of each row's own loss, and backward multiplies them by the upstream gradient. For
+dW, which is a sum over rows, that needs an upstream gradient of one number; with reduction "none" dW is computed in
+backward.
 
-Shapes    hidden [N, D], weight [V, D], target int [N], or of any shape with N values, in which the place of a wrong
-          one is told -> scalar, or [N]. A row that is ignored costs nothing.
+Shapes    hidden [N, D], weight [V, D], target int [N], or any shape of N values (errors then name the place in that
+          shape) -> scalar, or [N]. An ignored row costs nothing.
 Numerics  products in `product_dtype`; targets, softmax and sums in fp32 (fp64 if hidden or weight is).
 Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it is trained (8 with reduction "none").
           Memory: one chunk of logits, dH, and for a trained head dW in fp32.       Bitwise deterministic.
@@ -17,13 +18,35 @@ Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it
 import torch
 from torch import Tensor
 
-from soundwave.kernels.checks import no_second_derivative, raise_pending, report
+from soundwave.kernels.checks import no_second_derivative, raise_or_defer, raise_pending
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.linear_ctc_path import sum_dtype, without_autocast
 from soundwave.kernels.vocab_rows import RowStats, add_weight_gradient, probabilities_times_weight, vocab_chunks
 
-REDUCTIONS = ("mean", "sum", "none")
-TARGET_ROWS = 1024  # whose targets' rows of the head are gathered at once
+TARGET_ROWS = 1024  # targets whose rows of the head are gathered at once: bounds the fp32 copy
+
+
+def _valid_rows(target: Tensor, ignore_index: int, columns: int, validate: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the N targets count: their places int64 [M]; `kept` and `wrong` bool [N]. Raises for the wrong ones."""
+    kept = target != ignore_index
+    wrong = kept & ((target < 0) | (target >= columns))
+
+    def message(*place_and_value: int) -> str:
+        *place, value = place_and_value  # no place: target is a number
+        return f"target{place or ''} = {value}, but it must be ignore_index or 0 to {columns - 1}, a row of weight"
+
+    raise_pending()
+    raise_or_defer(target, wrong, message, validate)
+    kept, wrong = kept.flatten(), wrong.flatten()
+    return (kept & ~wrong).nonzero()[:, 0], kept, wrong
+
+
+def _target_logits(rows: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logit of each row's own target: `rows` [M, D], `ids` [M] -> [M, 1]."""
+    logits = rows.new_empty(len(rows), 1, dtype=dtype)
+    for h, t, out in zip(*(x.split(TARGET_ROWS) for x in (rows, ids, logits)), strict=True):
+        torch.sum(h.to(dtype) * weight[t].to(dtype), 1, keepdim=True, out=out)
+    return logits
 
 
 @without_autocast
@@ -41,46 +64,34 @@ def _run(
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses [N], 0 where ignored; dH of each; dW of their sum, weighted by `upstream` [N]; how many rows count."""
-    columns, dtype = weight.shape[0], sum_dtype(hidden, weight)
-    kept = target != ignore_index
-    wrong = kept & ((target < 0) | (target >= columns))
-
-    def message(*place_and_value: int) -> str:
-        *place, value = place_and_value  # no place: target is a number
-        return f"target{place or ''} = {value}, but it must be ignore_index or 0 to {columns - 1}, a row of weight"
-
-    raise_pending()
-    report(target, wrong, message, validate)
-    target, kept, wrong = target.flatten(), kept.flatten(), wrong.flatten()
-    place = (kept & ~wrong).nonzero()[:, 0]
-    rows, ids = hidden[place], target[place].to(torch.int64)[:, None]
-    own = rows.new_empty(len(rows), 1, dtype=dtype)
-    for h, t, out in zip(*(x.split(TARGET_ROWS) for x in (rows, ids[:, 0], own)), strict=True):
-        torch.sum(h.to(dtype) * weight[t].to(dtype), 1, keepdim=True, out=out)
-    share = sign = own.new_ones(len(rows))
-    greatest = own.new_ones(())
+    dtype = sum_dtype(hidden, weight)
+    place, kept, wrong = _valid_rows(target, ignore_index, weight.shape[0], validate)
+    rows, ids = hidden[place], target.flatten()[place].to(torch.int64)[:, None]
+    target_logits = _target_logits(rows, weight, ids[:, 0], dtype)
+    row_weight = sign = target_logits.new_ones(len(rows))
+    greatest = target_logits.new_ones(())
     if upstream is not None and len(rows):
-        of_row = upstream[place].to(dtype)
-        greatest = of_row.abs().amax().clamp(min=torch.finfo(dtype).tiny)
-        share, sign = of_row.abs() / greatest, of_row.sign()
-    dhidden = hidden.new_zeros(hidden.shape) if need_hidden else hidden.new_zeros(0)
-    dweight = own.new_zeros(weight.shape if need_weight else 0)
-    stats = RowStats.empty(len(rows), own)
-    rows, products_weight = rows.to(product_dtype), weight.to(product_dtype)
+        factor = upstream[place].to(dtype)
+        greatest = factor.abs().amax().clamp(min=torch.finfo(dtype).tiny)
+        row_weight, sign = factor.abs() / greatest, factor.sign()
+    dhidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
+    dweight = target_logits.new_zeros(weight.shape if need_weight else 0)
+    stats = RowStats.empty(len(rows), target_logits)
+    rows, product_weight = rows.to(product_dtype), weight.to(product_dtype)
     group = torch.arange(len(rows), device=hidden.device)
-    scale = share if need_hidden or need_weight else None
-    for start, stop, p in vocab_chunks(rows, products_weight, own, ids, group, scale, stats, impl):
-        off = stats.off[start:stop, None]
+    scale = row_weight if need_hidden or need_weight else None
+    for start, stop, p in vocab_chunks(rows, product_weight, target_logits, ids, group, scale, stats, impl):
+        off_label = stats.off_label_mass[start:stop, None]
         if need_hidden:
-            product, _, _ = probabilities_times_weight(p, products_weight, off[:, 0], exact)
-            product.addcmul_(off, weight[ids[start:stop, 0]].to(dtype), value=-1)
+            product, _, _ = probabilities_times_weight(p, product_weight, off_label[:, 0], exact)
+            product.addcmul_(off_label, weight[ids[start:stop, 0]].to(dtype), value=-1)
             dhidden[place[start:stop]] = product.to(hidden.dtype)
         if need_weight:
-            p.scatter_(1, ids[start:stop], (-off * share[start:stop, None]).to(p.dtype))
+            p.scatter_(1, ids[start:stop], (-off_label * row_weight[start:stop, None]).to(p.dtype))
             add_weight_gradient(dweight, p, rows[start:stop] * sign[start:stop, None].to(product_dtype))
     dweight *= greatest
-    losses = own.new_zeros(len(hidden))
-    losses[place] = stats.log_sum + (torch.maximum(stats.top, own[:, 0]) - own[:, 0])
+    losses = target_logits.new_zeros(len(hidden))
+    losses[place] = stats.log_sum + (torch.maximum(stats.maximum, target_logits[:, 0]) - target_logits[:, 0])
     losses.masked_fill_(wrong, torch.nan)
     return losses, dhidden, dweight, kept.sum()
 
@@ -100,13 +111,13 @@ def _linear_cross_entropy_fwd(
     need_weight: bool,
     validate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss; dH, dW (without, for reduction "none") and what reduction multiplies them with."""
+    """Loss; dH; dW, empty for reduction "none"; and the factor that the reduction gives both."""
     need_weight = need_weight and reduction != "none"
     losses, dhidden, dweight, count = _run(
         hidden, weight, target, ignore_index, product_dtype, exact, need_hidden, need_weight, impl, validate
     )
     scale = 1 / count.clamp(min=1).to(losses.dtype) if reduction == "mean" else losses.new_ones(())
-    # As torch: the mean of no row at all is NaN, its gradient 0.
+    # As in torch the mean over no rows is NaN; its gradient is 0.
     loss = losses if reduction == "none" else losses.sum() / count if reduction == "mean" else losses.sum()
     return loss, dhidden, dweight, scale
 
@@ -131,7 +142,7 @@ def _linear_cross_entropy_dweight(
     impl: str,
     grad: Tensor,
 ) -> Tensor:
-    """dW for reduction "none", whose sum over rows cannot be formed before `grad` [N] is known."""
+    """dW for reduction "none": a sum over rows that cannot be formed before `grad` [N] is known."""
     _, _, dweight, _ = _run(hidden, weight, target, ignore_index, product_dtype, True, False, True, impl, False, grad)
     return dweight
 
@@ -144,7 +155,7 @@ def _(hidden, weight, *_):
 @torch.library.custom_op("soundwave::linear_cross_entropy_bwd", mutates_args=())
 @ranged("soundwave.linear_cross_entropy_bwd")
 def _linear_cross_entropy_bwd(grad: Tensor, dhidden: Tensor, dweight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight, empty where the forward pass left them out."""
+    """Gradients of hidden and weight; empty where the forward pass did not compute them."""
     raise_pending()
     grad = grad * scale
     rows, weight = torch.empty_like(dhidden), torch.empty_like(dweight)
@@ -166,7 +177,7 @@ def _setup_context(ctx, inputs, output):
     ctx.again = ctx.need_weight and reduction == "none"
     ctx.weight_dtype = inputs[1].dtype
     ctx.save_for_backward(*output[1:], *(inputs[:3] if ctx.again else ()))
-    ctx.mark_non_differentiable(output[3])  # but not dH and dW: through them a second derivative is noticed
+    ctx.mark_non_differentiable(output[3])  # dH and dW stay: a second derivative reaches them and is refused
     ctx.set_materialize_grads(False)
 
 
@@ -196,10 +207,10 @@ def linear_cross_entropy(
     exact: bool,
     validate: bool,
 ) -> Tensor:
-    """The loss of hidden [N, D] for target [N], or any shape of N: scalar, or [N]. `impl` "triton" or "torch".
+    """The loss, a scalar or [N], of hidden [N, D]. target holds N values in any shape. `impl` is "triton" or "torch".
 
     Raises:
-        ValueError: a target that is no row of `weight`, as `checks.report` has it.
+        ValueError: a target that is no row of `weight`, at once or later (see `checks`).
     """
     on = torch.is_grad_enabled()
     return _linear_cross_entropy_fwd(

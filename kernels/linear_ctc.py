@@ -4,28 +4,30 @@ With z = H Wᵀ, P = softmax(z) and gamma the posteriors of the CTC lattice, the
 
     dH = P W - gamma W_labels        dW = Pᵀ H - scatter(gammaᵀ H)
 
-"Labels" are blank and the *distinct* labels of an utterance. The lattice needs their log-probabilities only, so z is
-formed in chunks of rows, each used while it is there (see vocab_rows). Four steps, in `linear_ctc_steps`:
+"Labels" are blank and the *distinct* labels of an utterance. The lattice needs only their log-probabilities. So z is
+formed in chunks of rows, and each chunk is used before the next overwrites it (see vocab_rows). The four steps, in
+`linear_ctc_steps`:
 
-  1. the rows inside the lengths; the labels' logits, in fp32 by a small product of their own
+  1. pack the rows inside the lengths; compute the labels' logits in fp32, by a small product of their own
   2. for each chunk of rows S = H_c Wᵀ; one pass over S without the row's labels: maximum, sum, argmax, merged with the
      labels; S <- P, 0 at the labels; dH_c = P W over the columns that matter; dW += Pᵀ H_c
   3. the lattice on the labels' log-probabilities
   4. dH += (P_labels - gamma) W_labels in fp32, and the same for dW and the extra blank
 
-An utterance may have frames enough and still be lost, because a label or blank that it needs has probability 0. Only
-step 3 shows that. If step 2 has already counted it, steps 2 and 3 run once more without it.
+An utterance may have enough frames and still be lost, because a label or blank that it needs has probability 0. Only
+step 3 shows that. If the utterance took part in step 2, steps 2 and 3 run once more without it.
 
-P_labels - gamma is small against either where the model is sure. A row of the gradient sums to 0 over its columns, so
-the difference of its most probable label is taken as minus the sum of the others, none of which is close to 1.
+Where the model is sure, P_labels - gamma is much smaller than both of its terms. A row of the gradient sums to 0 over
+its columns, so the difference of the most probable label is computed as minus the sum of all others, none of which is
+close to 1.
 
 Shapes    hidden [B, T, D], weight [V, D], targets int [B, U], lengths int [B]; C = U + 1 columns of the lattice; N rows
           inside the lengths, packed. An extra blank row (`blank_weight` [D], `blank_bias`) never enters S.
 Numerics  products in `product_dtype`; labels, softmax and lattice in fp32 (fp64 if hidden or weight is). fp16 rounds
-          probabilities below 3e-8 to 0: where a model is sure, what lies beside its labels is lost; bf16 keeps it.
+          probabilities below 3e-8 to 0, so where a model is sure the off-label gradient is lost; bf16 keeps it.
 Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it is trained (8 with reduction "none"), less
           what is skipped. Memory: one chunk of logits, dH, a few N·C of the lattice, and for a trained head dW in fp32.
-Bitwise deterministic: what is scattered goes to distinct labels.
+Bitwise deterministic: scattered rows go to distinct labels.
 """
 
 from typing import NamedTuple
@@ -44,29 +46,27 @@ from soundwave.kernels.linear_ctc_steps import (
     align,
     error_bound,
     label_columns,
+    loss_weights,
     over_vocabulary,
-    weigh,
 )
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class Result(NamedTuple):
-    """Gradients are empty where they are not needed. dH and the blank's are those of each utterance's own loss."""
+    """Gradients are empty where they are not needed. Those of hidden and blank belong to each utterance's own loss."""
 
     loss: Tensor  # scalar, or [B]
     path: Tensor  # int64 [B, T]
     path_log_prob: Tensor  # [B, T]
-    active_share: Tensor  # of the columns in P W
-    error_bound: Tensor  # of skipping the others, relative to the norm of dH
+    active_share: Tensor  # scalar, the share of columns that took part in P W
+    error_bound: Tensor  # scalar, of skipping the others, relative to the norm of dH
     dhidden: Tensor  # [B, T, D]
-    dweight: Tensor  # [V, D], of the scaled losses' sum
+    dweight: Tensor  # [V, D], of the sum of the losses times their factors
     dblank: Tensor  # [B, D + 1], row and bias
-    scale: Tensor  # [B], of each utterance's loss; 0 where it cannot be aligned
+    scale: Tensor  # [B], the factor of each utterance's loss; 0 where it cannot be aligned
 
 
 def _scale(nll: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:
-    """`nll` [B] as the reduction weighs it, before any sum."""
+    """`nll` [B] multiplied by the factors of the reduction, before any sum."""
     return nll / (target_lengths.clamp(min=1) * len(nll)) if reduction == "mean" else nll
 
 
@@ -80,22 +80,23 @@ def _run(
     settings: Settings,
     upstream: Tensor | None = None,
 ) -> Result:
-    """The four steps. `upstream` [B]: what the losses in dW are multiplied with, 1 if None."""
+    """The four steps. dW is that of the losses multiplied by `upstream` [B], or by 1."""
     need = settings.need
     batch = label_columns(hidden, head, targets, input_lengths, target_lengths, settings)
-    scale = _scale(batch.feasible.to(batch.own.dtype), batch.target_lengths, settings.reduction)
+    rows = len(batch.packed.place)
+    scale = _scale(batch.feasible.to(batch.label_logits.dtype), batch.target_lengths, settings.reduction)
     if upstream is not None:
         scale = torch.where(batch.feasible, scale * upstream, 0.0)
     while True:
-        weights = weigh(scale, batch, settings)
+        weights = loss_weights(scale, batch, settings)
         sums = over_vocabulary(batch, weights, settings)
         alignment = align(batch, sums.stats, settings)
-        lost = batch.feasible & (alignment.nll == torch.inf)  # frames enough, but what it needs has probability 0
-        took_part = need.weight or (need.hidden and sums.active < len(batch.own))  # in dW, or in what was skipped
+        lost = batch.feasible & (alignment.nll == torch.inf)
+        took_part = need.weight or (need.hidden and sums.active < rows)  # in dW, or in the choice of columns
         again = took_part and bool((lost & (scale != 0)).any())
         scale = scale.masked_fill(lost, 0.0)
         if not again:
-            break
+            break  # at the latest after the second pass, in which every lost utterance has the factor 0
     dblank = add_labels(batch, weights, sums, alignment, batch.feasible & ~lost, need)
     nll = alignment.nll
     if settings.zero_infinity:
@@ -107,7 +108,7 @@ def _run(
         loss=loss.clone() if settings.reduction == "none" else loss.sum(),
         path=alignment.path,
         path_log_prob=alignment.path_log_prob,
-        active_share=batch.own.new_tensor(sums.active / max(len(batch.own), 1)),
+        active_share=batch.label_logits.new_tensor(sums.active / max(rows, 1)),
         error_bound=error_bound(batch, weights, sums, need),
         dhidden=sums.dhidden,
         dweight=sums.dweight,
@@ -137,7 +138,7 @@ def _linear_ctc_fwd(
     need_blank: bool,
     validate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`Result`; with reduction "none" without dW, which then is `_linear_ctc_dweight`."""
+    """`Result`; with reduction "none" dW is empty, because `_linear_ctc_dweight` computes it in backward."""
     need = Need(need_hidden, need_weight and reduction != "none", need_blank)
     settings = Settings(product_dtype, impl, reduction, zero_infinity, exact, need, validate)
     head = Head(weight, blank, blank_weight, blank_bias)
@@ -150,17 +151,17 @@ def _(
     reduction, zero_infinity, exact, need_hidden, need_weight, need_blank, validate,
 ):  # fmt: skip
     batch, size, width = hidden.shape
-    own = hidden.new_empty(0, dtype=sum_dtype(hidden, weight))
+    like = hidden.new_empty(0, dtype=sum_dtype(hidden, weight))
     return Result(
-        loss=own.new_empty(batch if reduction == "none" else ()),
-        path=own.new_empty(batch, size, dtype=torch.int64),
-        path_log_prob=own.new_empty(batch, size),
-        active_share=own.new_empty(()),
-        error_bound=own.new_empty(()),
+        loss=like.new_empty(batch if reduction == "none" else ()),
+        path=like.new_empty(batch, size, dtype=torch.int64),
+        path_log_prob=like.new_empty(batch, size),
+        active_share=like.new_empty(()),
+        error_bound=like.new_empty(()),
         dhidden=hidden.new_empty(hidden.shape if need_hidden else 0),
-        dweight=own.new_empty(weight.shape if need_weight and reduction != "none" else 0),
-        dblank=own.new_empty((batch, width + 1) if need_blank else 0),
-        scale=own.new_empty(batch),
+        dweight=like.new_empty(weight.shape if need_weight and reduction != "none" else 0),
+        dblank=like.new_empty((batch, width + 1) if need_blank else 0),
+        scale=like.new_empty(batch),
     )
 
 
@@ -179,7 +180,7 @@ def _linear_ctc_dweight(
     impl: str,
     grad: Tensor,
 ) -> Tensor:
-    """dW for reduction "none": its sum over rows cannot be formed before `grad` [B] is known."""
+    """dW for reduction "none": a sum over rows that cannot be formed before `grad` [B] is known."""
     head = Head(weight, blank, blank_weight, blank_bias)
     settings = Settings(
         product_dtype, impl, reduction="none", zero_infinity=False, exact=True, need=Need(False, True, False),
@@ -198,13 +199,13 @@ def _(hidden, weight, *_):
 def _linear_ctc_bwd(
     grad: Tensor, dhidden: Tensor, dweight: Tensor, dblank: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight, blank_weight and blank_bias; all but the first in fp32 (fp64)."""
+    """Gradients of hidden, weight, blank_weight and blank_bias; the last three in fp32 (fp64)."""
     raise_pending()
-    of_utterance = torch.where(scale == 0, 0.0, scale * grad)
+    factor = torch.where(scale == 0, 0.0, scale * grad)
     rows = torch.empty_like(dhidden)
     if dhidden.dim() == 3:
-        torch.mul(dhidden, of_utterance[:, None, None], out=rows)
-    blank = of_utterance @ dblank if dblank.dim() == 2 else dblank.new_zeros(1)
+        torch.mul(dhidden, factor[:, None, None], out=rows)
+    blank = factor @ dblank if dblank.dim() == 2 else dblank.new_zeros(1)
     return rows, dweight * grad if dweight.dim() == 2 else dweight.clone(), blank[:-1].clone(), blank[-1].clone()
 
 
@@ -220,7 +221,7 @@ def _setup_context(ctx, inputs, output):
     ctx.again = ctx.need_weight and reduction == "none"
     ctx.like = [None if x is None else (x.dtype, x.shape) for x in tensors[1:4]]
     ctx.save_for_backward(*output[5:], *(tensors if ctx.again else ()))
-    ctx.mark_non_differentiable(*output[1:5])  # but not the gradients: through them a second derivative is noticed
+    ctx.mark_non_differentiable(*output[1:5])  # the gradients stay: a second derivative reaches them
     ctx.set_materialize_grads(False)
 
 
@@ -259,9 +260,10 @@ def linear_ctc(
     exact: bool,
     validate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, path, path_log_prob, active_share, error_bound; differentiable is the loss. `impl` "triton" or "torch".
+    """loss, path, path_log_prob, active_share and error_bound. Only the loss is differentiable.
 
-    `targets` int [B, U], padded with anything, or [S], concatenated. Raises as `check_targets` does.
+    `targets` is int [B, U], padded with anything, or [S], concatenated; `impl` is "triton" or "torch". Raises as
+    `check_targets` does.
     """
     if targets.dim() == 1:
         targets = pad_targets(targets, target_lengths)

@@ -1,12 +1,13 @@
 """The most probable id of each frame under `softmax(hidden @ weight.T)`, and its log-probability, without the logits.
 
-    path[b, t] = argmax_v z[b, t, v], the lowest of several        path_log_prob[b, t] = max_v z - logsumexp_v z
+    path[b, t] = argmax_v z[b, t, v]        path_log_prob[b, t] = max_v z - logsumexp_v z
 
-The first half of `linear_ctc`, and what it shares with that: frames packed by their lengths, the head with its blank,
-and the logits of a few labels in fp32 by a product of their own.
+Of equal logits the lowest id is the argmax. This is the first half of `linear_ctc`, and the file holds what both need:
+frames packed by their lengths, the head with its blank, and the logits of a few labels, which a small product of their
+own computes in fp32.
 
-Shapes    hidden [B, T, D], weight [V, D], lengths int [B] -> path int64 [B, T], -1 past the length; its values [B, T].
-          N rows inside the lengths; C labels of an utterance, its blank first.
+Shapes    hidden [B, T, D], weight [V, D], lengths int [B] -> path int64 [B, T], -1 past the length, and
+          path_log_prob [B, T], 0 past it. N rows inside the lengths; C labels of an utterance, the blank first.
 Numerics  the product in `product_dtype`; blank and softmax in fp32 (fp64 if hidden or weight is).
 Cost      2·N·V·D operations and one chunk of logits.
 """
@@ -18,13 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from soundwave.kernels.checks import raise_pending, report
+from soundwave.kernels.checks import raise_or_defer, raise_pending
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.vocab_rows import RowStats, vocab_chunks
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator for the body of an operation, in which autocast is live; its first argument is a tensor."""
+    """Decorator: `function` runs without autocast, which is still active in a registered operation.
+
+    The first argument is a tensor; autocast is switched off for its device.
+    """
 
     @functools.wraps(function)
     def call(first: Tensor, *args: Any) -> Any:
@@ -35,12 +39,12 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def sum_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What softmax and sums are computed in."""
+    """The dtype of softmax and sums."""
     return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
 class Head(NamedTuple):
-    """`weight` [V, D] with its blank: row `blank`, or the extra row of `blank_weight` [D] and `blank_bias`."""
+    """`weight` [V, D] and its blank: row `blank`, or an extra row made of `blank_weight` [D] and `blank_bias`."""
 
     weight: Tensor
     blank: int
@@ -52,7 +56,7 @@ class Head(NamedTuple):
         return self.weight.shape[0] + (self.blank_weight is not None)
 
     def rows(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of `labels` [C], blank first: [C, D]."""
+        """The rows of `labels` [C], of which the blank is the first: [C, D]."""
         rows = self.weight[labels.clamp(max=self.weight.shape[0] - 1)].to(dtype)
         if self.blank_weight is not None:
             rows[0] = self.blank_weight
@@ -60,15 +64,15 @@ class Head(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The rows inside the lengths, one utterance after the other."""
+    """Which rows are inside the lengths. Packed, the utterances' rows follow one another."""
 
-    bounds: list[int]
-    utterance: Tensor  # [N], of each row
-    place: Tensor  # [N], of each row in the B·T padded ones
+    bounds: list[int]  # B + 1, of the utterances
+    utterance: Tensor  # [N], to which each row belongs
+    place: Tensor  # [N], the number of each row among the B·T padded ones
 
     @classmethod
     def of(cls, lengths: Tensor, hidden: Tensor) -> "Packed":
-        """`lengths` int [B] within T; on CUDA they are waited for."""
+        """`lengths` int [B], each 0 to T. If they are on CUDA, the host waits for them."""
         size, count = hidden.shape[1], lengths.cpu().to(torch.int64)
         ends = count.cumsum(0)
         utterance = torch.arange(len(count)).repeat_interleave(count)
@@ -76,7 +80,7 @@ class Packed(NamedTuple):
         return cls([0, *ends.tolist()], utterance.to(hidden.device), place.to(hidden.device))
 
     def utterances(self, x: Tensor) -> list[Tensor]:
-        """`x` [N, ...], cut at the bounds."""
+        """`x` [N, ...] as one view for each utterance."""
         return [x[start:stop] for start, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
 
     def pack(self, x: Tensor) -> Tensor:
@@ -92,24 +96,26 @@ class Packed(NamedTuple):
         return out.view(batch, size, *x.shape[1:])
 
 
-def label_logits(hidden: Tensor, head: Head, labels: Tensor, used: Tensor, packed: Packed) -> Tensor:
+def logits_of_labels(hidden: Tensor, head: Head, labels: Tensor, used: Tensor, packed: Packed) -> Tensor:
     """Logits of `labels` int64 [B, C]: [N, C], -inf where not `used` [B, C]."""
     dtype = sum_dtype(hidden, head.weight)
-    own = hidden.new_empty(len(packed.place), labels.shape[1], dtype=dtype)
-    for b, out in enumerate(packed.utterances(own)):
+    logits = hidden.new_empty(len(packed.place), labels.shape[1], dtype=dtype)
+    for b, out in enumerate(packed.utterances(logits)):
         torch.mm(hidden[b, : len(out)].to(dtype), head.rows(labels[b], dtype).t(), out=out)
     if head.blank_bias is not None:
-        own[:, 0] += head.blank_bias
-    return own.masked_fill_(~used[packed.utterance], -torch.inf)
+        logits[:, 0] += head.blank_bias
+    return logits.masked_fill_(~used[packed.utterance], -torch.inf)
 
 
-def best(own: Tensor, labels: Tensor, stats: RowStats, packed: Packed, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """path and path_log_prob [B, T], from the logits `own` [N, C] of `labels` [B, C] and those of all other columns."""
-    top = own.amax(1, keepdim=True)
-    label = labels[packed.utterance].masked_fill_(own != top, torch.iinfo(torch.int64).max).amin(1)
-    top = top[:, 0]
-    is_label = (top > stats.top) | ((top == stats.top) & (label < stats.index))
-    path = packed.pad(torch.where(is_label, label, stats.index), hidden, -1)
+def argmax_path(
+    logits: Tensor, labels: Tensor, stats: RowStats, packed: Packed, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """path and path_log_prob [B, T], from `logits` [N, C] of `labels` [B, C] and `stats` of all other columns."""
+    maximum = logits.amax(1, keepdim=True)
+    label = labels[packed.utterance].masked_fill_(logits != maximum, torch.iinfo(torch.int64).max).amin(1)
+    maximum = maximum[:, 0]
+    is_label = (maximum > stats.maximum) | ((maximum == stats.maximum) & (label < stats.argmax))
+    path = packed.pad(torch.where(is_label, label, stats.argmax), hidden, -1)
     return path, packed.pad(0.0 - stats.log_sum, hidden)
 
 
@@ -130,21 +136,22 @@ def linear_ctc_path(
     """path and path_log_prob; not differentiable. `impl` "triton" or "torch".
 
     Raises:
-        ValueError: a length that is not 0 to T, as `checks.report` has it.
+        ValueError: a length that is not 0 to T, at once or later (see `checks`).
     """
     size = hidden.shape[1]
     raise_pending()
     message = f"lengths[{{place}}] = {{value}}, but it must be 0 to {size}, the frames of hidden"
-    report(lengths, (lengths < 0) | (lengths > size), message, validate)
+    raise_or_defer(lengths, (lengths < 0) | (lengths > size), message, validate)
     head = Head(weight, blank, blank_weight, blank_bias)
     packed = Packed.of(lengths.clamp(0, size), hidden)
     labels = torch.full((hidden.shape[0], 1), blank, dtype=torch.int64, device=hidden.device)
-    own = label_logits(hidden, head, labels, torch.ones_like(labels, dtype=torch.bool), packed)
-    stats = RowStats.empty(len(own), own)
+    logits = logits_of_labels(hidden, head, labels, torch.ones_like(labels, dtype=torch.bool), packed)
+    stats = RowStats.empty(len(logits), logits)
     rows, weight = packed.pack(hidden).to(product_dtype), weight.to(product_dtype)
-    for _ in vocab_chunks(rows, weight, own, labels, packed.utterance, None, stats, impl):
+    # Only `stats`, which each chunk fills, are wanted.
+    for _ in vocab_chunks(rows, weight, logits, labels, packed.utterance, None, stats, impl):
         pass
-    return best(own, labels, stats, packed, hidden)
+    return argmax_path(logits, labels, stats, packed, hidden)
 
 
 @linear_ctc_path.register_fake

@@ -119,10 +119,10 @@ def _shrink_attention_fwd_kernel(
         k = _rows(K + head * K_HEAD, k_start, n, k_size, K_ROW, E, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * LOG2E)
         s = tl.where((n < k_size)[None, :], s, float("-inf"))
-        before = highest
-        highest = tl.maximum(before, tl.max(s, 1))
+        previous = highest
+        highest = tl.maximum(previous, tl.max(s, 1))
         p = tl.exp2(s - highest[:, None])
-        shrink = tl.exp2(before - highest)
+        shrink = tl.exp2(previous - highest)
         total = total * shrink + tl.sum(p, 1)
         v = _rows(V + head * V_HEAD, k_start, n, k_size, V_ROW, E, BLOCK_E)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)

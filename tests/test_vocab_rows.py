@@ -8,57 +8,65 @@ from soundwave.kernels.vocab_rows import RowStats
 from tests.implementations import everywhere
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-# Columns, own columns, allocated columns: one and several blocks of both, with and without a tail.
+# Columns, label columns, allocated columns: one and several blocks of both, with and without a tail.
 SHAPES = [(1, 1, 1), (7, 3, 64), (63, 7, 63), (300, 20, 320), (5000, 40, 5056), (9000, 1100, 9024)]
-shapes = pytest.mark.parametrize(("columns", "own", "stride"), SHAPES, ids=[f"V{v}-C{c}" for v, c, _ in SHAPES])
+shapes = pytest.mark.parametrize(("columns", "count", "stride"), SHAPES, ids=[f"V{v}-C{c}" for v, c, _ in SHAPES])
 
 
-def make(columns, own, stride, dtype=FP32, device="cpu", rows=5, seed=0):
+def make(columns, count, stride, dtype=FP32, device="cpu", rows=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(rows, stride, generator=generator, dtype=FP64)).to(dtype)
     acc = torch.promote_types(dtype, FP32)
-    own_logits = (3 * torch.randn(rows, own, generator=generator, dtype=FP64)).to(acc)
-    own_logits[0] -= 30  # never the maximum
-    own_logits[-1, -1] += 30  # always
-    ids = torch.stack([torch.randperm(columns + own, generator=generator)[:own] - own // 2 for _ in range(2)])
+    label_logits = (3 * torch.randn(rows, count, generator=generator, dtype=FP64)).to(acc)
+    label_logits[0] -= 30  # never the maximum
+    label_logits[-1, -1] += 30  # always
+    labels = torch.stack([torch.randperm(columns + count, generator=generator)[:count] - count // 2 for _ in range(2)])
     group = torch.randint(2, (rows,), generator=generator)
     scale = torch.rand(rows, generator=generator, dtype=FP64).to(acc)
-    return [x.to(device) for x in (logits[:, :columns] if columns == stride else logits, own_logits, ids, group, scale)]
+    return [
+        x.to(device) for x in (logits[:, :columns] if columns == stride else logits, label_logits, labels, group, scale)
+    ]
 
 
-def run(logits, own, ids, group, scale, columns, impl):
+def run(logits, label_logits, labels, group, scale, columns, impl):
     p = logits.clone()[:, :columns]
-    stats = RowStats.empty(len(p), own)
-    vocab_rows.vocab_rows(p, own, ids, group, scale, stats, impl)
+    stats = RowStats.empty(len(p), label_logits)
+    vocab_rows.vocab_rows(p, label_logits, labels, group, scale, stats, impl)
     return p, stats
 
 
-def definition(logits, own, ids, group, scale, columns):
+def definition(logits, label_logits, labels, group, scale, columns):
     z = logits[:, :columns].double().clone()
-    for row, line in enumerate(ids[group].tolist()):
+    for row, line in enumerate(labels[group].tolist()):
         z[row, [v for v in line if 0 <= v < columns]] = -torch.inf
-    own = own.double()
-    log_total = torch.cat([z, own], 1).logsumexp(1)
+    label_logits = label_logits.double()
+    log_total = torch.cat([z, label_logits], 1).logsumexp(1)
     p = (z - log_total[:, None]).exp()
-    top, index = z.max(1)
-    return p * scale[:, None].double(), top, index, log_total - torch.maximum(top, own.amax(1)), p.sum(1)
+    maximum, argmax = z.max(1)
+    return (
+        p * scale[:, None].double(),
+        maximum,
+        argmax,
+        log_total - torch.maximum(maximum, label_logits.amax(1)),
+        p.sum(1),
+    )
 
 
 @everywhere
 @shapes
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=["float64", "float32", "bfloat16"])
-def test_statistics_and_probabilities(device, impl, columns, own, stride, dtype):
-    given = make(columns, own, stride, dtype, device)
+def test_statistics_and_probabilities(device, impl, columns, count, stride, dtype):
+    given = make(columns, count, stride, dtype, device)
     p, stats = run(*given, columns, impl)
-    truth, top, index, log_sum, off = definition(*given, columns)
+    truth, maximum, argmax, log_sum, off_label = definition(*given, columns)
     # An interpreter that truncates to bfloat16 is off by up to a whole unit in the last place.
     torch.testing.assert_close(p.double(), truth, rtol=8e-3 if dtype == BF16 else 1e-5, atol=1e-30)
-    assert torch.equal(stats.top.double(), top)
-    found = top.isfinite()  # where all columns are own ones, there is none
-    assert torch.equal(stats.index[found], index[found])
+    assert torch.equal(stats.maximum.double(), maximum)
+    found = maximum.isfinite()  # there is none where all columns are label columns
+    assert torch.equal(stats.argmax[found], argmax[found])
     tolerance = {"rtol": 1e-12, "atol": 1e-14} if dtype == FP64 else {"rtol": 2e-6, "atol": 1e-6}
     torch.testing.assert_close(stats.log_sum.double(), log_sum, **tolerance)
-    torch.testing.assert_close(stats.off.double(), off, rtol=tolerance["rtol"] * 10, atol=0)
+    torch.testing.assert_close(stats.off_label_mass.double(), off_label, rtol=tolerance["rtol"] * 10, atol=0)
 
 
 @everywhere
@@ -76,9 +84,9 @@ def test_the_lowest_of_equal_columns(device, impl, second):
     logits[0, [10, second]] = 5.0
     none = torch.full((1, 1), -1, dtype=torch.int64, device=device)
     group = torch.zeros(1, dtype=torch.int64, device=device)
-    own = torch.zeros(1, 1, device=device)
-    _, stats = run(logits, own, none, group, None, 9000, impl)
-    assert stats.index.item() == 10
+    label_logits = torch.zeros(1, 1, device=device)
+    _, stats = run(logits, label_logits, none, group, None, 9000, impl)
+    assert stats.argmax.item() == 10
 
 
 @everywhere
@@ -87,11 +95,11 @@ def test_the_lowest_of_equal_columns(device, impl, second):
 def test_the_normaliser_of_a_row_that_is_sure(device, impl, gap, equals):
     """log(1 + rest) keeps all digits of the rest; labels that share the maximum all count."""
     logits = torch.full((1, 300), -gap, device=device)
-    own = torch.full((1, 5), -gap, device=device)
-    own[0, 1 : 1 + equals] = 0.0
+    label_logits = torch.full((1, 5), -gap, device=device)
+    label_logits[0, 1 : 1 + equals] = 0.0
     none = torch.full((1, 5), -1, dtype=torch.int64, device=device)
     group = torch.zeros(1, dtype=torch.int64, device=device)
-    _, stats = run(logits, own, none, group, None, 300, impl)
+    _, stats = run(logits, label_logits, none, group, None, 300, impl)
     rest = (equals - 1) + (305 - equals) * torch.tensor(-gap, dtype=FP64).exp()
     torch.testing.assert_close(stats.log_sum.cpu().double(), rest.log1p()[None], rtol=2e-6, atol=0)
 
@@ -102,7 +110,7 @@ def test_nan_in_one_row_stays_there(device, impl):
     expected, _ = run(*given, 300, impl)
     given[0][2] = float("nan")
     p, stats = run(*given, 300, impl)
-    assert stats.off[2].isnan() and 0 <= stats.index[2] < 300
+    assert stats.off_label_mass[2].isnan() and 0 <= stats.argmax[2] < 300
     others = [0, 1, 3, 4]
     assert torch.equal(p[others], expected[others])
 
@@ -136,14 +144,14 @@ def test_no_group_of_rows_loses_more_than_its_share():
     p[:2, :3] = 0.3
     p[:2, 3:] = 2e-6
     p[2, 3:] = 1e-6
-    weight, off = torch.ones(4000, 2, dtype=FP64), p.sum(1)
-    _, share, lost = vocab_rows.probabilities_times_weight(p, weight, off, exact=False)
+    weight, off_label = torch.ones(4000, 2, dtype=FP64), p.sum(1)
+    _, share, lost = vocab_rows.probabilities_times_weight(p, weight, off_label, exact=False)
     assert share == 3 / 4000 and lost.shape == (1,) and lost > 0
     alone = torch.tensor([[True, True, False], [False, False, True]])
-    product, share, lost = vocab_rows.probabilities_times_weight(p, weight, off, False, alone)
+    product, share, lost = vocab_rows.probabilities_times_weight(p, weight, off_label, False, alone)
     assert share == 1 and not lost.any()
     torch.testing.assert_close(product, p @ weight)
-    _, share, lost = vocab_rows.probabilities_times_weight(p[:2], weight, off[:2], False, torch.eye(2).bool())
+    _, share, lost = vocab_rows.probabilities_times_weight(p[:2], weight, off_label[:2], False, torch.eye(2).bool())
     assert share == 3 / 4000
     torch.testing.assert_close(lost, torch.full((2,), (3997 * 2e-6) ** 2, dtype=FP64))
 
@@ -151,5 +159,5 @@ def test_no_group_of_rows_loses_more_than_its_share():
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 1000])
 def test_the_maximum_and_its_place(columns):
     x = torch.randint(5, (9, columns), generator=torch.Generator().manual_seed(0)).float()
-    top, place = vocab_rows._max(x)
-    assert torch.equal(top, x.amax(1)) and torch.equal(place, (x == top[:, None]).int().argmax(1))
+    maximum, place = vocab_rows._max(x)
+    assert torch.equal(maximum, x.amax(1)) and torch.equal(place, (x == maximum[:, None]).int().argmax(1))

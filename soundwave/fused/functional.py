@@ -23,6 +23,9 @@ from soundwave.kernels.dispatch import resolve_impl
 from soundwave.kernels.linear_ctc_path import linear_ctc_path as _linear_ctc_path
 
 
+_REDUCTIONS = ("mean", "sum", "none")
+
+
 def ctc_loss(
     log_probs: Tensor,
     targets: Tensor,
@@ -102,8 +105,8 @@ def ctc_loss(
 
 def check_reduction(reduction: str) -> None:
     """ValueError for what is none of "mean", "sum" and "none"."""
-    if reduction not in linear_ctc.REDUCTIONS:
-        raise ValueError(f"reduction = {reduction!r}, but it must be one of {', '.join(linear_ctc.REDUCTIONS)}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction = {reduction!r}, but it must be one of {', '.join(_REDUCTIONS)}")
 
 
 def _integer(name: str, value: int) -> int:

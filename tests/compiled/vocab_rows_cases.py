@@ -1,4 +1,4 @@
-"""The pass over rows of logits: small and large vocabularies, few and many own columns, each dtype of the products."""
+"""The pass over rows of logits: small and large vocabularies, few and many labels, each dtype of the products."""
 
 import torch
 
@@ -10,18 +10,24 @@ SHAPES = ((2, 1), (1000, 7), (49152, 81), (128256, 1), (128257, 3000))  # V, C
 
 def cases(arch, Case):
     for given, inside in DTYPES.items():
-        for columns, own in SHAPES:
-            block, block_c, warps = _config(columns, own, torch.float64 if inside == "fp64" else torch.float32)
+        for columns, labels in SHAPES:
+            block, block_c, warps = _config(columns, labels, torch.float64 if inside == "fp64" else torch.float32)
             for write in (True, False):
                 if not write and given == "fp16":
                     continue  # as in bf16
                 yield Case(
-                    f"V{columns} C{own} {given}{'' if write else ' without P'}",
+                    f"V{columns} C{labels} {given}{'' if write else ' without P'}",
                     _vocab_rows_kernel,
-                    {"LOGITS": f"*{given}", "IDS": "*i64", "GROUP": "*i64", "INDEX": "*i64"}
-                    | {name: f"*{inside}" for name in ("OWN", "SCALE", "TOP", "LOG_SUM", "OFF")}
+                    {"LOGITS": f"*{given}", "LABELS": "*i64", "GROUP": "*i64", "ARGMAX": "*i64"}
+                    | {name: f"*{inside}" for name in ("LABEL_LOGITS", "SCALE", "MAXIMUM", "LOG_SUM", "OFF_LABEL_MASS")}
                     | {name: "i32" for name in ("V", "C", "stride")},
                     {"WRITE": write, "BLOCK": block, "BLOCK_C": block_c},
                     warps,
-                    divisible_by_16=("LOGITS", "IDS", "OWN", "stride", *(("V",) if columns % 16 == 0 else ())),
+                    divisible_by_16=(
+                        "LOGITS",
+                        "LABELS",
+                        "LABEL_LOGITS",
+                        "stride",
+                        *(("V",) if columns % 16 == 0 else ()),
+                    ),
                 )
