@@ -1,9 +1,11 @@
-"""Values an operation cannot accept: raised at once where they lie on the CPU, later where they lie on CUDA.
+"""Errors of the operations: wrong values, and derivatives that do not exist.
 
-To look at a CUDA tensor the CPU has to wait for the GPU. So the first offender is found on the device and copied
-without waiting; its ValueError comes at backward or at the next call, whichever is the first to find the copy there.
+A wrong value on the CPU is a ValueError at once. To read a CUDA tensor the CPU would have to wait for the GPU. So the
+GPU finds the first wrong value and copies it to the CPU without waiting. The ValueError comes at backward or at the
+next call, as soon as one of them finds that the copy has arrived.
 
-And the derivatives that no operation here has: those of forward mode, and second ones.
+No operation here has forward-mode or second derivatives. Both are refused, because autograd would otherwise take them
+for 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ def _raise(place: int, value: int, message: Message, shape: torch.Size) -> None:
 
 
 def as_lengths(lengths: Tensor | Sequence[int]) -> Tensor:
-    """A sequence as a tensor, an empty one of integers; a tensor as it is. Shape and dtype are not checked."""
+    """A sequence as a tensor (of integers, if it is empty); a tensor as it is. Shape and dtype are not checked."""
     if isinstance(lengths, Tensor):
         return lengths
     lengths = torch.tensor(lengths)
@@ -36,8 +38,10 @@ def as_lengths(lengths: Tensor | Sequence[int]) -> Tensor:
 
 
 def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
-    """NotImplementedError if one of `tensors` carries a tangent, which the operation `name` would drop."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # no forward mode anywhere, as nearly always
+    """NotImplementedError if one of `tensors` has a forward-mode tangent, which the operation `name` would drop."""
+    if (
+        torch.compiler.is_compiling() or forward_ad._current_level < 0
+    ):  # nobody uses forward mode, which is nearly always so
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(f"{name}: forward-mode derivatives are not there; use reverse mode")
@@ -57,9 +61,9 @@ def no_second_derivative(name: str, *gradients: Any) -> None:
 
 
 def raise_pending(wait: bool = False) -> None:
-    """Raise what earlier calls on CUDA found, as far as it has arrived; with `wait`, all of it."""
+    """Raise the errors of earlier calls on CUDA that have arrived; with `wait`, wait for all of them."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return  # while a CUDA graph is captured, no event may be asked
+        return  # events cannot be queried while a CUDA graph is captured
     while _pending and (wait or _pending[0][0].query()):
         event, found, message, shape = _pending.pop(0)
         event.synchronize()
@@ -69,10 +73,11 @@ def raise_pending(wait: bool = False) -> None:
 
 
 def raise_or_defer(values: Tensor, wrong: Tensor, message: Message, validate: bool = False) -> None:
-    """ValueError for the first of the integers `values`, of any shape, that is `wrong`.
+    """ValueError for the first of the integers `values` (any shape) that is `wrong` (bool, the same shape).
 
-    At once on the CPU or with `validate`, else later. `message` may hold `{value}` and `{place}`, the offender's index;
-    or it is a function of index and value. While a CUDA graph is captured, nothing is checked.
+    It comes at once on the CPU or with `validate`, and later otherwise. `message` may contain `{value}` and `{place}`,
+    the wrong value and its index; or it is a function of index and value. Nothing is checked while a CUDA graph is
+    captured.
     """
     if not values.is_cuda:
         if wrong.any():

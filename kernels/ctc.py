@@ -2,12 +2,12 @@
 
     nll[b] = -log sum over alignments a of prod_t p[t, b, a(t)]        d nll[b] / d log_probs[t, b, c] = -gamma[t, b, c]
 
-gamma are the posteriors of the lattice, summed over a label's positions (see ctc_lattice). That is the gradient for the
-log-probabilities as given; a log-softmax before them adds its own part.
+gamma are the posteriors of the lattice, summed over all positions of a label (see ctc_lattice). This is the gradient in
+the log-probabilities as given; autograd continues it through a log-softmax before them.
 
 Shapes    log_probs [T, B, C], any strides; targets int [B, U] or [S]; lengths int [B] -> nll [B].
 Numerics  as the lattice; the gradient in the dtype of log_probs.
-Cost      the lattice's; between forward and backward B·T·(U + 1) posteriors are kept. Backward writes B·T·C.
+Cost      the lattice's. B·T·(U + 1) posteriors are kept for backward, which writes B·T·C gradients.
 Bitwise deterministic.
 """
 
@@ -53,7 +53,7 @@ def _(log_probs, targets, input_lengths, target_lengths, blank, need_gradient, i
 @ranged("soundwave.ctc_bwd")
 def _ctc_bwd(grad: Tensor, nll: Tensor, posteriors: Tensor, labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     raise_pending()
-    # Where there is no posterior, a factor of inf or NaN (of a loss that was squared) must not make one.
+    # Without a posterior the gradient is 0, even if a loss of inf was squared and `grad` is inf or NaN.
     grad = grad.masked_fill(~nll.isfinite(), 0.0)
     return spread((posteriors * -grad[:, None]).to(dtype), labels, classes)
 
@@ -66,7 +66,7 @@ def _(grad, nll, posteriors, labels, classes, dtype):
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output)
     ctx.classes, ctx.dtype = inputs[0].shape[2], inputs[0].dtype
-    ctx.mark_non_differentiable(output[2])  # but not the posteriors: through them a second derivative is noticed
+    ctx.mark_non_differentiable(output[2])  # the posteriors stay: a second derivative reaches them
     ctx.set_materialize_grads(False)
 
 
@@ -91,11 +91,11 @@ def ctc_nll(
 ) -> Tensor:
     """nll [B], differentiable in log_probs [T, B, C].
 
-    `targets` int [B, U], padded with anything, or [S], concatenated; `impl` "triton" or "torch".
+    `targets` is int [B, U], padded with anything, or [S], concatenated; `impl` is "triton" or "torch".
 
     Raises:
-        ValueError: lengths or labels out of range, or a label that is blank. What lies on CUDA gives that utterance
-            nll NaN and gradient 0, and the error at backward or at the next call; at once with `validate`.
+        ValueError: lengths or labels out of range, or a label that is the blank. For values on CUDA that utterance has
+            nll NaN and gradient 0, and the error comes at backward or at the next call; with `validate` at once.
     """
     if targets.dim() == 1:
         targets = pad_targets(targets, target_lengths)

@@ -1,7 +1,8 @@
-"""Which implementation of an operation runs, and its range on a profiler's timeline.
+"""Which implementation of an operation runs, and its NVTX range on a profiler's timeline.
 
-Every operation exists twice behind one signature: Triton for CUDA tensors, torch for any device. `impl="auto"` takes
-Triton for CUDA tensors and torch elsewhere. Asking for Triton where it cannot run is an error, never a silent change.
+Every operation exists twice with one signature: in Triton for CUDA tensors, and in torch for any device. `impl="auto"`
+takes Triton for CUDA tensors and torch elsewhere. `impl="triton"` where Triton cannot run is an error, so that nothing
+is replaced silently.
 """
 
 import functools
@@ -15,7 +16,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 
-@torch.compiler.assume_constant_result  # or it could not be traced
+@torch.compiler.assume_constant_result  # because Triton's knobs cannot be traced
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (`TRITON_INTERPRET=1`), on CPU tensors too."""
     import triton
@@ -27,8 +28,8 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     """What `impl` means for tensors on `device`: "triton" or "torch".
 
     Raises:
-        ValueError: `impl` is none of "auto", "triton" and "torch"; or it is "triton" for tensors that are not on CUDA,
-            outside Triton's interpreter.
+        ValueError: `impl` is not "auto", "triton" or "torch"; or it is "triton", the tensors are not on CUDA, and
+            Triton's interpreter is off.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}, but it must be one of {', '.join(IMPLEMENTATIONS)}")
@@ -46,7 +47,7 @@ def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
 
 @functools.cache
 def _annotate() -> Callable[..., Any] | None:
-    """`nvtx.annotate`; None without the package, as on a bare machine with PyTorch: ranges change no result."""
+    """`nvtx.annotate`; None if the package is not installed, because ranges are optional."""
     try:
         from nvtx import annotate
     except ModuleNotFoundError:
@@ -55,14 +56,14 @@ def _annotate() -> Callable[..., Any] | None:
 
 
 def input_precision() -> str:
-    """For `tl.dot` of float32: "tf32" where torch's own products may round to it, else "ieee"."""
+    """Precision of `tl.dot` for float32: "tf32" if torch's own products may use it, else "ieee"."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def ranged(name: str) -> Callable[[Function], Function]:
-    """Decorator: an NVTX range round each call, with the first tensor's GPU as the current one, where Triton launches.
+    """Decorator: puts each call in an NVTX range, and makes the GPU of the first tensor current, as Triton needs it.
 
-    Neither in a compiled graph: there the operations in it have their own.
+    In a compiled graph it does neither, because there each operation has its own range.
     """
 
     def decorate(function: Function) -> Function:

@@ -4,13 +4,13 @@
     g = w · dy       ds = rstd · (g - mean g - x̂ · mean(g · x̂)) + (the gradient of s itself)
     dx = dr = ds     dw = Σ_n dy · x̂     db = Σ_n dy
 
-r is a row of `residual`: the row of the same number, or row `index[n]`. The gathered rows are never stored.
+r is a row of `residual`: row n, or row `index[n]`. The gathered rows are never stored.
 
-Shapes    x [N, D], residual [N, D], or [R, D] with index int64 [N] of different rows; weight, bias [D] -> y [N, D]
-          and, on request, s [N, D].
-Numerics  everything in fp32 (fp64 for fp64 input). s is rounded only where it is returned: then y is the norm of the
-          rounded s, which backward reads again. y and s have the promoted dtype of x and residual.
-          dw and db: each of a fixed number of programs sums its rows, then these sums are added up. No atomics.
+Shapes    x [N, D], residual [N, D], or [R, D] with index int64 [N], no row twice; weight, bias [D] -> y [N, D] and, on
+          request, s [N, D].
+Numerics  everything in fp32 (fp64 for fp64 input). s is rounded only if it is returned; then y is the norm of the
+          rounded s, which backward reads again. y and s have the promoted dtype of x and residual. For dw and db each
+          of a fixed number of programs sums its rows, and then these sums are added up: no atomics.
 Cost      forward 3·N·D elements moved (4 with s), backward 4·N·D (one more for the gradient of s) and
           2·PROGRAMS·D of fp32 sums.
 """
@@ -25,14 +25,14 @@ from torch import Tensor
 from soundwave.kernels.checks import no_second_derivative
 from soundwave.kernels.dispatch import ranged, resolve_impl
 
-MAX_D = 8192  # one row in registers, 16 elements a thread of 16 warps; the widest stream in use is 8192 (Llama 70B)
-PROGRAMS = 256  # backward: two blocks on each multiprocessor of the larger cards (128 to 132 of them), one wave
+MAX_D = 8192  # one row in registers, 16 elements a thread of 16 warps; Llama 70B, the widest in use, has 8192
+PROGRAMS = 256  # of backward: one wave of two blocks on each of the 128 to 132 multiprocessors of the larger cards
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Config(NamedTuple):
-    """Launch settings; `together`: whether one pass of backward makes both the rows' and the parameters' gradients."""
+    """Launch settings. `together`: one pass of backward computes the gradients of both rows and parameters."""
 
     block_d: int
     num_warps: int
@@ -40,10 +40,11 @@ class Config(NamedTuple):
 
 
 def _config(width: int) -> Config:
-    """The same for every architecture and dtype: no shared memory but the reductions', registers by the width alone.
+    """Settings for every architecture and dtype: registers depend on the width alone, shared memory is for reductions.
 
-    512 elements a warp are 16 a thread. Backward holds six such vectors and takes up to 128 registers (150 on sm_120);
-    16 warps may have 128, and some architectures spill: there the parameters' gradients get a pass of their own.
+    512 elements a warp are 16 a thread. Backward holds six such vectors and takes up to 128 registers (150 on sm_120).
+    With 16 warps the limit is 128, and some architectures spill; so the gradients of the parameters then have a pass of
+    their own.
     """
     block_d = max(triton.next_power_of_2(width), 32)
     return Config(block_d, min(max(block_d // 512, 1), 16), together=block_d <= 4096)
@@ -61,7 +62,7 @@ def _add_layer_norm_fwd_kernel(
     if HAS_INDEX:
         row = tl.load(INDEX + n).to(tl.int64)
         known = (row >= 0) & (row < R)
-    # A row that does not exist becomes NaN, not somebody else's memory.
+    # A row that does not exist gives NaN; its address is not read.
     residual = tl.load(RESIDUAL + row * D + column, mask=inside & known, other=float("nan")).to(COMPUTE)
     total = tl.load(X + n * D + column, mask=inside, other=0.0).to(COMPUTE) + residual
     if STORE_SUM:
@@ -101,14 +102,14 @@ def _add_layer_norm_bwd_kernel(
         total = tl.load(X + start + column, mask=inside, other=0.0).to(COMPUTE)
         if HAS_RESIDUAL:
             total += tl.load(RESIDUAL + row * D + column, mask=inside & known, other=0.0).to(COMPUTE)
-        rstd = tl.load(RSTD + n)  # NaN for a row that does not exist
-        xhat = (total - tl.load(MEAN + n)) * rstd  # past D it meets dy = 0 everywhere
+        rstd = tl.load(RSTD + n)  # NaN if the row of the residual does not exist
+        xhat = (total - tl.load(MEAN + n)) * rstd  # past D every use multiplies it by dy = 0
         dy = tl.load(DY + start + column, mask=inside, other=0.0).to(COMPUTE)
         if STORE_DPARAMS:
             dweight += dy * xhat
             dbias += dy
         if STORE_DX or STORE_DRESIDUAL:
-            # From the cache for every row: held across the rows it takes registers past 128, where two blocks fit.
+            # Read again for every row, from the cache: with it in registers they are more than 128, and one block fits.
             scaled = dy * tl.load(WEIGHT + column, mask=inside, other=0.0).to(COMPUTE)
             along = tl.sum(scaled * xhat, 0) / D
             dtotal = (scaled - tl.sum(scaled, 0) / D - xhat * along) * rstd
@@ -129,7 +130,7 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _check_index(index: Tensor, rows: int) -> None:
-    """Not on the Triton path: it would make the host wait."""
+    """ValueError for rows that do not exist or come twice. Triton's path skips this, as the host would have to wait."""
     wrong = ((index < 0) | (index >= rows)).nonzero()
     if wrong.numel():
         n = int(wrong[0])
@@ -152,7 +153,7 @@ def _forward(
     return_sum: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, s (empty unless `return_sum`), mean and rstd of each row."""
+    """y, s (empty without `return_sum`), and mean and rstd of each row."""
     rows, width = x.shape
     compute, dtype = _compute_dtype(x, residual, weight), torch.promote_types(x.dtype, residual.dtype)
     if impl == "torch":
@@ -207,7 +208,7 @@ def _backward(
     need_dparams: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual, dweight, dbias; those not needed are empty. Without `residual`, `x` is s itself."""
+    """dx, dresidual, dweight and dbias; empty if not needed. If `residual` is None, `x` is s itself."""
     (rows, width), compute = dy.shape, mean.dtype
     dx = x.new_empty((rows if need_dx else 0, width), dtype=dx_dtype)
     dresidual = x.new_zeros((residual_rows if need_dresidual else 0, width), dtype=dresidual_dtype)
@@ -277,9 +278,9 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, dsum, *_):
     x, residual, residual_index, weight, bias, mean, rstd = ctx.saved_tensors
     need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
-    if dy is None:  # only s was used
+    if dy is None:  # only s has a gradient
         dy = torch.zeros_like(x) if dsum is None else torch.zeros_like(dsum)
-    # Without an index both gradients are the same numbers, and one tensor where the dtypes agree too.
+    # Without an index both gradients are the same numbers; if the dtypes agree too, one tensor serves both.
     shared = residual_index is None and ctx.dtypes[0] == ctx.dtypes[1]
     dx, dresidual, dweight, dbias = _backward(
         dy, dsum if ctx.return_sum else None, x, residual, residual_index, weight, bias, mean, rstd, ctx.residual_rows,
@@ -308,13 +309,14 @@ def add_layer_norm(
     residual_index: Tensor | None = None,
     return_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm of `x + residual` by rows; with `return_sum` (y, s), s being the next residual.
+    """LayerNorm of each row of `x + residual`; with `return_sum` (y, s), where s is the sum.
 
     Args:
         x: [N, D] of fp32, fp64, bf16 or fp16; D at most 8192 with Triton.
-        residual: [N, D], or [R, D] with `residual_index`; its dtype may be another. weight, bias: [D].
-        residual_index: int [N], the row of `residual` for each row of x; no row twice. Others raise ValueError on the
-            torch path; with Triton a row that does not exist gives NaN, and of the gradients for one row one is kept.
+        residual: [N, D], or [R, D] with `residual_index`; its dtype may differ.
+        weight, bias: [D].
+        residual_index: int [N], the row of `residual` for each row of x, no row twice. Wrong ones are a ValueError with
+            torch. With Triton a row that does not exist gives NaN, and one that comes twice gets one of its gradients.
     """
     impl = resolve_impl(impl, x.device)
     if impl == "triton" and x.shape[1] > MAX_D:

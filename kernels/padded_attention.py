@@ -1,7 +1,7 @@
-"""Packed attention on torch, for any device: utterances are padded to the longest, S is never kept for backward.
+"""Packed attention in torch, for any device: utterances are padded to the longest one.
 
-On the CPU torch's own flash attention runs, forward and backward; elsewhere S is made in fp32 and made again in
-backward. This is the torch side of `shrink_attention`, whose names, shapes and formulas it shares.
+On the CPU torch's flash attention runs, forward and backward. Elsewhere S is computed in fp32, and again in backward,
+so that it is not kept in between. This is the torch implementation of `shrink_attention`, with its names and formulas.
 """
 
 import torch
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def _places(cu_seqlens: Tensor, longest: int) -> Tensor:
-    """Row of the padded form that each packed row has."""
+    """int64 [K]: for each packed row the number of its row in the padded form."""
     mask = torch.arange(longest, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
     return mask.flatten().nonzero().squeeze(1)
 
 
 def _pad(rows: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    """Packed [K, H, E] -> [B, H, longest, E], 0 past each utterance's rows; a view where all are equally long."""
+    """Packed [K, H, E] -> [B, H, longest, E], 0 past an utterance's rows; a view if all are equally long."""
     slots = (cu_seqlens.numel() - 1) * longest
     if rows.shape[0] != slots:
         rows = rows.new_zeros(slots, *rows.shape[1:]).index_copy_(0, _places(cu_seqlens, longest), rows)
@@ -29,14 +29,14 @@ def _unpad(padded: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
 
 
 def _bias(cu_seqlens: Tensor, longest: int, dtype: torch.dtype) -> Tensor | None:
-    """[B, 1, 1, longest]: -inf at padded keys. 0 where an utterance has none at all: its padded values are 0, too."""
+    """[B, 1, 1, longest]: -inf at padded keys; 0 for an utterance without keys, whose padded values are 0 as well."""
     sizes = cu_seqlens.diff()[:, None]
     missing = (torch.arange(longest, device=sizes.device) >= sizes) & (sizes > 0)
     return torch.zeros(missing.shape, dtype=dtype, device=sizes.device).masked_fill_(missing, -torch.inf)[:, None, None]
 
 
 def padded_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, flash):
-    """O [K, H, E] and the log-sum-exp of S [H, K]; with `flash` by torch's flash attention for the CPU."""
+    """O [K, H, E] and the log-sum-exp of S [H, K]. `flash` takes torch's flash attention for the CPU."""
     wide, rows = torch.promote_types(query.dtype, torch.float32), query.shape[0]
     if not rows or not key.shape[0]:
         return query.new_zeros(query.shape), query.new_zeros(query.shape[1::-1], dtype=wide)
@@ -55,7 +55,7 @@ def padded_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q
 def padded_attention_backward(
     dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, flash
 ):
-    """dQ, dK and dV."""
+    """dQ, dK and dV, in the shapes and dtypes of query, key and value."""
     if not query.shape[0] or not key.shape[0]:
         return tuple(x.new_zeros(x.shape) for x in (query, key, value))
     dout, q, out, lse = (_pad(x, cu_seqlens_q, max_seqlen_q) for x in (dout, query, out, lse.t()[..., None]))

@@ -1,16 +1,16 @@
-"""Shrinking attention: each kept frame attends to its own utterance's frames, packed, forward and backward.
+"""Shrinking attention: each kept frame attends to the frames of its utterance, packed, forward and backward.
 
     S = scale · Q Kᵀ      P = softmax(S)      O = P V      within one utterance and one head
     D = rowsum(dO ∘ O)    dS = P ∘ (dO Vᵀ - D)
     dQ = scale · dS K     dK = scale · dSᵀ Q     dV = Pᵀ dO
 
 Shapes    query [K, H, E], key and value [N, H, E] -> [K, H, E]; cu_seqlens_q and cu_seqlens_k int32 [B + 1] bound the
-          utterances. A query without keys gives 0 and has no gradient, keys without queries have gradient 0.
+          utterances. A query without keys gives 0 and has no gradient; keys without queries have gradient 0.
 Numerics  products in the tensors' dtype with fp32 sums; softmax, its log-sum-exp (saved, [H, K]) and D in fp32. With
-          Triton P and dS are rounded to the dtype for the products that follow, and S is in units of log 2, rounded
-          alike in forward and backward. float64 with torch only.
-Cost      4·E operations for each query, key and head forward, 10·E backward. Neither S nor P is stored. Deterministic:
-          one program writes a tile of dQ, or of dK and dV; no atomics.
+          Triton P and dS are rounded to the dtype for the products that follow. S is in units of log 2 and is rounded
+          in the same way forward and backward. float64 with torch only.
+Cost      4·E operations for each query, key and head forward, 10·E backward. Neither S nor P is stored.
+Deterministic: one program writes each tile of dQ, or of dK and dV; there are no atomics.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Tile(NamedTuple):
-    """Queries and keys of one step, and launch settings."""
+    """Queries (block_m) and keys (block_n) of one step, and launch settings."""
 
     block_m: int
     block_n: int
@@ -45,10 +45,10 @@ class Config(NamedTuple):
 
 
 def _config(head_size: int, dtype: torch.dtype, arch: int) -> Config:
-    """The largest tiles found to compile without spills, within 99 KB (128 KB where `arch`, e.g. 86, has more).
+    """The largest tiles that compile without spills and fit 99 KB, or 128 KB on cards with more. `arch`: 86 is sm_86.
 
-    sm_90 to sm_11x multiply by whole warp groups, 64 rows at a time. Small heads leave room for as many on every card;
-    at 128 the others spill with them. In fp32 the products are made of single multiplications, whose operands take
+    sm_90 to sm_11x multiply by whole warp groups, 64 rows at a time. With small heads every card has room for 64 rows;
+    with heads of 128 the other cards would spill. In fp32 products are single multiplications, whose operands take
     registers.
     """
     block_e = triton.next_power_of_2(head_size)
@@ -64,7 +64,7 @@ def _config(head_size: int, dtype: torch.dtype, arch: int) -> Config:
 
 @triton.jit
 def _bounds(CU_SEQLENS, b, B, ROWS, MAX):
-    """First row and number of rows of utterance b, never past ROWS, and whether all this can be right."""
+    """First row and number of rows of utterance b, never past ROWS, and whether the bounds are valid."""
     start = tl.load(CU_SEQLENS + b)
     end = tl.load(CU_SEQLENS + b + 1)
     right = (tl.load(CU_SEQLENS) == 0) & (tl.load(CU_SEQLENS + B) == ROWS) & (start <= end)
@@ -75,24 +75,48 @@ def _bounds(CU_SEQLENS, b, B, ROWS, MAX):
 
 
 @triton.jit
-def _rows(X, start, position, size, stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Tile [position, BLOCK_E] of one head's rows from `start` on; 0 past `size` rows."""
+def _place(CU_Q, CU_K, B, H, ROWS_Q, ROWS_K, MAX_Q, MAX_K, MAX, BLOCK: tl.constexpr):
+    """What one program works on: the first row of its tile, its head, the bounds of its utterance, and their validity.
+
+    MAX of the tiled rows and BLOCK give the number of tiles. Programs are numbered by tile, then head, then utterance,
+    so that those that share keys are neighbours.
+    """
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(MAX, BLOCK)
+    first, head, b = pid % tiles * BLOCK, (pid // tiles % H).to(tl.int64), (pid // tiles // H).to(tl.int64)
+    q_start, q_size, q_right = _bounds(CU_Q, b, B, ROWS_Q, MAX_Q)
+    k_start, k_size, k_right = _bounds(CU_K, b, B, ROWS_K, MAX_K)
+    return first, head, q_start, q_size, k_start, k_size, q_right & k_right
+
+
+@triton.jit
+def _tile(X, start, position, size, stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Addresses [position, BLOCK_E] in one head's rows from `start` on, and which of them are within `size` rows."""
     column = tl.arange(0, BLOCK_E)
     at = X + (start + position)[:, None] * stride + column[None, :]
     inside = (position < size)[:, None]
     if E != BLOCK_E:
         inside = inside & (column < E)[None, :]
+    return at, inside
+
+
+@triton.jit
+def _rows(X, start, position, size, stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The tile's values; 0 past `size` rows."""
+    at, inside = _tile(X, start, position, size, stride, E, BLOCK_E)
     return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
 def _store_rows(X, x, start, position, size, stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    column = tl.arange(0, BLOCK_E)
-    at = X + (start + position)[:, None] * stride + column[None, :]
-    inside = (position < size)[:, None]
-    if E != BLOCK_E:
-        inside = inside & (column < E)[None, :]
+    at, inside = _tile(X, start, position, size, stride, E, BLOCK_E)
     tl.store(at, x.to(X.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scores(q, k, SCALE, PRECISION: tl.constexpr):
+    """S in units of log 2."""
+    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * LOG2E)
 
 
 @triton.jit
@@ -101,23 +125,21 @@ def _shrink_attention_fwd_kernel(
     Q_ROW, Q_HEAD, K_ROW, K_HEAD, V_ROW, V_HEAD,
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head. Programs that share keys and values are neighbours."""
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(MAX_Q, BLOCK_M)
-    tile, head, b = pid % tiles, (pid // tiles % H).to(tl.int64), (pid // tiles // H).to(tl.int64)
-    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_start, q_size, q_right = _bounds(CU_Q, b, B, ROWS_Q, MAX_Q)
-    k_start, k_size, k_right = _bounds(CU_K, b, B, ROWS_K, MAX_K)
-    if tile * BLOCK_M >= q_size:
+    """O and the log-sum-exp of one tile of queries of one head."""
+    first, head, q_start, q_size, k_start, k_size, right = _place(
+        CU_Q, CU_K, B, H, ROWS_Q, ROWS_K, MAX_Q, MAX_K, MAX_Q, BLOCK_M
+    )
+    if first >= q_size:
         return
+    m = first + tl.arange(0, BLOCK_M)
     q = _rows(Q + head * Q_HEAD, q_start, m, q_size, Q_ROW, E, BLOCK_E)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
-    for first in range(0, k_size, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
+    for start in range(0, k_size, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
         k = _rows(K + head * K_HEAD, k_start, n, k_size, K_ROW, E, BLOCK_E)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * LOG2E)
+        s = _scores(q, k, SCALE, PRECISION)
         s = tl.where((n < k_size)[None, :], s, float("-inf"))
         previous = highest
         highest = tl.maximum(previous, tl.max(s, 1))
@@ -127,7 +149,7 @@ def _shrink_attention_fwd_kernel(
         v = _rows(V + head * V_HEAD, k_start, n, k_size, V_ROW, E, BLOCK_E)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     total = tl.where(k_size == 0, 1.0, total)
-    out = tl.where(q_right & k_right, out / total[:, None], float("nan"))  # wrong bounds must not pass unseen
+    out = tl.where(right, out / total[:, None], float("nan"))  # invalid bounds must be seen
     _store_rows(OUT + head * E, out, q_start, m, q_size, H * E, E, BLOCK_E)
     tl.store(LSE + head * ROWS_Q + q_start + m, highest + tl.log2(total), mask=m < q_size)
 
@@ -138,15 +160,13 @@ def _shrink_attention_dq_kernel(
     Q_ROW, Q_HEAD, K_ROW, K_HEAD, V_ROW, V_HEAD,
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries; D of its rows for the other kernel."""
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(MAX_Q, BLOCK_M)
-    tile, head, b = pid % tiles, (pid // tiles % H).to(tl.int64), (pid // tiles // H).to(tl.int64)
-    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_start, q_size, _ = _bounds(CU_Q, b, B, ROWS_Q, MAX_Q)
-    k_start, k_size, _ = _bounds(CU_K, b, B, ROWS_K, MAX_K)
-    if tile * BLOCK_M >= q_size:
+    """dQ of one tile of queries, and D of its rows for the other kernel."""
+    first, head, q_start, q_size, k_start, k_size, _ = _place(
+        CU_Q, CU_K, B, H, ROWS_Q, ROWS_K, MAX_Q, MAX_K, MAX_Q, BLOCK_M
+    )
+    if first >= q_size:
         return
+    m = first + tl.arange(0, BLOCK_M)
     q = _rows(Q + head * Q_HEAD, q_start, m, q_size, Q_ROW, E, BLOCK_E)
     dout = _rows(DOUT + head * E, q_start, m, q_size, H * E, E, BLOCK_E)
     out = _rows(OUT + head * E, q_start, m, q_size, H * E, E, BLOCK_E)
@@ -154,11 +174,11 @@ def _shrink_attention_dq_kernel(
     lse = tl.load(LSE + head * ROWS_Q + q_start + m, mask=m < q_size, other=0.0)
     tl.store(DELTA + head * ROWS_Q + q_start + m, delta, mask=m < q_size)
     dq = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
-    for first in range(0, k_size, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
+    for start in range(0, k_size, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
         k = _rows(K + head * K_HEAD, k_start, n, k_size, K_ROW, E, BLOCK_E)
         v = _rows(V + head * V_HEAD, k_start, n, k_size, V_ROW, E, BLOCK_E)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * LOG2E)
+        s = _scores(q, k, SCALE, PRECISION)
         p = tl.where((n < k_size)[None, :], tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
@@ -172,25 +192,23 @@ def _shrink_attention_dkv_kernel(
     Q_ROW, Q_HEAD, K_ROW, K_HEAD, V_ROW, V_HEAD,
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys, over all queries of its utterance; the tiles of S are transposed."""
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(MAX_K, BLOCK_N)
-    tile, head, b = pid % tiles, (pid // tiles % H).to(tl.int64), (pid // tiles // H).to(tl.int64)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    q_start, q_size, _ = _bounds(CU_Q, b, B, ROWS_Q, MAX_Q)
-    k_start, k_size, _ = _bounds(CU_K, b, B, ROWS_K, MAX_K)
-    if tile * BLOCK_N >= k_size:
+    """dK and dV of one tile of keys, summed over all queries of its utterance. The tiles of S are transposed."""
+    first, head, q_start, q_size, k_start, k_size, _ = _place(
+        CU_Q, CU_K, B, H, ROWS_Q, ROWS_K, MAX_Q, MAX_K, MAX_K, BLOCK_N
+    )
+    if first >= k_size:
         return
+    n = first + tl.arange(0, BLOCK_N)
     k = _rows(K + head * K_HEAD, k_start, n, k_size, K_ROW, E, BLOCK_E)
     v = _rows(V + head * V_HEAD, k_start, n, k_size, V_ROW, E, BLOCK_E)
     dk = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)
-    for first in range(0, q_size, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
+    for start in range(0, q_size, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
         q = _rows(Q + head * Q_HEAD, q_start, m, q_size, Q_ROW, E, BLOCK_E)
         lse = tl.load(LSE + head * ROWS_Q + q_start + m, mask=m < q_size, other=0.0)
-        # Queries past the last have q = 0 and lse = 0, so P = 1, and meet rows of dO that are 0.
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (SCALE * LOG2E) - lse[None, :])
+        # Past the last query q = 0 and lse = 0, so P = 1; but the rows of dO are 0 there, so nothing is added.
+        p = tl.exp2(_scores(k, q, SCALE, PRECISION) - lse[None, :])
         dout = _rows(DOUT + head * E, q_start, m, q_size, H * E, E, BLOCK_E)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         delta = tl.load(DELTA + head * ROWS_Q + q_start + m, mask=m < q_size, other=0.0)
@@ -201,7 +219,7 @@ def _shrink_attention_dkv_kernel(
 
 
 def _launch(kernel, tile: Tile, over_keys: bool, tensors, query, key, value, cu_seqlens, longest, scale):
-    """`tensors` are the kernel's arguments before the bounds; one program a tile of queries (or keys), and head."""
+    """One program for each tile of queries (or keys) and head. `tensors`: the kernel's arguments before the bounds."""
     (rows_q, heads, size), batch = query.shape, cu_seqlens[0].numel() - 1
     tiles = triton.cdiv(longest[1], tile.block_n) if over_keys else triton.cdiv(longest[0], tile.block_m)
     strides = (stride for tensor in (query, key, value) for stride in tensor.stride()[:2])
@@ -232,7 +250,7 @@ def _check_bounds(name: str, cu_seqlens: Tensor, rows: int, longest: int) -> Non
 
 
 def _without_keys(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rows: int) -> Tensor:
-    """bool [K, 1, 1]: queries of utterances without keys, which may hold anything."""
+    """bool [K, 1, 1]: queries of utterances without keys, where the padded result may hold anything."""
     row = torch.arange(rows, dtype=cu_seqlens_q.dtype, device=cu_seqlens_q.device)
     utterance = torch.searchsorted(cu_seqlens_q, row, right=True).sub_(1).clamp_(0, cu_seqlens_q.numel() - 2)
     return (cu_seqlens_k.diff() == 0)[utterance][:, None, None]
@@ -244,7 +262,7 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, scale: float, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """O [K, H, E] and the log-sum-exp of S [H, K], with Triton of base 2."""
+    """O [K, H, E] and the log-sum-exp of S [H, K]; with Triton its logarithm is of base 2."""
     _check_bounds("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
     _check_bounds("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
     cu_seqlens = cu_seqlens_q.to(query.device), cu_seqlens_k.to(query.device)
@@ -329,15 +347,15 @@ def shrink_attention(
     """[K, H, E]: attention of packed queries to the packed keys of the same utterance; 0 where it has none.
 
     Args:
-        query: [K, H, E]; key, value: [N, H, E], of one dtype. Any strides whose last is 1 are read in place.
+        query: [K, H, E]; key, value: [N, H, E]; all of one dtype. Strides whose last is 1 are read in place.
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1], rising from 0 to K and to N.
         max_seqlen_q, max_seqlen_k: at least the longest utterance of each.
-        scale: of the products before the softmax; None is 1 / sqrt(E).
+        scale: factor of the products before the softmax; None is 1 / sqrt(E).
         impl: "auto", "triton" (fp32, bf16, fp16; E up to 256) or "torch".
 
     Raises:
-        ValueError: what `impl` cannot do, and bounds that do not fit where they are on the CPU. On CUDA, where reading
-            them would wait for the device, what they concern is NaN instead.
+        ValueError: tensors that `impl` cannot take; bounds on the CPU that do not fit. Bounds on CUDA are not checked,
+            because reading them would wait for the device: the rows that they concern become NaN.
     """
     impl = resolve_impl(impl, query.device)
     size = query.shape[2]

@@ -1,16 +1,16 @@
-"""Projections of the shrinking adapter: queries of the kept rows of x, read where they stand; keys and values of all.
+"""Projections of the shrinking adapter: queries of the kept rows of x, which are read in place; keys and values.
 
     q[i] = W_q x[index[i]] + b_q      k[n] = W_k x[rows[n]] + b_k      v[n] = W_v x[rows[n]] + b_v
     dx[rows[n]] = W_kᵀ dk[n] + W_vᵀ dv[n], other rows 0, and then dx[index[i]] += W_qᵀ dq[i]
     dW_q = Σ_i dq[i] x[index[i]]ᵀ     dW_k = Σ_n dk[n] x[rows[n]]ᵀ     db_q = Σ_i dq[i]     ...
 
-Shapes    x [R, D]; index int64 [K] and rows int64 [N], each rising, so no row twice; weight [3·D, D] and bias [3·D] of
-          query, key and value, one below the other -> q [K, D], k and v [N, D]. With `rows` None k and v are those of
-          every row of x. With `kept` they are those of the kept rows: one product q [K, 3·D], no k and v.
-Numerics  products in the dtype of the weight, to which rows of x are cast on the way, with fp32 sums; the two parts of
-          dx that meet in a kept row are added in the dtype of x.
+Shapes    x [R, D]; index int64 [K] and rows int64 [N], each rising, so no row comes twice; weight [3·D, D] and bias
+          [3·D], those of query, key and value stacked -> q [K, D], k and v [N, D]. If `rows` is None, k and v are those
+          of every row of x. With `kept` they are those of the kept rows: one product q [K, 3·D], without k and v.
+Numerics  products in the dtype of the weight, to which rows of x are cast when they are read, with fp32 sums. In dx a
+          kept row is the sum of two parts, added in the dtype of x.
 Cost      2·D² operations for each query, key and value, three times that with backward. With Triton x[index] is never
-          stored, and dx is written once: the queries' part is added into its rows.
+          stored, and dx is written once, because the part of the queries is added to its rows in place.
 """
 
 from typing import NamedTuple
@@ -24,12 +24,12 @@ from torch.nn import functional as F
 from soundwave.kernels.checks import no_second_derivative
 from soundwave.kernels.dispatch import input_precision, ranged, resolve_impl
 
-GROUP = 8  # tiles of rows that are done together, so that the tiles of W they share stay in the L2 cache
+GROUP = 8  # tiles of rows that run next to each other, so that the tiles of W they share stay in the L2 cache
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Config(NamedTuple):
-    """Rows, columns and terms of the sum of one step, and launch settings."""
+    """Rows (i), columns (j) and terms of the sum (r) of one step, and launch settings."""
 
     block_i: int
     block_j: int
@@ -39,10 +39,10 @@ class Config(NamedTuple):
 
 
 def _config(dtype: torch.dtype, aligned: bool, arch: int) -> Config:
-    """`dtype` of the product; `aligned`: all strides are multiples of 16, so that loads are of 16 bytes.
+    """Settings for a product in `dtype`. `aligned`: all strides are multiples of 16, so that a load takes 16 bytes.
 
-    128 x 128 outputs for each 16 KB or so that are read; 64 x 64 where more would spill: in fp32, and where the
-    addresses of single elements take the registers. sm_90 to sm_11x have the shared memory for steps of 64 terms.
+    A step reads about 16 KB for 128 x 128 outputs. 64 x 64 where more would spill: in fp32, and without `aligned`,
+    because the addresses of single elements take registers. sm_90 to sm_11x have shared memory for 64 terms a step.
     """
     if dtype == torch.float32 or not aligned:
         return Config(64, 64, 32, 8, 2)
@@ -63,10 +63,10 @@ def _gather_matmul_kernel(
     GATHER: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """C[i, j] = Σ_r A[i, r] B[r, j], where INDEX gives the rows of A, B or C, whichever GATHER names.
+    """C[i, j] = Σ_r A[i, r] B[r, j]. INDEX gives the rows of one of them, and GATHER says which: "a", "b" or "c".
 
-    "a" adds BIAS[j], "c" adds what C held. Indexed rows that do not exist: NaN in C for "a", no terms for "b", not
-    stored for "c".
+    With "a" BIAS[j] is added, with "c" the former value of C. Where an indexed row does not exist, C is NaN for "a",
+    the term is left out for "b", and nothing is stored for "c".
     """
     pid = tl.program_id(0)
     tiles_i, tiles_j = tl.cdiv(SIZE_I, BLOCK_I), tl.cdiv(SIZE_J, BLOCK_J)
@@ -105,8 +105,8 @@ def _gather_matmul_kernel(
 
 
 def _gather_matmul(gather: str, a: Tensor, b: Tensor, bias: Tensor | None, index: Tensor, c: Tensor) -> None:
-    """`a` @ `b` into `c`, either of them transposed; `gather` names the one whose rows `index` gives."""
-    dtype = (a if gather == "b" else b).dtype  # of the weight: x may be wider
+    """`a` @ `b` into `c`. `gather` names the tensor whose rows `index` gives. Any of them may be transposed."""
+    dtype = (a if gather == "b" else b).dtype  # that of the weight; x may have a wider one
     size_i, size_r = index.shape[0] if gather != "b" else a.shape[0], a.shape[1]
     rows, size_j = {"a": a, "b": b, "c": c}[gather].shape[0], b.shape[1]
     aligned = not any(stride % 16 for stride in (*a.stride(), *b.stride(), c.stride(0)) if stride != 1)
@@ -124,7 +124,7 @@ def _gather_matmul(gather: str, a: Tensor, b: Tensor, bias: Tensor | None, index
 
 
 def _check_index(name: str, index: Tensor, rows: int) -> None:
-    """Not on the Triton path: it would make the host wait."""
+    """ValueError unless `index` rises within `rows`. Triton's path skips this, as the host would have to wait."""
     wrong = ((index < 0) | (index >= rows)).nonzero()
     if wrong.numel():
         i = int(wrong[0])
@@ -144,7 +144,7 @@ def _take(x: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _forward(
     x: Tensor, index: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor, kept: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v; with `kept` q holds all three and the others are empty."""
+    """q, k and v. With `kept` q holds all three, and k and v are empty."""
     count, width = x.shape
     columns = 3 * width if kept else width
     with torch.autocast(x.device.type, enabled=False):
@@ -175,7 +175,7 @@ def _backward(
     dq: Tensor, dk: Tensor | None, dv: Tensor | None, x: Tensor, index: Tensor, rows: Tensor | None, weight: Tensor,
     need_x: bool, need_weight: bool, need_bias: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dW and db; those not needed are empty. Without dk and dv, dq is that of all three."""
+    """dx, dW and db; empty if not needed. If dk and dv are None, dq holds all three."""
     width, dtype = x.shape[1], weight.dtype
     gradients = [dq] if dk is None else [dq, dk, dv]
     dbias = torch.cat([gradient.sum(0) for gradient in gradients]) if need_bias else weight.new_empty(0)
@@ -235,18 +235,18 @@ def shrink_projection(
     x: Tensor, index: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor, *, kept: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """q [K, D], k and v [N, D]: projections of the kept rows, and of `rows` or, with `kept`, of the kept ones too.
+    """q [K, D], queries of the kept rows; k and v [N, D], keys and values of `rows`, or with `kept` of the kept rows.
 
     Args:
         x: [R, D]; outside autocast of the weight's dtype.
         index: int64 [K], rising: the kept rows.
-        rows: int64 [N], rising: the rows that have keys and values; None for every row of x. Not read with `kept`.
+        rows: int64 [N], rising: the rows that have keys and values; None for every row of x. Ignored with `kept`.
         weight, bias: [3·D, D] and [3·D] of query, key and value. Under autocast products run in its dtype.
         impl: "auto", "triton" (fp32, bf16, fp16) or "torch".
 
     Raises:
-        ValueError: dtypes that do not fit; with torch an index that does not rise or names no row. With Triton such a
-            row of q is NaN, and of the gradients of a row that is named twice one is kept.
+        ValueError: dtypes that do not fit; with torch also an index that does not rise or is no row of x. With Triton
+            such a row of q is NaN, and a row that comes twice gets one of its gradients.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):

@@ -1,15 +1,15 @@
-"""Splice: one recording's rows into each row of text embeddings, in the place of its placeholder token.
+"""Splice: put the rows of a recording into each row of text embeddings, in the place of its placeholder token.
 
     out[m] = embeddings[source[m]]           where source[m] < B·L
-           = speech[source[m] - B·L]         from there on
+           = speech[source[m] - B·L]         where source[m] >= B·L
            = 0                               for padding, where source[m] = -1
-    d(embeddings | speech)[r] = dout[inverse[r]], 0 where nothing took row r: `inverse` is the map read backwards
+    d(embeddings | speech)[r] = dout[inverse[r]], or 0 if row r was not used; `inverse` is the inverse map of source
 
 Shapes    input_ids, attention_mask [B, L], speech [K, D], embeddings [B·L, D] -> source [B, M], inverse [B·L + K],
-          out [B·M, D]; M is the longest result, and finding it out is the one wait for the device.
-Numerics  copies; speech is cast to the embeddings' dtype. No row is taken twice, so nothing is summed in backward.
-Cost      every row of the result written once and read once, (B·M + K + B·L)·D·itemsize bytes each way; the map
-          is B·M + B·L + K integers.
+          out [B·M, D]. M is the longest result; the host needs it, which is the only wait for the device.
+Numerics  copies; speech is cast to the dtype of the embeddings. No row is used twice, so backward sums nothing.
+Cost      each row of the result is written once and read once, (B·M + K + B·L)·D·itemsize bytes forward and backward;
+          the map is B·M + B·L + K integers.
 """
 
 import torch
@@ -55,7 +55,7 @@ def _splice_rows_bwd_kernel(DOUT, INVERSE, DX, D, BLOCK_D: tl.constexpr):
 
 
 def _config(width: int) -> tuple[int, int]:
-    """(BLOCK_D, num_warps), the same for every architecture: a copy needs neither shared memory nor many registers."""
+    """(BLOCK_D, num_warps) for every architecture, because a copy needs no shared memory and few registers."""
     block_d = min(triton.next_power_of_2(max(width, 1)), BLOCK_D)
     return block_d, min(max(block_d * NUM_WARPS // BLOCK_D, 1), NUM_WARPS)
 
@@ -80,11 +80,11 @@ def _places(
     has_audio = audio_count > 0
     recording = has_audio.cumsum(0) - 1
     recordings = cu_seqlens.numel() - 1
-    # What a row's recording brings; a wrong number of recordings is found out below, so any of them will do here.
+    # Rows of each recording. A wrong number of recordings is an error below, so any valid index will do until then.
     counts = cu_seqlens.diff() if recordings else cu_seqlens.new_zeros(1)
     starts = cu_seqlens[:-1] if recordings else cu_seqlens.new_zeros(1)
     recording = recording.clamp(0, counts.numel() - 1)
-    # Each token takes its own place, the placeholder as many as it has rows, padding none.
+    # A token takes one place, the placeholder as many as its recording has rows, padding none.
     places = torch.where(is_audio, counts[recording][:, None], kept_mask.to(torch.int64))
     total = places.sum(1)
     zero = total.new_zeros(1)
@@ -121,7 +121,7 @@ def _places(
     speech_source = text_rows + starts[recording][:, None] + within
     source = torch.where(is_audio.gather(1, token), speech_source, text_source)
     source = source.masked_fill((place < 0) | (place >= total[:, None]), -1)
-    # Read backwards; padding goes to one slot behind the others, which is cut off.
+    # The inverse map. Padding goes to one extra slot at the end, which is cut off.
     inverse = total.new_full((text_rows + speech_rows + 1,), -1)
     flat = source.flatten()
     inverse[torch.where(flat < 0, text_rows + speech_rows, flat)] = torch.arange(flat.numel(), device=device)
@@ -164,7 +164,7 @@ def _backward(
     dout: Tensor, inverse: Tensor, text_rows: int, embeddings_dtype: torch.dtype, speech_dtype: torch.dtype,
     need_embeddings: bool, need_speech: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dembeddings [B·L, D] and dspeech [K, D]; empty where not needed."""
+    """dembeddings [B·L, D] and dspeech [K, D]; empty if not needed."""
     width, dout = dout.shape[1], dout.contiguous()
     gradients = []
     halves = (
@@ -210,24 +210,24 @@ no_second_derivative("splice", _backward)
 def splice_places(
     input_ids: Tensor, attention_mask: Tensor, cu_seqlens: Tensor, speech_rows: int, *, placeholder: int, left: bool
 ) -> tuple[Tensor, Tensor]:
-    """Where each row of the result comes from.
+    """The map from rows of text and speech to rows of the result.
 
     Args:
         input_ids, attention_mask: int [B, L]; a row holds `placeholder` once, or not at all.
-        cu_seqlens: int [A + 1], bounds of the recordings of the rows that have one, in order, in `speech_rows` rows.
+        cu_seqlens: int [A + 1], bounds of the A recordings in `speech_rows` rows, in the order of the rows of text.
         left: pad the result on the left.
 
     Returns:
-        source int64 [B, M]: a row of text below B·L, of speech from B·L on, -1 for padding; inverse int64 [B·L + K]:
-        the place in the flattened result that each of them went to, -1 where it went nowhere.
+        source int64 [B, M]: for each row of the result its row of text, or B·L plus its row of speech; -1 for padding.
+        inverse int64 [B·L + K]: for each row of text, then of speech, its place in the flattened result, or -1.
 
     Raises:
-        ValueError: several placeholders in a row, another number of recordings, bounds that do not fit.
+        ValueError: several placeholders in a row, a wrong number of recordings, bounds that do not fit.
     """
     return _places(input_ids, attention_mask, cu_seqlens, speech_rows, placeholder, left)
 
 
 def splice_rows(embeddings: Tensor, speech: Tensor, source: Tensor, inverse: Tensor, impl: str = "auto") -> Tensor:
-    """Rows of embeddings [B·L, D] and speech [K, D] in the order of `splice_places`' source [B·M] -> [B·M, D]."""
+    """Rows of embeddings [B·L, D] and speech [K, D], put together by the map of `splice_places`: [B·M, D]."""
     source, inverse = source.contiguous(), inverse.contiguous()
     return _forward(embeddings, speech, source, inverse, resolve_impl(impl, embeddings.device))
