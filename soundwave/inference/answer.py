@@ -1,4 +1,4 @@
-"""What a trained model writes and answers: load a saved model, read it by CTC, ask it."""
+"""Load a trained model, read recordings with it by CTC, and let its language model answer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,20 +21,27 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(folder: str | Path) -> LoadedModel:
-    """Load a saved model onto this machine's device (CUDA if it is there), in the dtype that is fastest on it.
+    """Load a saved model onto this machine's device (CUDA if there is one), in the dtype that is fastest on it.
 
     A model of stage I is loaded without the layers of its language model, which it does not need. A model that was
     trained on 4-bit weights runs unquantised on a CPU.
 
     Args:
-        folder: what training wrote, e.g. `runs/demo/model`. The backbones that it names are fetched if need be.
+        folder: the folder that training wrote, for example `runs/demo/model`. Its configuration names the backbones;
+            they are fetched if they are not on this machine yet.
 
     Raises:
         FileNotFoundError: `folder` holds no model.
-        ValueError: the model is damaged, or does not fit its configuration.
+        ValueError: `folder` holds a model of another kind, or the model is damaged or does not fit its configuration.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no model; give the folder that training printed")
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        inside = folder / "model"
+        hint = f"give {inside}" if (inside / "config.json").is_file() else "give the folder that training printed"
+        raise FileNotFoundError(f"{folder} holds no model; {hint}")
+    kind = SoundwaveConfig.get_config_dict(folder)[0].get("model_type")
+    if kind != SoundwaveConfig.model_type:
+        raise ValueError(f"{folder} holds a model of type {kind!r}, but not a Soundwave model")
     device, _ = pick_device()
     config = SoundwaveConfig.from_pretrained(folder)
     model = SoundwaveForConditionalGeneration.from_pretrained(
@@ -50,7 +57,15 @@ def load_model(folder: str | Path) -> LoadedModel:
 def read_ctc(
     model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, clips: Sequence[Tensor]
 ) -> tuple[list[str], Tensor]:
-    """Greedy CTC readings of clips' features ([n_mels, T_mel] each) and the path int64 [A, T] that they come from."""
+    """Read recordings by greedy CTC, without the language model.
+
+    Args:
+        clips: log-mel features float32 [n_mels, T_mel] of A recordings.
+
+    Returns:
+        The texts, and the path int64 [A, T] from which they are read: the most probable id of each frame, -1 in the
+        padding.
+    """
     batch = batch_to(processor.pad_features(list(clips)), model.device)
     path = model(**batch).path.cpu()
     return [processor.ctc_text(row, model.blank) for row in path], path
@@ -65,7 +80,16 @@ def answer(
     *,
     max_new_tokens: int = 256,
 ) -> list[str]:
-    """The model's greedy answers to prompts, each about one recording's features [n_mels, T_mel] or none."""
+    """Let the language model answer prompts by greedy decoding.
+
+    Args:
+        prompts: what the user says, one text for each answer.
+        audio: for each prompt the log-mel features float32 [n_mels, T_mel] of its recording, or None for text only.
+        max_new_tokens: longest answer, in tokens.
+
+    Returns:
+        The answers, without special tokens and outer white space.
+    """
     batch = batch_to(dict(processor(list(prompts), list(audio))), model.device)
     tokens = model.generate(
         **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=processor.pad_token_id

@@ -1,8 +1,10 @@
 """Recordings of any length: cut into windows of at most 30 s, transcribed, or asked about."""
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -11,12 +13,13 @@ import soxr
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from soundwave.data.audio import LONGEST_SECONDS, SAMPLING_RATE, load_audio, seconds_of
+from soundwave.data.audio import LONGEST_SECONDS, RATES, SAMPLING_RATE, load_audio, seconds_of
 from soundwave.data.collate import TRANSCRIBE_PROMPT
 from soundwave.inference.answer import LoadedModel, answer, load_model, read_ctc
 
 FRAME = 0.02  # s; a frame of `windows`
 SEARCH = 5.0  # s; how far before the limit `windows` looks for a pause
+LOUDEST = 100.0  # Samples above it are no floating-point recording; they are integers that were only cast to float.
 
 Audio = str | Path | ArrayLike
 
@@ -42,7 +45,8 @@ class Answer(NamedTuple):
     Attributes:
         text: the answer.
         seconds: length of the recording.
-        heard: seconds of it, from its beginning, that the model has heard; less than `seconds` for a long recording.
+        heard: how many seconds the model has heard, counted from the beginning; less than `seconds` for a long
+            recording.
     """
 
     text: str
@@ -55,7 +59,7 @@ class Answer(NamedTuple):
 
 @dataclass
 class _Recording:
-    """A recording whose windows are being transcribed."""
+    """A recording whose windows are being transcribed; `waiting` of them have no text yet."""
 
     seconds: float
     waiting: int
@@ -90,32 +94,42 @@ def transcribe(
 ) -> Transcript | list[Transcript]:
     """Write down what is said in one recording, or in each of a list of recordings.
 
-    A recording over 30 s is cut into windows where it is quietest. A model of stage I is read by CTC.
+    A recording over 30 s is cut into windows where it is quietest. A model of stage I is read by CTC. Every recording
+    is checked before the model is loaded; of a file only the header is read for this.
 
     Args:
-        audio: a file (WAV, FLAC, Ogg or MP3), or an array float [samples], mono, full scale ±1; or a list of these.
+        audio: a file (WAV, FLAC, Ogg or MP3), or samples: an array, tensor or list of numbers, floating point
+            [samples], mono, full scale ±1. Or a list or tuple of files and samples.
         model: what `soundwave.load` returned, or the folder of a trained model, which is then loaded for this call.
-        sampling_rate: of arrays, in Hz. Files bring their own.
-        batch_size: windows that are transcribed together, of one recording or of several. More than 1 is faster; in
-            half types a text may then depend on its neighbours, since products are rounded in another order.
+        sampling_rate: sampling rate of the arrays, in Hz. Files bring their own.
+        batch_size: number of windows that are transcribed together, of one recording or of several. More than 1 is
+            faster. In half precision a text may then depend on the other windows of its batch, because their number
+            and lengths change the order in which a product is summed.
         max_new_tokens: longest text of a window, in tokens of the language model.
 
     Returns:
         A `Transcript` (`text`, `seconds`), or a list of them in the order of `audio`.
 
     Raises:
-        AudioError: a file that cannot be used.
-        ValueError: an array that is not mono, not floating point, empty or not finite.
+        AudioError: a file cannot be used.
+        ValueError: samples that are not mono, not floating point, empty, not finite or far above full scale; a
+            sampling rate outside 1 kHz to 1 MHz; a `batch_size` below 1.
         FileNotFoundError: the folder holds no model.
+        TypeError: `model` is neither a loaded model nor a folder.
     """
-    many = isinstance(audio, (list, tuple)) and not _is_numbers(audio)
-    recordings = audio if many else [audio]
+    several = isinstance(audio, (list, tuple)) and not (audio and isinstance(audio[0], Real))
+    recordings = audio if several else [audio]
+    for index, recording in enumerate(recordings):
+        if isinstance(recording, (str, os.PathLike)):
+            seconds_of(recording)
+        else:
+            _check_samples(recording, sampling_rate, f"audio[{index}]" if several else "audio")
     found = list(
         transcribe_each(
             recordings, model, sampling_rate=sampling_rate, batch_size=batch_size, max_new_tokens=max_new_tokens
         )
     )
-    return found if many else found[0]
+    return found if several else found[0]
 
 
 def transcribe_each(
@@ -126,10 +140,26 @@ def transcribe_each(
     batch_size: int = 1,
     max_new_tokens: int = 256,
 ) -> Iterator[Transcript]:
-    """As `transcribe`, but recordings are read, and transcripts given, one after the other, in order."""
+    """Transcribe any number of recordings, read and given one after the other, in order.
+
+    `recordings` may be an iterator over more recordings than fit into memory: the next one is taken from it only when
+    the batch needs more windows. The other arguments are those of `transcribe`.
+
+    A recording that cannot be used raises when its turn comes; the transcripts of those before it are given first.
+
+    Raises:
+        AudioError, ValueError, FileNotFoundError, TypeError: as in `transcribe`.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}, but it must be 1 or more")
-    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    if isinstance(recordings, (str, os.PathLike)):
+        raise TypeError(f"recordings = {str(recordings)!r}, but it must be an iterable; use transcribe for one file")
+    return _transcripts(recordings, _loaded(model), sampling_rate, batch_size, max_new_tokens)
+
+
+def _transcripts(
+    recordings: Iterable[Audio], loaded: LoadedModel, sampling_rate: int, batch_size: int, max_new_tokens: int
+) -> Iterator[Transcript]:
     started: deque[_Recording] = deque()
     batch: list[tuple[_Recording, Tensor]] = []
 
@@ -149,8 +179,13 @@ def transcribe_each(
             recording = started.popleft()
             yield Transcript(" ".join(" ".join(recording.texts).split()), recording.seconds)
 
-    for audio in recordings:
-        samples = as_samples(audio, sampling_rate)
+    fault = None
+    for index, audio in enumerate(recordings):
+        try:
+            samples = as_samples(audio, sampling_rate, name=f"recordings[{index}]")
+        except ValueError as error:
+            fault = error
+            break
         pieces = windows(samples)
         recording = _Recording(round(len(samples) / SAMPLING_RATE, 3), len(pieces))
         started.append(recording)
@@ -162,6 +197,8 @@ def transcribe_each(
     if batch:
         transcribe_batch()
     yield from finished()
+    if fault:
+        raise fault
 
 
 def ask(
@@ -172,10 +209,10 @@ def ask(
     sampling_rate: int = SAMPLING_RATE,
     max_new_tokens: int = 128,
 ) -> Answer:
-    """Ask a question about a recording; of a long one the first window, at most 30 s, is heard.
+    """Ask a question about a recording. Of a long recording the model hears the first window, at most 30 s.
 
     Args:
-        audio, model, sampling_rate: as in `transcribe`.
+        audio, model, sampling_rate: as in `transcribe`, for one recording.
         question: what to ask.
         max_new_tokens: longest answer, in tokens of the language model.
 
@@ -183,46 +220,84 @@ def ask(
         An `Answer` (`text`, `seconds`, `heard`).
 
     Raises:
-        ValueError: the model has seen stage I only, and cannot answer; and as in `transcribe`.
+        ValueError: the model has seen stage I only and cannot answer.
+        AudioError, ValueError, FileNotFoundError, TypeError: as in `transcribe`.
     """
-    loaded = model if isinstance(model, LoadedModel) else load_model(model)
-    if loaded.model.config.stage == 1:
-        raise ValueError("the model has seen stage 1 only and cannot answer; train stage 2, or transcribe with it")
-    seconds = seconds_of(audio) if isinstance(audio, (str, Path)) else None
+    seconds = seconds_of(audio) if isinstance(audio, (str, os.PathLike)) else None
     if seconds is not None and seconds > 2 * LONGEST_SECONDS:
-        # The first window of an hour is the same without the rest of it.
+        # The first window ends within the first 30 s and is the same whatever follows; an hour need not be read.
         samples = load_audio(audio, duration=2 * LONGEST_SECONDS)
     else:
         samples = as_samples(audio, sampling_rate)
         seconds = len(samples) / SAMPLING_RATE
+    loaded = _loaded(model)
+    if loaded.model.config.stage == 1:
+        raise ValueError("the model has seen stage 1 only and cannot answer; train stage 2, or transcribe with it")
     first = windows(samples)[0]
     text = answer(*loaded, [question], [loaded.processor.features(first)], max_new_tokens=max_new_tokens)[0]
     return Answer(text, round(seconds, 3), round(len(first) / SAMPLING_RATE, 3))
 
 
-def as_samples(audio: Audio, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
+def _loaded(model: LoadedModel | str | Path) -> LoadedModel:
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return load_model(model)
+    raise TypeError(
+        f"model is of type {type(model).__name__}, but it must be what soundwave.load returned, or a model's folder"
+    )
+
+
+def as_samples(audio: Audio, sampling_rate: int = SAMPLING_RATE, *, name: str = "audio") -> np.ndarray:
     """A file, or an array of samples at `sampling_rate` Hz, as float32 [samples] at 16 kHz.
 
+    Args:
+        audio: as in `transcribe`, for one recording.
+        sampling_rate: sampling rate of an array, in Hz. A file brings its own.
+        name: what error messages call an array.
+
     Raises:
-        AudioError: a file that cannot be used.
-        ValueError: an array that is not [samples], not floating point, empty or not finite.
+        AudioError: a file cannot be used.
+        ValueError: samples that are not mono, not floating point, empty, not finite or far above full scale; or a
+            sampling rate outside 1 kHz to 1 MHz.
     """
-    if isinstance(audio, (str, Path)):
+    if isinstance(audio, (str, os.PathLike)):
         return load_audio(audio)
-    samples = np.asarray(audio)
+    samples = _check_samples(audio, sampling_rate, name)
+    if sampling_rate != SAMPLING_RATE:
+        samples = soxr.resample(samples, sampling_rate, SAMPLING_RATE)
+    if not len(samples):
+        raise ValueError(f"{name} is too short: no sample is left of it at {SAMPLING_RATE} Hz")
+    return samples
+
+
+def _check_samples(audio: ArrayLike, sampling_rate: int, name: str) -> np.ndarray:
+    """The samples of an array, tensor or list as float32 [samples]; ValueError if they are no recording."""
+    if not RATES[0] <= sampling_rate <= RATES[1]:
+        raise ValueError(f"sampling_rate = {sampling_rate:g}, but it must be {RATES[0]} to {RATES[1]} Hz")
+    if isinstance(audio, Tensor):
+        audio = audio.detach().cpu()
+        audio = (audio.float() if audio.is_floating_point() else audio).numpy()
+    try:
+        samples = np.asarray(audio)
+    except ValueError:  # rows of several lengths
+        samples = np.empty(0, object)
+    if samples.dtype.kind not in "biufc":
+        raise ValueError(f"{name} is of type {type(audio).__name__}, but a recording is a file or an array of samples")
     if samples.ndim != 1 or not len(samples):
-        raise ValueError(f"audio has shape {list(samples.shape)}, but one recording is [samples], mono and not empty")
+        raise ValueError(f"{name} has shape {list(samples.shape)}, but one recording is [samples], mono and not empty")
     if samples.dtype.kind != "f":
-        raise ValueError(f"audio is {samples.dtype}, but samples are floating point with a full scale of ±1")
+        raise ValueError(
+            f"{name} is {samples.dtype}, but samples are floating point with a full scale of ±1; divide samples of "
+            "16 bits by 32768"
+        )
     if not np.isfinite(samples).all():
-        raise ValueError("audio holds NaN or infinite samples")
-    samples = samples.astype(np.float32)
-    return samples if sampling_rate == SAMPLING_RATE else soxr.resample(samples, sampling_rate, SAMPLING_RATE)
-
-
-def _is_numbers(audio: Sequence) -> bool:
-    """Whether a list holds samples and not recordings."""
-    return len(audio) > 0 and isinstance(audio[0], (int, float))
+        raise ValueError(f"{name} holds NaN or infinite samples")
+    if (loudest := np.abs(samples).max()) > LOUDEST:
+        raise ValueError(
+            f"{name} has samples up to {loudest:.3g}, but their full scale is ±1; divide samples of 16 bits by 32768"
+        )
+    return samples.astype(np.float32)
 
 
 def windows(
