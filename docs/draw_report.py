@@ -37,6 +37,8 @@ def main() -> None:
             recording = recording.first
             if arguments.word:
                 recording.get_by_role("button", name=arguments.word, exact=True).first.click()
+            page.mouse.move(0, 0)
+            page.evaluate('scrollTo({ top: 0, behavior: "instant" })')  # the clip counts from the page's top
             place = recording.bounding_box()
             clip = {
                 "x": place["x"] - PADDING, "y": place["y"] - PADDING,
