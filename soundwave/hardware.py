@@ -40,3 +40,23 @@ def _product_seconds(dtype: torch.dtype) -> float:
         x @ weight.T
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def product_seconds(dtype: torch.dtype, *, patience: float = 1.0) -> float:
+    """Seconds of a product [160, 576] x [576, 1536] on one CPU thread: the fastest of those done within `patience` s.
+
+    On one thread, and small enough to end within one slice of the scheduler's time: so the fastest product tells how
+    fast the machine is even while other programs run on it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 576, generator=generator).to(dtype) for rows in (160, 1536))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        best, end = float("inf"), time.perf_counter() + patience
+        while (start := time.perf_counter()) < end:
+            x @ weight.T
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return best
