@@ -1,8 +1,18 @@
-"""Fused operations and drop-in modules over `soundwave.kernels`; `functional` holds the operations."""
+"""The fused losses and adapters as modules; `functional` holds the operations. All are built on the Triton kernels."""
 
-from soundwave.fused import functional as functional
-from soundwave.fused.adapters import AlignmentAdapter as AlignmentAdapter
-from soundwave.fused.adapters import ShrinkingAdapter as ShrinkingAdapter
-from soundwave.fused.losses import CTCLoss as CTCLoss
-from soundwave.fused.losses import LinearCrossEntropyLoss as LinearCrossEntropyLoss
-from soundwave.fused.losses import LinearCTCLoss as LinearCTCLoss
+from soundwave.fused import functional
+from soundwave.fused.adapters import AlignmentAdapter, ShrinkingAdapter
+from soundwave.fused.losses import CTCLoss, LinearCrossEntropyLoss, LinearCTCLoss
+
+__all__ = [
+    "AlignmentAdapter",
+    "CTCLoss",
+    "LinearCTCLoss",
+    "LinearCrossEntropyLoss",
+    "ShrinkingAdapter",
+    "functional",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""The adapters on the fused operations: packed rows inside, the parameters and calls of `soundwave.eager`'s.
+"""The adapters on packed rows and the fused operations, with the parameters and calls of those in `soundwave.eager`.
 
 Dimension letters: B utterances, T frames of the longest, N packed rows, D width of the language model, E width of the
 encoder, H heads, K kept frames of all utterances together.
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from soundwave import eager
 from soundwave.attention import attend
-from soundwave.fused.functional import _expect, add_layer_norm, shrink_attention
+from soundwave.fused.arguments import expect
+from soundwave.fused.functional import add_layer_norm, shrink_attention
 from soundwave.kernels.checks import as_lengths, no_forward_mode
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.shrink_projection import shrink_projection
@@ -29,18 +30,23 @@ def _lengths(lengths: Tensor | Sequence[int], batch: int) -> Tensor:
     return lengths
 
 
+def _as_autocasts_norm(update: Tensor) -> Tensor:
+    """`update` in float32 under CUDA's autocast, where torch's LayerNorm gives float32, too."""
+    return update.float() if update.is_cuda and torch.is_autocast_enabled("cuda") else update
+
+
 class AlignmentAdapter(eager.AlignmentAdapter):
-    """`eager.AlignmentAdapter` over packed rows: frames past a length cost nothing.
+    """`eager.AlignmentAdapter` on packed rows: frames past a length cost nothing.
 
-    Attention goes through `soundwave.attention`; where each frame attends to itself alone (`config.attend = "self"`)
-    none is computed, for softmax over one key is 1. Each residual sum is made with the LayerNorm after it.
+    Attention goes through `soundwave.attention`. If each frame attends to itself alone (`config.attend = "self"`), no
+    attention is computed, because softmax over one key is 1. Each residual sum is fused with the LayerNorm after it.
 
-    Differences from eager: rows past a length are 0 in the result, not what the layer makes of padding; dropout draws
-    numbers for valid rows only, so other ones where there is padding.
+    Differences from eager: rows past a length are 0 in the result. Dropout draws numbers for valid rows only, so with
+    padding they are other numbers than eager's.
 
     Args:
         config: as for eager.
-        impl: of residual + LayerNorm, "auto", "triton" or "torch".
+        impl: implementation of residual + LayerNorm: "auto", "triton" or "torch".
         attention: "auto", "flash_attn", "varlen" or "sdpa".
     """
 
@@ -86,7 +92,7 @@ class AlignmentAdapter(eager.AlignmentAdapter):
         return hidden.view(batch, out_size, hidden.shape[1]), counts
 
     def _gather(self, frames: Tensor, lengths: Tensor, utterance: Tensor, within: Tensor, ragged: bool) -> Tensor:
-        """Frames of each packed row side by side [N, stack·E]; with `ragged` some rows end in zero frames."""
+        """The frames of each packed row next to each other [N, stack·E]. `ragged`: some rows end in zero frames."""
         size = frames.shape[1]
         time = within[:, None] * self.frame_stack + torch.arange(self.frame_stack, device=frames.device)
         frame = (utterance[:, None] * size + time).clamp(max=frames.shape[0] * size - 1)
@@ -97,7 +103,7 @@ class AlignmentAdapter(eager.AlignmentAdapter):
         return packed.flatten(1)
 
     def _layer(self, packed: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        """Projection, Transformer layer and last norm of packed rows [N, stack·E] -> [N, D]."""
+        """Projection, Transformer layer and last norm: packed rows [N, stack·E] -> [N, D]."""
         layer, attention = self.layer, self.layer.self_attn
         residual = self.projector(packed)
         width = residual.shape[1]
@@ -114,21 +120,19 @@ class AlignmentAdapter(eager.AlignmentAdapter):
             layer.norm2.eps, return_sum=True, impl=self.impl,
         )  # fmt: skip
         update = layer.dropout(layer.linear2(layer.dropout(F.relu(layer.linear1(normed)))))
-        if update.is_cuda and torch.is_autocast_enabled("cuda"):
-            update = update.float()  # autocast's LayerNorm gives float32 there
-        norm = self.out_norm
+        update, norm = _as_autocasts_norm(update), self.out_norm
         return add_layer_norm(update, residual, norm.weight, norm.bias, norm.eps, impl=self.impl)
 
 
 class ShrinkingAdapter(eager.ShrinkingAdapter):
-    """`eager.ShrinkingAdapter` over packed rows: frames past a length cost nothing.
+    """`eager.ShrinkingAdapter` on packed rows: frames past a length cost nothing.
 
-    The kept rows x' = x[index] are not stored on CUDA: the query product reads them where they stand, and so does
-    residual + LayerNorm. Attention is packed, too.
+    On CUDA the kept rows x' = x[index] are never stored: the query product and residual + LayerNorm read them in place.
+    Attention is packed as well.
 
     Args:
         config: as for eager.
-        impl: of projection, attention and residual + LayerNorm: "auto", "triton" or "torch".
+        impl: implementation of projection, attention and residual + LayerNorm: "auto", "triton" or "torch".
     """
 
     def __init__(self, config: Any, impl: str = "auto"):
@@ -147,8 +151,8 @@ class ShrinkingAdapter(eager.ShrinkingAdapter):
         Raises:
             ValueError: hidden, lengths or peaks of another shape; a length that is negative or beyond T; peaks that are
                 not frames of their utterance, in rising order. Values on CUDA, and those of `peaks` in a compiled
-                graph, are not looked at but for the lengths that `config.keys` "all" waits for: a row that does not
-                exist gives NaN there, or with "none" torch's own error.
+                graph, are not checked, except lengths if `config.keys` is "all", which waits for them. A row that does
+                not exist then gives NaN, or torch's own error if `config.keys` is "none".
         """
         width, impl = self.in_proj_weight.shape[1], self.impl
         if hidden.dim() != 3 or hidden.shape[2] != width:
@@ -165,17 +169,15 @@ class ShrinkingAdapter(eager.ShrinkingAdapter):
         projected = shrink_projection(x, index, rows, self.in_proj_weight, self.in_proj_bias, kept=kept, impl=impl)
         query, key, value = (part.unflatten(1, (self.num_heads, -1)) for part in projected)
         attended = shrink_attention(query, key, value, cu_seqlens, cu_seqlens_k, longest, longest_k, impl=impl)
-        update = self.out_proj(attended.flatten(1))
-        if update.is_cuda and torch.is_autocast_enabled("cuda"):
-            update = update.float()  # autocast's LayerNorm gives float32 there
+        update = _as_autocasts_norm(self.out_proj(attended.flatten(1)))
         return add_layer_norm(update, x, norm.weight, norm.bias, norm.eps, residual_index=index, impl=impl)
 
 
 def _check_peaks(peaks: eager.Peaks, lengths: Tensor, hidden: Tensor) -> None:
-    """ValueError unless `peaks` are frames of `hidden`; values are read on the CPU only, where nothing waits for it."""
+    """ValueError unless `peaks` are frames of `hidden`. Values are read on the CPU only, where nobody has to wait."""
     (batch, size, _), (index, cu_seqlens, longest) = hidden.shape, peaks
-    _expect("peaks.index", index, ("K",), floating=False)
-    _expect("peaks.cu_seqlens", cu_seqlens, (batch + 1,), floating=False)
+    expect("peaks.index", index, ("K",), floating=False)
+    expect("peaks.cu_seqlens", cu_seqlens, (batch + 1,), floating=False)
     if torch.compiler.is_compiling() or lengths.device.type != "cpu":
         return
     some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
@@ -207,7 +209,7 @@ def _check_range(least: int, most: int, size: int) -> None:
 
 
 def _valid_rows(lengths: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor, int]:
-    """Which of the B·T rows are valid (None: all), their bounds int32 [B + 1] and the longest length."""
+    """The valid rows of the B·T (None: all), their bounds int32 [B + 1] and the longest length."""
     (batch, size, _), device = hidden.shape, hidden.device
     some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
     least, longest, rows = torch.stack([some.min(), some.max(), lengths.sum()]).tolist()

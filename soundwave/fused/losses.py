@@ -7,22 +7,28 @@ from torch import Tensor, nn
 
 from soundwave.eager import IGNORE_INDEX
 from soundwave.fused import functional
+from soundwave.fused.arguments import check_reduction
 from soundwave.kernels.dispatch import resolve_impl
 
 
 def _check(reduction: str, impl: str) -> None:
-    """ValueError for a word that names neither; whether `impl` can run is seen in the call, by the tensors' device."""
-    functional.check_reduction(reduction)
-    resolve_impl(impl, torch.device("cuda"))  # where all of them can
+    """ValueError for an unknown word. The call checks whether `impl` can run, because that depends on the device."""
+    check_reduction(reduction)
+    resolve_impl(impl, torch.device("cuda"))  # where every `impl` can run
 
 
 class CTCLoss(nn.Module):
-    """`functional.ctc_loss` where `torch.nn.CTCLoss` stood: the same arguments, call and values.
+    """`functional.ctc_loss` as a replacement for `torch.nn.CTCLoss`: the same arguments, call and values.
 
-    What differs: the gradient is right for the log-probabilities as given, not for a log-softmax before them (for its
-    logits both are the same); an utterance that cannot be aligned has gradient 0, never NaN; a label that is blank or
-    no class raises `ValueError`; float16 and bfloat16 are taken and give a float32 loss. Targets and lengths are int32
-    or int64, lengths [B]: uint8, floating-point targets and lengths [B, 1], which torch takes too, raise `ValueError`.
+    Differences from torch:
+
+    - The gradient is that in the log-probabilities as given. Torch's is right only after a log-softmax; after one both
+      give the same gradient for the logits.
+    - An utterance that cannot be aligned has gradient 0, never NaN.
+    - A label that is the blank or no class is a `ValueError`.
+    - float16 and bfloat16 are accepted and give a float32 loss.
+    - Targets and lengths must be int32 or int64, and lengths [B]. Torch also takes uint8, floating-point targets and
+      lengths [B, 1]; here they are a `ValueError`.
     """
 
     def __init__(
@@ -65,9 +71,9 @@ class CTCLoss(nn.Module):
 
 
 class LinearCTCLoss(nn.Module):
-    """`functional.linear_ctc_loss` as a module: the loss alone, from hidden states and the head.
+    """`functional.linear_ctc_loss` as a module, which returns the loss alone.
 
-    The head is given in the call: it is the language model's, and belongs to no loss.
+    The head is an argument of the call, because it belongs to the language model and not to the loss.
     """
 
     def __init__(
@@ -120,7 +126,7 @@ class LinearCTCLoss(nn.Module):
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """`functional.linear_cross_entropy` as a module: a linear head and `nn.CrossEntropyLoss` without the logits."""
+    """`functional.linear_cross_entropy` as a module: a linear head and `nn.CrossEntropyLoss`, without the logits."""
 
     def __init__(
         self,

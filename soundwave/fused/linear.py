@@ -1,0 +1,194 @@
+"""Operations on hidden states and the rows of a head, without the logits; `functional` is their public place.
+
+Dimension letters: B utterances, T frames of the longest, N packed rows, D width, V rows of the head, U labels of the
+longest target.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from soundwave.eager import IGNORE_INDEX
+from soundwave.fused.arguments import (
+    as_integer,
+    check_head,
+    check_reduction,
+    check_targets,
+    check_weight,
+    expect,
+    expect_tensor,
+    lengths_of,
+    product_dtype_of,
+)
+from soundwave.kernels import linear_cross_entropy as _linear_cross_entropy
+from soundwave.kernels import linear_ctc as _linear_ctc
+from soundwave.kernels import linear_ctc_path as _linear_ctc_path
+from soundwave.kernels.checks import no_forward_mode
+from soundwave.kernels.ctc_targets import pad_targets
+from soundwave.kernels.dispatch import resolve_impl
+
+
+class LinearCTCOutput(NamedTuple):
+    """The loss, the path, and how much skipping columns can have changed the gradient of hidden.
+
+    loss: scalar, or [B] for `reduction="none"`; None without targets.
+    path, path_log_prob: [B, T], the most probable id of each frame (-1 past the length) and its log-probability (0).
+    active_share: the share of the vocabulary's columns that took part in `P W`, 0 to 1; 0 without a gradient.
+    error_bound: the most that skipping can have changed the gradient of hidden, relative to its norm. The error itself
+        is 3 to 4 times smaller. With `reduction="none"` it is the largest of all utterances, so that it holds for any
+        weights of their losses. 0 if nothing was skipped.
+
+    Only the loss has a gradient. Floating-point ones are float32, and float64 for float64 input.
+    """
+
+    loss: Tensor | None
+    path: Tensor
+    path_log_prob: Tensor
+    active_share: Tensor | None = None
+    error_bound: Tensor | None = None
+
+
+def linear_ctc_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int] | None,
+    *,
+    blank: int,
+    blank_weight: Tensor | None = None,
+    blank_bias: Tensor | None = None,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+    exact: bool = False,
+    impl: str = "auto",
+    validate: bool = False,
+) -> LinearCTCOutput:
+    """CTC of `softmax(hidden @ weight.T)` without the [B, T, V] logits, and each frame's most probable id.
+
+    Args:
+        hidden: [B, T, D]. Frames past a length cost nothing and may have any values.
+        weight: [V, D], the head; trained if it requires a gradient.
+        targets: int [B, U], padded with anything past `target_lengths`, or concatenated [sum of lengths]; None computes
+            the path only.
+        input_lengths, target_lengths: int [B], on the CPU if possible: on CUDA they cost one synchronisation.
+        blank: a row of `weight`, or `V` together with `blank_weight` [D] and the scalar `blank_bias`: one extra row.
+        reduction: "mean" (each loss over its target length, then over utterances), "sum" or "none".
+        zero_infinity: an utterance that cannot be aligned counts 0, not inf. Its gradient is 0 in any case.
+        exact: compute the gradient of hidden from all columns, see `LinearCTCOutput.error_bound`.
+        impl: "auto", "triton" or "torch".
+        validate: if tensors are on CUDA, wait for the check of lengths and labels.
+
+    Products run in autocast's dtype, else in that of `weight`; the rest runs in float32 (float64 for float64). If no
+    gradient is needed, only the first product runs. NaN or inf in the frames of an utterance makes its loss and its
+    gradient NaN, as in `eager.linear_ctc_loss`.
+
+    Raises:
+        ValueError: tensors that do not fit; a label that is the blank or no row of the head; a length past its tensor.
+            For values on CUDA the loss of that utterance is NaN, and the error comes at backward or at the next call.
+        RuntimeError: a second derivative.
+    """
+    if targets is None:
+        path = linear_ctc_path(
+            hidden, weight, input_lengths, blank=blank, blank_weight=blank_weight, blank_bias=blank_bias, impl=impl,
+            validate=validate,
+        )  # fmt: skip
+        return LinearCTCOutput(None, *path)
+    no_forward_mode("linear_ctc_loss", hidden, weight, blank_weight, blank_bias)
+    blank = as_integer("blank", blank)
+    weights = check_head(hidden, weight, blank, blank_weight, blank_bias)
+    batch = hidden.shape[0]
+    check_reduction(reduction)
+    if target_lengths is None:
+        raise ValueError("target_lengths = None, but targets are given")
+    check_targets(targets, batch, "hidden", hidden)
+    input_lengths = lengths_of("input_lengths", input_lengths, batch, hidden)
+    target_lengths = lengths_of("target_lengths", target_lengths, batch, hidden)
+    if targets.dim() == 1:
+        classes = weight.shape[0] + (blank_weight is not None)
+        targets = pad_targets(targets, target_lengths, classes, blank, "rows of the head", validate)
+    return LinearCTCOutput(
+        *_linear_ctc.linear_ctc(
+            hidden, *weights, targets, input_lengths, target_lengths, blank=blank,
+            product_dtype=product_dtype_of(hidden, weight), impl=resolve_impl(impl, hidden.device), reduction=reduction,
+            zero_infinity=zero_infinity, exact=exact, validate=validate,
+        )
+    )  # fmt: skip
+
+
+def linear_ctc_path(
+    hidden: Tensor,
+    weight: Tensor,
+    lengths: Tensor | Sequence[int],
+    *,
+    blank: int,
+    blank_weight: Tensor | None = None,
+    blank_bias: Tensor | None = None,
+    impl: str = "auto",
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The most probable id of each frame [B, T] and its log-probability [B, T].
+
+    Of equally probable ids it is the lowest. Past a length the id is -1 and the log-probability 0. Arguments, numerics
+    and errors are those of `linear_ctc_loss`. It takes one product and has no gradient.
+    """
+    blank = as_integer("blank", blank)
+    weights = check_head(hidden, weight, blank, blank_weight, blank_bias)
+    lengths = lengths_of("lengths", lengths, hidden.shape[0], hidden)
+    with torch.no_grad():
+        return _linear_ctc_path.linear_ctc_path(
+            hidden,
+            *weights,
+            lengths,
+            blank,
+            product_dtype_of(hidden, weight),
+            resolve_impl(impl, hidden.device),
+            validate,
+        )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    exact: bool = True,
+    impl: str = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """`F.cross_entropy(F.linear(hidden, weight).float(), target)` without the logits.
+
+    Args:
+        hidden: [..., D].
+        weight: [V, D], the head; trained if it requires a gradient.
+        target: int [...], a row of `weight`, or `ignore_index`: then that row of hidden costs nothing and may have any
+            values.
+        reduction: "mean" over the rows that are not ignored (NaN if all are), "sum", or "none": [...], 0 if ignored.
+        exact: False leaves columns out of the gradient of hidden, as `linear_ctc_loss` does.
+        impl: "auto", "triton" or "torch".
+        validate: if tensors are on CUDA, wait for the check of the targets.
+
+    Products run in autocast's dtype, else in that of `weight`. The rest runs in float32 (float64 for float64), and the
+    loss has that dtype.
+
+    Raises:
+        ValueError: tensors that do not fit; a target that is no row of `weight` (on CUDA its row's loss is NaN, and the
+            error comes at backward or at the next call).
+        RuntimeError: a second derivative.
+    """
+    expect_tensor("hidden", hidden)
+    no_forward_mode("linear_cross_entropy", hidden, weight)
+    expect("hidden", hidden, (*hidden.shape[:-1], "D") if hidden.dim() else ("...", "D"))
+    check_weight(weight, hidden)
+    expect("target", target, hidden.shape[:-1], hidden, floating=False)
+    check_reduction(reduction)
+    loss = _linear_cross_entropy.linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), weight, target, ignore_index=as_integer("ignore_index", ignore_index),
+        product_dtype=product_dtype_of(hidden, weight), impl=resolve_impl(impl, hidden.device), reduction=reduction,
+        exact=exact, validate=validate,
+    )  # fmt: skip
+    return loss.view(target.shape) if reduction == "none" else loss
