@@ -4,6 +4,7 @@ griffe reads the sources without importing them. What is public, and in which or
 say: their `__all__`, else the names without an underscore that they define.
 """
 
+import argparse
 import ast
 import inspect
 import re
@@ -35,6 +36,7 @@ WIDTH = 100  # characters of a signature on one line
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Write docs/api.md from the docstrings.").parse_args()
     PAGE.write_text(page(), encoding="utf-8")
 
 
@@ -43,8 +45,8 @@ def page() -> str:
     package = griffe.load("soundwave", search_paths=[ROOT], allow_inspection=False)
     lines = [
         "# API",
-        f"Written by `{COMMAND}` from the docstrings: change those, not this page. [fused.md](fused.md) explains the "
-        "fused operations with examples.",
+        f"`{COMMAND}` writes this page from the docstrings: change those, not the page.\n"
+        "[fused.md](fused.md) explains the fused operations with examples.",
         "\n".join(f"- [`{name}`](#{anchor(name)}): {what}" for name, what in MODULES.items()),
     ]
     seen = {name: name for name in MODULES}  # path of an object: the name under which the page documents it

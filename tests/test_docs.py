@@ -73,9 +73,9 @@ def blocks_of(page: Path) -> list[Block]:
 class Home:
     """A user's folder, in which the blocks of one page are run; they share a namespace, as cells of a notebook."""
 
-    def __init__(self, small_llm: Path):
+    def __init__(self, language_model: Path):
         self.namespace: dict[str, Any] = {"__name__": "__main__"}
-        self.variables = {"SMALL_LLM": str(small_llm)}
+        self.variables = {"SMALL_LLM": str(language_model)}
 
     def run(self, block: Block) -> None:
         assert block.language in LANGUAGES, f"{block}: {block.language!r} is none of {', '.join(LANGUAGES)}"
@@ -244,12 +244,14 @@ def collect(arguments: tuple[str, ...]) -> None:
 
 def check_options(_: Home, words: list[str]) -> None:
     """A script of the checkout that would run for long: it is there, and its help names the options that are used."""
+    line = shlex.join(words)
     script = words[1:2] if words[0].rpartition("/")[2].startswith("python") else words[:1]
     command = [sys.executable, *script] if script[0].endswith(".py") else [BIN / Path(script[0]).name]
     done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.lower().lstrip().startswith("usage") or "Usage:" in done.stdout, f"{line}: it has no --help"
     for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
-        assert option in done.stdout, f"{shlex.join(words)}: its help has no {option}"
+        assert option in done.stdout, f"{line}: its help has no {option}"
 
 
 def run_wrapped(home: Home, words: list[str]) -> None:
@@ -279,7 +281,19 @@ RULES: list[tuple[str, Callable[[Home, list[str]], None]]] = [
 
 
 @pytest.fixture(scope="module")
-def furnished(small_llm, tiny_corpus, tmp_path_factory) -> Path:
+def brief_llm(small_llm, tmp_path_factory) -> Path:
+    """The small language model. Its configuration ends each answer after 0.2 s, since untrained it goes on for long."""
+    folder = tmp_path_factory.mktemp("backbones") / "brief"
+    shutil.copytree(small_llm, folder, copy_function=os.link)
+    configuration = folder / "generation_config.json"
+    values = json.loads(configuration.read_text())
+    configuration.unlink()  # a link to the other model's
+    configuration.write_text(json.dumps(values | {"max_time": 0.2}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def furnished(brief_llm, tiny_corpus, tmp_path_factory) -> Path:
     """What the documentation supposes: recordings, manifests, single words and a trained model in `runs/demo`."""
     folder = tmp_path_factory.mktemp("home")
     with Espeak() as espeak:
@@ -297,17 +311,17 @@ def furnished(small_llm, tiny_corpus, tmp_path_factory) -> Path:
     intent = {"task": "intent", "prompt": "What is the command about?", "answer": "light"}
     write_manifest(folder / "data" / "train.jsonl", [*rows, rows[0] | intent])
     write_manifest(folder / "data" / "test.jsonl", [rows[1], rows[2] | intent])
-    config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_llm), lora_rank=4, stage=3)
+    config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(brief_llm), lora_rank=4, stage=3)
     torch.manual_seed(0)
     SoundwaveForConditionalGeneration.from_backbones(config).save_pretrained(folder / "runs" / "demo" / "model")
     return folder
 
 
 @pytest.fixture
-def home(furnished, small_llm, tmp_path, monkeypatch) -> Home:
+def home(furnished, brief_llm, tmp_path, monkeypatch) -> Home:
     shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    return Home(small_llm)
+    return Home(brief_llm)
 
 
 # ---------------------------------------------------------------- the pages
