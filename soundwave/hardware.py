@@ -24,31 +24,19 @@ def pick_dtype(device_type: str) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU computes in bfloat16"
         return torch.float32, "the GPU has no bfloat16"
-    seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = {dtype: product_seconds(dtype, patience=0.1) for dtype in (torch.float32, torch.bfloat16)}
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     dtype = torch.bfloat16 if ratio > 1.2 else torch.float32
     return dtype, f"a bfloat16 product runs {ratio:.1f} x as fast as a float32 one on this CPU"
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Fastest of a few products of the size of an MLP's in a small language model."""
-    generator = torch.Generator().manual_seed(0)  # its own: the draws that follow shall not depend on this timing
-    x, weight = (torch.randn(rows, 576, generator=generator).to(dtype) for rows in (320, 1536))
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        x @ weight.T
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 def product_seconds(dtype: torch.dtype, *, patience: float = 1.0) -> float:
-    """Seconds of a product [160, 576] x [576, 1536] on one CPU thread: the fastest of those done within `patience` s.
+    """Seconds of a product [160, 576] x [576, 1536], as in the MLP of a small language model, on one CPU thread.
 
-    On one thread, and small enough to end within one slice of the scheduler's time: so the fastest product tells how
-    fast the machine is even while other programs run on it.
+    It is the fastest of the products that are done within `patience` seconds. One thread is used and the product is
+    short, because other programs then interrupt few of the products: the fastest one shows the machine's own speed.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # so that later random draws do not depend on this timing
     x, weight = (torch.randn(rows, 576, generator=generator).to(dtype) for rows in (160, 1536))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
