@@ -42,6 +42,16 @@ def pytest_runtest_setup(item):
             pytest.skip("needs a CUDA GPU")
 
 
+@pytest.fixture
+def nan_in_fresh_memory():
+    """Fills what torch.empty returns with NaN, so that a kernel that forgets to write a place is seen."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with torch's default fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def processor():
     """The processor of the embedded backbones. Tests that change it make one of their own."""

@@ -9,8 +9,8 @@ import torch
 from soundwave import eager
 from soundwave.attention import choose_attention
 from soundwave.fused.adapters import AlignmentAdapter
-from soundwave.kernels.dispatch import interpreted
 from tests.accuracy import assert_as_accurate
+from tests.implementations import WHERE, skip_unless_runnable
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 WIDTH, FRAME = 32, 12
@@ -25,12 +25,6 @@ LENGTHS = {
     "one-empty": ([9, 0, 4], 9),
     "all-empty": ([0, 0], 4),
 }
-WHERE = [
-    pytest.param("cpu", "torch", id="cpu-torch"),
-    pytest.param("cpu", "triton", id="interpreter"),
-    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
-    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
-]
 
 
 def make(attend="frames", stack=2, dropout=0.0, dtype=FP32, device="cpu", width=WIDTH, impl="auto", attention="auto"):
@@ -80,14 +74,6 @@ def check(ours, theirs, frames, lengths, autocast=False):
         assert found[name].dtype == expected[name].dtype, name
         dtype = BF16 if autocast else found[name].dtype
         assert_as_accurate(found[name], expected[name], truth[name], dtype, name)
-
-
-def skip_unless_runnable(device, impl, *dtypes):
-    if device == "cpu" and impl == "triton":
-        if not interpreted():
-            pytest.skip("Triton runs on the GPU here, not in its interpreter")
-        if BF16 in dtypes:
-            pytest.skip("the interpreter truncates to bfloat16 where hardware rounds")
 
 
 # ---------------------------------------------------------------- as eager

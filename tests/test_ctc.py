@@ -15,18 +15,13 @@ from soundwave.kernels.ctc_targets import feasible
 from tests.accuracy import assert_as_accurate, assert_rms
 from tests.implementations import everywhere
 
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
+
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in (FP16, BF16, FP32, FP64)]
 EVERY_DRAW = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(

@@ -10,18 +10,11 @@ from hypothesis import strategies as st
 from soundwave import eager
 from soundwave.fused.functional import ctc_peaks, linear_ctc_loss, linear_ctc_path
 from soundwave.kernels.ctc_peaks import COPY_BLOCK, MAX_BLOCK_T, _config, _ctc_peaks
-from soundwave.kernels.dispatch import interpreted
-from tests.implementations import WHERE
+from tests.implementations import BOTH, WHERE, skip_unless_runnable
 
 SETTINGS = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-BOTH = [pytest.param("torch", id="torch"), pytest.param("triton", id="interpreter")]
 KEEP = ["peaks", "runs"]
 BLANK = 3
-
-
-def skip_unless_runnable(device, impl):
-    if device == "cpu" and impl == "triton" and not interpreted():
-        pytest.skip("Triton runs on the GPU here, not in its interpreter")
 
 
 def draw_path(batch, size, seed=0, ids=4, device="cpu"):

@@ -12,18 +12,13 @@ from soundwave.fused.functional import linear_cross_entropy
 from tests.accuracy import assert_as_accurate, assert_rms
 from tests.implementations import everywhere, not_interpreted
 
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
+
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 EVERY_DRAW = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(rows, columns, width, *, ignored=0.0, sharpness=1.0, seed=0, dtype=FP32, device="cpu"):

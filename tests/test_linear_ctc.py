@@ -18,18 +18,13 @@ from soundwave.kernels.linear_ctc_path import Head
 from tests.accuracy import assert_as_accurate, assert_rms
 from tests.implementations import everywhere, not_interpreted
 
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
+
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EVERY_DRAW = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 GRADIENTS = ("hidden", "weight", "blank_weight", "blank_bias")
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(batch, frames, rows, width, labels, *, blank=0, kinds=None, sharpness=1.0, seed=0, full=False):

@@ -7,22 +7,16 @@ from hypothesis import strategies as st
 
 from soundwave import eager
 from soundwave.fused.functional import add_layer_norm
-from soundwave.kernels.dispatch import interpreted
 from soundwave.kernels.norm import MAX_D, PROGRAMS, _config, _forward
 from tests.accuracy import assert_as_accurate, assert_rms
-from tests.implementations import WHERE
+from tests.implementations import WHERE, skip_unless_runnable
+
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 EPS = 1e-5
 NAMES = ("y", "s", "dx", "dresidual", "dweight", "dbias")
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [(1, 63), (7, 7), (13, 100), (33, 33)]
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(rows, width, dtype=FP32, residual_dtype=None, weight_dtype=None, gather=False, device="cpu", seed=0):
@@ -75,14 +69,6 @@ def check(tensors, index, with_sum, impl) -> list[tuple[float, float]]:
         norm = float(c.norm()) or 1.0
         pairs.append((pair[0] / norm, pair[1] / norm))
     return pairs
-
-
-def skip_unless_runnable(device, impl, *dtypes):
-    if device == "cpu" and impl == "triton":
-        if not interpreted():
-            pytest.skip("Triton runs on the GPU here, not in its interpreter")
-        if BF16 in dtypes:
-            pytest.skip("the interpreter truncates to bfloat16 where hardware rounds")
 
 
 # ---------------------------------------------------------------- accuracy

@@ -8,16 +8,16 @@ from torch.nn import functional as F
 
 from soundwave import eager
 from soundwave.fused.functional import shrink_attention
-from soundwave.kernels.dispatch import interpreted
 from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
 from soundwave.kernels.shrink_attention import MAX_E, _backward, _config, _forward
 from tests.accuracy import assert_as_accurate, assert_rms
-from tests.implementations import WHERE
+from tests.implementations import BOTH, WHERE, skip_unless_runnable
+
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = ("out", "dquery", "dkey", "dvalue")
 SETTINGS = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-BOTH = [pytest.param("torch", id="torch"), pytest.param("triton", id="interpreter")]
 # Queries and keys of each utterance: odd, equal, few or none of either.
 LENGTHS = {
     "odd": ([3, 7, 1], [63, 7, 100]),
@@ -26,23 +26,6 @@ LENGTHS = {
     "empty-ones": ([0, 7, 0, 2, 0], [5, 63, 0, 1, 1]),
     "no-keys": ([3, 2, 1], [0, 7, 0]),
 }
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def skip_unless_runnable(device, impl, dtype=FP32):
-    if impl == "triton" and dtype == FP64:
-        pytest.skip("Triton takes float32, bfloat16 and float16")
-    if device == "cpu" and impl == "triton":
-        if not interpreted():
-            pytest.skip("Triton runs on the GPU here, not in its interpreter")
-        if dtype == BF16:
-            pytest.skip("the interpreter multiplies the bits of bfloat16, not its numbers")
 
 
 def bounds(lengths, device="cpu"):
@@ -107,7 +90,7 @@ def check(tensors, where, impl, scale=None):
 @pytest.mark.parametrize(("heads", "size"), [(2, 8), (1, 24), (3, 64)], ids=["H2-E8", "H1-E24", "H3-E64"])
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16, FP16], ids=["fp32", "fp64", "bf16", "fp16"])
 def test_every_result_is_as_exact_as_torchs_own(dtype, heads, size, case, device, impl):
-    skip_unless_runnable(device, impl, dtype)
+    skip_unless_runnable(device, impl, dtype, fp64=False)
     tensors, where = make(*LENGTHS[case], heads, size, dtype, device)
     check(tensors, where, impl)
 

@@ -9,39 +9,17 @@ from soundwave import eager
 from soundwave.fused.adapters import AlignmentAdapter, ShrinkingAdapter
 from soundwave.fused.functional import ctc_peaks, shrink_attention
 from soundwave.kernels import shrink_projection as op
-from soundwave.kernels.dispatch import interpreted
 from soundwave.kernels.shrink_projection import _backward, _forward, shrink_projection, shrink_projection_ref
 from soundwave.model.configuration import SoundwaveConfig
 from tests.accuracy import assert_as_accurate, assert_rms
+from tests.implementations import BOTH, WHERE, skip_unless_runnable
+
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-WHERE = [
-    pytest.param("cpu", "torch", id="cpu-torch"),
-    pytest.param("cpu", "triton", id="interpreter"),
-    pytest.param("cuda", "torch", id="cuda-torch", marks=pytest.mark.gpu),
-    pytest.param("cuda", "triton", id="cuda-triton", marks=pytest.mark.gpu),
-]
-BOTH = [pytest.param("torch", id="torch"), pytest.param("triton", id="interpreter")]
 KEYS = ["all", "kept"]
 LENGTHS = {"ragged": [9, 1, 33, 0, 7], "full": [33, 33]}
 WIDTH, HEADS, BLANK = 24, 3, 0
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def skip_unless_runnable(device, impl, dtype=FP32):
-    if impl == "triton" and dtype == FP64:
-        pytest.skip("Triton takes float32, bfloat16 and float16")
-    if device == "cpu" and impl == "triton":
-        if not interpreted():
-            pytest.skip("Triton runs on the GPU here, not in its interpreter")
-        if dtype == BF16:
-            pytest.skip("the interpreter multiplies the bits of bfloat16, not its numbers")
 
 
 def make(lengths, keys, width=WIDTH, heads=HEADS, seed=0):
@@ -126,7 +104,7 @@ def test_without_keys_the_result_is_the_norm_of_the_kept_frames():
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=["fp32", "fp16"])
 def test_result_and_gradients_are_as_exact_as_eagers(dtype, keys, lengths, device, impl):
-    skip_unless_runnable(device, impl, dtype)
+    skip_unless_runnable(device, impl, dtype, fp64=False)
     check(make(LENGTHS[lengths], keys), keys, impl, dtype, device)
 
 
@@ -136,7 +114,7 @@ def test_result_and_gradients_are_as_exact_as_eagers(dtype, keys, lengths, devic
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=["fp32", "fp64"])
 def test_the_same_numbers_as_eager_to_rounding(dtype, keys, lengths, device, impl):
     """In fp64 too, where eager is the truth; of one frame, whose scores have no gradient, so all of it is rounding."""
-    skip_unless_runnable(device, impl, dtype)
+    skip_unless_runnable(device, impl, dtype, fp64=False)
     adapter, hidden, lengths, peaks = make(lengths, keys)
     peaks = peaks._replace(index=peaks.index.to(device), cu_seqlens=peaks.cu_seqlens.to(device))
     adapter, hidden = adapter.to(device, dtype), hidden.to(device, dtype)
@@ -384,7 +362,7 @@ def projections(rows_of_x, kept, width, dtype=FP32, all_rows=False, device="cpu"
 @pytest.mark.parametrize(("rows", "kept", "width"), [(1, 1, 7), (7, 0, 16), (63, 7, 24), (200, 100, 70)])
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16, FP16], ids=["fp32", "fp64", "bf16", "fp16"])
 def test_projections_are_as_exact_as_eagers(dtype, rows, kept, width, joint, all_rows, device, impl):
-    skip_unless_runnable(device, impl, dtype)
+    skip_unless_runnable(device, impl, dtype, fp64=False)
     (x, weight, bias), index, some = projections(rows, kept, width, dtype, all_rows, device)
 
     def run(function, *tensors):

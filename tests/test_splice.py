@@ -9,27 +9,13 @@ from hypothesis import strategies as st
 
 from soundwave import eager
 from soundwave.fused.functional import Spliced, splice
-from soundwave.kernels.dispatch import interpreted
 from soundwave.kernels.splice import _config, _forward, _places, splice_places, splice_rows, splice_rows_ref
-from tests.implementations import WHERE
+from tests.implementations import WHERE, skip_unless_runnable
+
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 AUDIO, PAD = 99, 0
 FP32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def skip_unless_runnable(device, impl, *dtypes):
-    if device == "cpu" and impl == "triton":
-        if not interpreted():
-            pytest.skip("Triton runs on the GPU here, not in its interpreter")
-        if BF16 in dtypes:
-            pytest.skip("the interpreter truncates to bfloat16 where hardware rounds")
 
 
 def draw(
