@@ -87,7 +87,8 @@ def check_targets(
 
     raise_or_defer(values, wrong, message, validate)
     if not late:
-        return *(tensor.to(device).contiguous() for tensor in given), None
+        targets, input_lengths, target_lengths = (tensor.to(device).contiguous() for tensor in given)
+        return targets, input_lengths, target_lengths, None
     wrong = wrong.any(1)
     return targets.contiguous(), input_lengths.masked_fill(wrong, 0), target_lengths.masked_fill(wrong, 0), wrong
 

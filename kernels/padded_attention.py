@@ -28,7 +28,7 @@ def _unpad(padded: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
     return (packed if packed.shape[0] == rows else packed[_places(cu_seqlens, padded.shape[2])]).contiguous()
 
 
-def _bias(cu_seqlens: Tensor, longest: int, dtype: torch.dtype) -> Tensor | None:
+def _bias(cu_seqlens: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
     """[B, 1, 1, longest]: -inf at padded keys; 0 for an utterance without keys, whose padded values are 0 as well."""
     sizes = cu_seqlens.diff()[:, None]
     missing = (torch.arange(longest, device=sizes.device) >= sizes) & (sizes > 0)

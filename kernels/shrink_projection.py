@@ -54,7 +54,8 @@ def shrink_projection_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: q, k and v."""
     parts = zip((index, rows, rows), weight.chunk(3), bias.chunk(3), strict=True)
-    return tuple(F.linear(x if at is None else x[at], w, b) for at, w, b in parts)
+    q, k, v = (F.linear(x if at is None else x[at], w, b) for at, w, b in parts)
+    return q, k, v
 
 
 @triton.jit

@@ -10,9 +10,10 @@ from soundwave.eager.operations import Peaks, length_mask
 
 
 def attention_mask(mask: Tensor) -> Tensor | None:
-    """For bool [B, T] of the keys: [B, 1, 1, T]; None where all are seen to be valid, with which attention is faster.
+    """`mask` bool [B, T] of valid keys as [B, 1, 1, T]; None if all are valid, because attention is faster without one.
 
-    To look makes the host wait for a GPU; a compiled graph would break, and a tensor without data has nothing to show.
+    The host waits for a GPU to see that. A compiled graph would break, and a meta tensor has no values, so both keep
+    the mask.
     """
     unseen = torch.compiler.is_compiling() or mask.is_meta
     return mask[:, None, None, :] if unseen or not mask.all() else None
@@ -33,7 +34,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """`x` [B, T, D], `mask` bool [B, T] of valid frames -> [B, T, D]."""
         batch, size, width = x.shape
-        if self.attend == "self":  # softmax over one key is 1: only the values remain
+        if self.attend == "self":  # softmax over one key is 1, so the result is the values
             return self.out_proj(F.linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :]))
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(batch, size, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -60,9 +61,9 @@ class AdapterLayer(nn.Module):
 
 
 class AlignmentAdapter(nn.Module):
-    """Encoder frames -> the language model's embedding space (arXiv 2502.12900, §2).
+    """From encoder frames to the embedding space of the language model (arXiv 2502.12900, §2).
 
-    Neighbouring frames are concatenated (`frame_stack`), projected, sent through one Transformer layer and normalised.
+    `frame_stack` neighbouring frames are concatenated, projected, sent through one Transformer layer and normalised.
     """
 
     def __init__(self, config: Any):
@@ -81,7 +82,7 @@ class AlignmentAdapter(nn.Module):
     def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """`frames` [B, T_enc, E], `lengths` int [B] -> hidden [B, ceil(T_enc / stack), D] and its lengths.
 
-        A last group that is not full is filled with zero frames.
+        The last group is filled up with zero frames.
         """
         stack = self.frame_stack
         frames = frames.masked_fill(~length_mask(lengths, frames.shape[1])[..., None], 0.0)
@@ -93,9 +94,10 @@ class AlignmentAdapter(nn.Module):
 
 
 class ShrinkingAdapter(nn.Module):
-    """Kept frames gather what lies around them (arXiv 2502.12900, §2).
+    """Cross-attention from the kept frames to all frames around them (arXiv 2502.12900, §2).
 
-    `LayerNorm(x' + Attn(x' W_q, x W_k, x W_v) W_o)`, x' the kept rows of x; LayerNorm(x') with `keys = "none"`.
+    `LayerNorm(x' + Attn(x' W_q, x W_k, x W_v) W_o)` with x' the kept rows of x. `keys = "kept"` attends to the kept
+    rows alone, and `keys = "none"` is LayerNorm(x').
     """
 
     def __init__(self, config: Any):

@@ -16,7 +16,8 @@ IGNORE_INDEX = -100
 class LinearCTCOutput(NamedTuple):
     """`loss` (scalar, or [B] for `reduction="none"`), `path` int64 [B, T] and `path_log_prob` [B, T].
 
-    Both floating-point ones are float32, and float64 for float64 input.
+    Past a length `path` is -1 and `path_log_prob` 0; both have no gradient. Loss and log-probabilities are float32, and
+    float64 for float64 input.
     """
 
     loss: Tensor | None
@@ -93,22 +94,14 @@ def linear_ctc_loss(
     reduction: str = "mean",
     zero_infinity: bool = False,
 ) -> LinearCTCOutput:
-    """CTC of `softmax(hidden @ weight.T)`, and each frame's most probable id.
+    """CTC of `softmax(hidden @ weight.T)`, and the most probable id of each frame.
 
-    Args:
-        hidden: [B, T, D].
-        weight: [V, D], the head.
-        targets: int [B, U], padded with anything past `target_lengths`; None computes the path only.
-        input_lengths, target_lengths: int [B].
-        blank: a row of `weight`, or `V` together with `blank_weight` [D] and the scalar `blank_bias`: one extra row.
-        reduction: "mean" (each loss over its target length, then over utterances), "sum" or "none".
-        zero_infinity: an utterance that cannot be aligned counts 0 and has no gradient.
-
-    Returns:
-        `path` is -1 and `path_log_prob` 0 past an utterance's length; both carry no gradient.
+    hidden [B, T, D], weight [V, D], targets int [B, U], padded with anything, lengths int [B]. `blank` is a row of
+    weight, or V together with an extra row: `blank_weight` [D] and the scalar `blank_bias`. Without targets only the
+    path is computed. Reductions and `zero_infinity` are those of `ctc_loss`.
 
     Raises:
-        ValueError: a label that is blank or no row of the head; torch reads past its memory instead.
+        ValueError: a label that is the blank or no row of the head, where torch would read past its memory.
     """
     rows = weight.shape[0]
     if (blank_weight is None) != (0 <= blank < rows) or not 0 <= blank <= rows:
@@ -129,6 +122,8 @@ def linear_ctc_loss(
     path, path_log_prob = path.masked_fill(~valid, -1), path_log_prob.masked_fill(~valid, 0.0)
     if targets is None:
         return LinearCTCOutput(None, path, path_log_prob)
+    if target_lengths is None:
+        raise ValueError("target_lengths = None, but targets are given")
     _check_labels(targets, target_lengths, logits.shape[-1], blank)
     loss = F.ctc_loss(
         log_probs.transpose(0, 1), targets, input_lengths, target_lengths, blank, reduction, zero_infinity
@@ -146,8 +141,9 @@ def linear_ctc_path(
     blank_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`path` and `path_log_prob` of `linear_ctc_loss`, without a loss."""
-    extra = {"blank_weight": blank_weight, "blank_bias": blank_bias}
-    _, path, path_log_prob = linear_ctc_loss(hidden, weight, None, lengths, None, blank=blank, **extra)
+    _, path, path_log_prob = linear_ctc_loss(
+        hidden, weight, None, lengths, None, blank=blank, blank_weight=blank_weight, blank_bias=blank_bias
+    )
     return path, path_log_prob
 
 
@@ -170,7 +166,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of `softmax(hidden @ weight.T)`: hidden [N, D], weight [V, D], target int [N] -> scalar, or [N].
 
-    The product runs in its own dtype, the rest in float32 (float64 for float64).
+    The product runs in the dtype of its operands, the rest in float32 (float64 for float64).
     """
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -178,16 +174,11 @@ def linear_cross_entropy(
 
 
 def ctc_peaks(path: Tensor, lengths: Tensor, *, blank: int, keep: str = "peaks", scores: Tensor | None = None) -> Peaks:
-    """Frames that stand for a run of equal ids on a CTC path.
+    """One frame for each run of equal ids on a CTC path int [B, T], within lengths int [B].
 
-    Args:
-        path: int [B, T], one id a frame; values past `lengths` are ignored.
-        lengths: int [B].
-        keep: "peaks" keeps of each run of a non-blank id the frame of the highest score (the first, where scores tie);
-            "runs" keeps the first frame of every run, of blank too.
-        scores: float [B, T], e.g. `path_log_prob`; needed for "peaks".
-
-    An utterance of at least one frame keeps at least one (frame 0, where all is blank).
+    keep="peaks" takes the frame of the highest score in every run of a non-blank id: the first of equal scores, none if
+    one of them is NaN. It needs scores [B, T], e.g. `path_log_prob`. keep="runs" takes the first frame of every run,
+    including runs of the blank. An utterance of at least one frame keeps at least one: frame 0 if it would keep none.
     """
     batch, size = path.shape
     if not batch or not size:
@@ -208,10 +199,10 @@ def ctc_peaks(path: Tensor, lengths: Tensor, *, blank: int, keep: str = "peaks",
         run = first.flatten().cumsum(0).sub(1).clamp(min=0)
         flat_scores = scores.float().flatten()
         labelled = (valid & (path != blank)).flatten()
-        best = torch.full_like(flat_scores, -torch.inf)
-        best = best.scatter_reduce(0, run, flat_scores.masked_fill(~labelled, -torch.inf), "amax")
+        highest = torch.full_like(flat_scores, -torch.inf)
+        highest = highest.scatter_reduce(0, run, flat_scores.masked_fill(~labelled, -torch.inf), "amax")
         position = torch.arange(path.numel(), device=path.device)
-        candidate = torch.where(labelled & (flat_scores == best[run]), position, path.numel())
+        candidate = torch.where(labelled & (flat_scores == highest[run]), position, path.numel())
         chosen = torch.full_like(position, path.numel()).scatter_reduce(0, run, candidate, "amin")
         kept = (labelled & (position == chosen[run])).view(batch, size)
     else:
@@ -223,7 +214,7 @@ def ctc_peaks(path: Tensor, lengths: Tensor, *, blank: int, keep: str = "peaks",
 
 
 def every_frame(lengths: Tensor, size: int) -> Peaks:
-    """All frames of utterances of `lengths` int [B], padded to `size`: in the place of `ctc_peaks`, nothing shrinks."""
+    """All frames of utterances of `lengths` int [B], padded to `size`: instead of `ctc_peaks`, without shrinking."""
     kept = length_mask(lengths, size)
     cu_seqlens = F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return Peaks(kept.flatten().nonzero().squeeze(1), cu_seqlens, int(lengths.max()) if len(lengths) else 0)
@@ -240,24 +231,18 @@ def shrink_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of packed queries to the packed keys of the same utterance, one utterance after the other.
+    """Attention of packed queries [K, H, E] to the packed keys and values [N, H, E] of the same utterance: [K, H, E].
 
-    Args:
-        query: [K, H, E]; key, value: [N, H, E].
-        cu_seqlens_q, cu_seqlens_k: int [B + 1], the bounds of the utterances, from 0 to K and to N.
-        max_seqlen_q, max_seqlen_k: the longest utterance of each; not needed here, but packed kernels take them.
-        scale: factor of the products before the softmax; None is 1 / sqrt(E).
-
-    Returns:
-        [K, H, E]; 0 for an utterance without keys.
+    One utterance after the other, with bounds int [B + 1]; 0 for an utterance without keys. `max_seqlen_q` and
+    `max_seqlen_k` are not needed here, but packed kernels take them. `scale` None is 1 / sqrt(E).
     """
-    scale = query.shape[2] ** -0.5 if scale is None else scale
+    factor = query.shape[2] ** -0.5 if scale is None else scale
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     parts = [query[:0]]
     for b in range(len(bounds_q) - 1):
         q = query[bounds_q[b] : bounds_q[b + 1]]
         k, v = (x[bounds_k[b] : bounds_k[b + 1]] for x in (key, value))
-        scores = torch.einsum("mhe,nhe->hmn", q, k) * scale
+        scores = torch.einsum("mhe,nhe->hmn", q, k) * factor
         parts.append(torch.einsum("hmn,nhe->mhe", scores.softmax(-1), v))
     return torch.cat(parts)
 
@@ -293,17 +278,14 @@ def splice(
     labels: Tensor | None = None,
     padding_side: str = "right",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Put each utterance's speech rows where its placeholder token stands.
+    """Put the speech rows of each utterance in the place of its placeholder token.
 
-    Args:
-        embeddings: [B, L, D] of `input_ids` (anything at the placeholder).
-        input_ids, attention_mask: int [B, L]; a row holds the placeholder once, or not at all (text only).
-        speech: [K, D], the rows of the utterances that have one, in order; `cu_seqlens` int [A + 1] bounds them.
-        labels: int [B, L], aligned with `input_ids`; every speech row gets -100.
-        padding_side: where the result is padded: "right" for training, "left" for generation.
+    embeddings [B, L, D], input_ids, attention_mask and labels int [B, L], speech [K, D] with the bounds int [A + 1] of
+    its A recordings -> embeddings [B, L', D], attention mask int64 [B, L'], and labels [B, L'] or None. A row holds one
+    placeholder or none, and speech rows and padding have the label -100. "left" pads on the left, for generation.
 
-    Returns:
-        embeddings [B, L', D], attention mask int64 [B, L'], labels [B, L'] or None.
+    Raises:
+        ValueError: a row with several placeholders; a number of placeholders that is not the number of recordings.
     """
     batch, width = input_ids.shape
     device = input_ids.device
@@ -320,7 +302,7 @@ def splice(
         )
     kept = torch.zeros(batch, dtype=torch.int64, device=device)
     kept[has_audio] = cu_seqlens.diff().to(device, torch.int64)
-    # Each token takes its own place, the placeholder as many as it has rows, padding none.
+    # A token takes one place, the placeholder as many as its recording has rows, padding none.
     places = torch.where(is_audio, kept[:, None], attention_mask.to(torch.int64))
     ends = places.cumsum(1)
     total = ends[:, -1]

@@ -61,7 +61,7 @@ class AlignmentAdapter(eager.AlignmentAdapter):
     def forward(self, frames: Tensor, lengths: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         """`frames` [B, T_enc, E], `lengths` int [B] -> hidden [B, ceil(T_enc / stack), D] and its lengths.
 
-        A last group that is not full is filled with zero frames. Lengths on CUDA cost one wait for the device.
+        The last group is filled up with zero frames. Lengths on CUDA cost one wait for the device.
 
         Raises:
             ValueError: frames or lengths of another shape; a length that is negative or beyond T_enc.

@@ -5,7 +5,7 @@ longest target, K kept frames of all utterances together.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -111,6 +111,27 @@ def ctc_loss(
     if reduction == "sum":
         return loss.sum()
     return loss[0] if single else loss
+
+
+@overload
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = ..., *,
+    residual_index: Tensor | None = ..., return_sum: Literal[False] = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = ..., *,
+    residual_index: Tensor | None = ..., return_sum: Literal[True], impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = ..., *,
+    residual_index: Tensor | None = ..., return_sum: bool, impl: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def add_layer_norm(
