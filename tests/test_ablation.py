@@ -1,4 +1,4 @@
-"""The ablations: what is swapped and drawn, intervals, a whole run of two variants on the real backbones."""
+"""The ablations: swapped and drawn samples, intervals, and a whole run of two variants on the real backbones."""
 
 import json
 import math
@@ -16,14 +16,14 @@ import pytest
 from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
 from soundwave.demo import ablation
-from soundwave.evaluation import intervals as comparison
+from soundwave.evaluation import intervals
 from soundwave.training.checkpoints import newest_checkpoint
 from soundwave.training.settings import ConfigError
 
 
 @pytest.fixture(scope="module")
 def settings(small_llm) -> dict:
-    """Two steps a training, on two layers of the language model."""
+    """Settings of short trainings: two steps each, on two layers of the language model."""
     changes = {"language_model": str(small_llm), "lora_rank": 4, "batch_size": 2, "dtype": "float32", "log_steps": 1}
     return {"scale": 0.01, "size": "tiny", **changes, "quiet": True}
 
@@ -39,36 +39,36 @@ def rows(file: Path) -> list[dict]:
 
 
 def test_interval_of_a_share_is_that_of_the_normal_approximation():
-    low, high = comparison.interval([1] * 60 + [0] * 140, [1] * 200, [str(i) for i in range(200)])
+    low, high = intervals.interval([1] * 60 + [0] * 140, [1] * 200, [str(i) for i in range(200)])
     half = 1.96 * (0.3 * 0.7 / 200) ** 0.5
     assert low == pytest.approx(0.3 - half, abs=0.01) and high == pytest.approx(0.3 + half, abs=0.01)
 
 
 def test_interval_weighs_long_samples():
-    assert comparison.interval([5, 0], [5, 5], ["a", "b"]) == [0.0, 1.0]
+    assert intervals.interval([5, 0], [5, 5], ["a", "b"]) == [0.0, 1.0]
 
 
 def test_interval_draws_a_sentence_that_comes_twice_as_one():
-    once = comparison.interval([1, 0, 0, 1, 0], [1] * 5, list("abcde"))
-    assert comparison.interval([1, 0, 0, 1, 0] * 2, [1] * 10, list("abcde") * 2) == once
+    once = intervals.interval([1, 0, 0, 1, 0], [1] * 5, list("abcde"))
+    assert intervals.interval([1, 0, 0, 1, 0] * 2, [1] * 10, list("abcde") * 2) == once
 
 
 def test_differences_are_those_of_the_same_sentences():
-    """An error that both make is no difference; one more is told more surely than either word error rate."""
+    """An error of both models is no difference. One more error of one model has a narrower interval than its rate."""
     said = {str(i): f"sentence {i}" for i in range(50)}
 
     def answers(wrong):
         rows = [(i, "transcribe", said[i], "sentence" if i in wrong else said[i]) for i in said]
-        rows += [(i, task, "yes", "no" if i in wrong else "Yes.") for i in said for task in comparison.TASKS[1:]]
+        rows += [(i, task, "yes", "no" if i in wrong else "Yes.") for i in said for task in intervals.TASKS[1:]]
         return [dict(zip(("sample", "task", "reference", "answer"), row, strict=True)) for row in rows]
 
-    one, two = (comparison.tally(answers(wrong), said) for wrong in ({"3"}, {"3", "7"}))
-    assert comparison.scores(one)["wer"]["value"] == 0.01  # of 100 words
-    assert comparison.scores(one)["accuracy"]["voice"]["value"] == 0.98
-    assert comparison.differences(one, one)["wer"] == {"value": 0.0, "interval": [0.0, 0.0], "p": 1.0}
-    found = comparison.differences(two, one)
+    one, two = (intervals.tally(answers(wrong), said) for wrong in ({"3"}, {"3", "7"}))
+    assert intervals.estimates(one)["wer"]["value"] == 0.01  # of 100 words
+    assert intervals.estimates(one)["accuracy"]["voice"]["value"] == 0.98
+    assert intervals.differences(one, one)["wer"] == {"value": 0.0, "interval": [0.0, 0.0], "p": 1.0}
+    found = intervals.differences(two, one)
     assert found["wer"]["value"] == 0.01 and found["accuracy"]["rate"]["value"] == pytest.approx(-0.02)
-    wide, narrow = comparison.scores(two)["wer"]["interval"], found["wer"]["interval"]
+    wide, narrow = intervals.estimates(two)["wer"]["interval"], found["wer"]["interval"]
     assert narrow[1] - narrow[0] < wide[1] - wide[0]
 
 
@@ -76,12 +76,12 @@ def test_answers_to_other_samples_are_not_compared():
     said = {"a": "light on", "b": "light off"}
     rows = [{"sample": i, "task": "transcribe", "reference": said[i], "answer": said[i]} for i in said]
     with pytest.raises(ValueError, match="'transcribe' belong to other samples"):
-        comparison.differences(comparison.tally(rows, said), comparison.tally(rows[:1], said))
+        intervals.differences(intervals.tally(rows, said), intervals.tally(rows[:1], said))
 
 
 def test_what_surely_differs_stands_out():
     rows = {"value": 0.03, "interval": [0.01, 0.05], "p": 0.009}, {"value": -0.01, "interval": [-0.02, 0.0], "p": 0.02}
-    assert [comparison._points(row) for row in rows] == ["**+3.0 (+1.0 to +5.0)**", "-1.0 (-2.0 to +0.0)"]
+    assert [intervals._points(row) for row in rows] == ["**+3.0 (+1.0 to +5.0)**", "-1.0 (-2.0 to +0.0)"]
 
 
 @pytest.mark.parametrize(("worse", "better"), [(6, 1), (12, 4), (10, 0), (0, 0)])
@@ -89,13 +89,13 @@ def test_p_is_that_of_the_exact_sign_test_where_each_answer_is_a_sentence(worse,
     counts = [-1] * worse + [1] * better + [0] * 50
     tail = sum(math.comb(worse + better, k) for k in range(worse, worse + better + 1))
     exact = min(1.0, 2 * tail / 2 ** (worse + better))
-    found = comparison.p_value(counts, [str(i) for i in range(len(counts))])
+    found = intervals.p_value(counts, [str(i) for i in range(len(counts))])
     assert found == pytest.approx(exact, abs=0.012)
 
 
 def test_p_takes_the_answers_about_one_sentence_as_one():
-    once = comparison.p_value([1, 1, 1, 0], list("abcd"))
-    assert comparison.p_value([1, 1, 1, 0] * 2, list("abcd") * 2) == once
+    once = intervals.p_value([1, 1, 1, 0], list("abcd"))
+    assert intervals.p_value([1, 1, 1, 0] * 2, list("abcd") * 2) == once
 
 
 def test_a_fifth_of_the_transcripts_is_swapped_and_nothing_else(done):
@@ -126,7 +126,7 @@ def test_every_variant_is_scored_with_its_interval(done):
 
 
 def test_scores_are_those_of_the_answers(done):
-    """As the evaluation of the whole counts them."""
+    """The intervals' values are the scores that the evaluation has counted."""
     out, results = done
     for name, found in results.items():
         summary = json.loads((out / name / "summary.json").read_text())["stage3"]
@@ -142,7 +142,7 @@ def test_the_harder_test_is_of_unheard_voices_in_noise(done, tmp_path):
     answers = rows(done[0] / "stacked-4" / "answers-in-noise.jsonl")
     assert {row["sample"] for row in answers} == {sample.id for sample in samples}
     again, one, two = (load_audio(ablation._noisy(samples[i], tmp_path).audio) for i in (0, 0, 1))
-    assert (again == one).all()  # the same noise again
+    assert (again == one).all()  # a recording's noise is always the same
     noise = [noisy - load_audio(sample.audio) for noisy, sample in zip((one, two), samples, strict=False)]
     for difference, sample in zip(noise, samples, strict=False):
         power = np.square(load_audio(sample.audio)).mean() / np.square(difference).mean()
@@ -168,10 +168,10 @@ def test_tables_and_page_name_every_variant(done):
     assert all(tables.count(f"| {name} |") == 4 and name in page for name in results)
     assert "stacked-4" in (out / "alignments.html").read_text()
     said = {sample.id: sample.text for sample in read_manifest(out / "corpus" / "test.jsonl")}
-    answers = comparison.tally(rows(out / "stacked-4" / "answers.jsonl"), said)
-    none = comparison.differences(answers, answers)
+    answers = intervals.tally(rows(out / "stacked-4" / "answers.jsonl"), said)
+    none = intervals.differences(answers, answers)
     again = {name: found | {"differences": none | {"noise": none}} for name, found in results.items()}
-    compared = comparison.markdown(again)
+    compared = intervals.markdown(again)
     assert compared.count("| stacked-4 |") == 6 and compared.count("| no-stage-1 |") == 4  # the first is the plain one
 
 
@@ -214,7 +214,7 @@ def test_trainings_side_by_side_give_what_one_after_the_other_does(done, setting
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_parent_alone_saves_all_trainings_and_the_same_call_goes_on(settings, done, tmp_path, number):
-    """Ctrl-C on a terminal, where all processes are of one group, comes once, too."""
+    """Here only the parent gets the signal. Ctrl-C on a terminal reaches the whole group; trainings still get one."""
     shutil.copytree(done[0] / "corpus", tmp_path / "corpus")
     words = f"{str(tmp_path)!r}, ['stacked-3', 'stacked-4'], jobs=2, **{settings | {'scale': 1.0}!r}"
     main = f"if __name__ == '__main__':\n    ablation.run_ablations({words})\n"
@@ -243,7 +243,7 @@ def work(name, folder):
         (folder / "began").touch()
         while not stop.asked:
             time.sleep(0.01)
-        time.sleep(0.3)  # the step at hand
+        time.sleep(0.3)  # the rest of the step
     (folder / "saved").touch()
     raise Interrupted("stopped after a step")
 
@@ -254,7 +254,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_beside_an_idle_process_lets_the_other_one_save(tmp_path, number):
-    """It is idle or, where the other took both, still loading its modules."""
+    """The process beside it is idle or, if the other one has taken both names, still imports its modules."""
     (tmp_path / "run.py").write_text(ONE_ENDS_THE_OTHER_WAITS_FOR_A_SIGNAL)
     process = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path], stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "began").is_file():

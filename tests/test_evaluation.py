@@ -1,4 +1,4 @@
-"""Scores: word error rate and accuracy by hand, and whole evaluations with the real backbones, untrained."""
+"""Word error rate and accuracy of hand-made texts, and whole evaluations with the real backbones and new adapters."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def test_numbers_are_not_read_as_words():
         (["one two three"], ["one two three"], 0),
         (["One, two -- three."], ["one two three"], 0),
         (["one two three four"], ["one three three four five"], 2 / 4),
-        (["one two three", "four"], ["one two three", "five"], 1 / 4),  # of all words, not of each sample's
+        (["one two three", "four"], ["one two three", "five"], 1 / 4),  # errors over all words, not sample by sample
         (["one two"], [""], 1),
         (["one"], ["a b c"], 3),
     ],
@@ -60,7 +60,7 @@ def test_a_reference_without_words_is_refused(reference):
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Five spoken samples of mixed lengths, and three of text alone between them."""
+    """Five spoken samples of different lengths, and between them three without a recording."""
     folder = tmp_path_factory.mktemp("samples")
     rows = []
     with Espeak() as espeak:
@@ -94,28 +94,28 @@ def test_batches_hold_one_task_the_longest_first_and_every_sample_once(samples):
 
 
 @pytest.fixture(scope="module")
-def report(model, processor, samples):
+def scores(model, processor, samples):
     return evaluate(model, processor, samples, batch_size=3, max_new_tokens=6)
 
 
-def test_each_answer_stands_beside_its_own_sample(model, processor, samples, report):
-    assert [row[:3] for row in report.answers] == [(s.id, s.task, s.answer) for s in samples]
-    for i in (1, 3):  # the longest recording, and a text between recordings, asked alone
+def test_each_answer_stands_beside_its_own_sample(model, processor, samples, scores):
+    assert [row[:3] for row in scores.answers] == [(s.id, s.task, s.answer) for s in samples]
+    for i in (1, 3):  # the longest recording and a sample without one, each in a batch of its own
         prompt = samples[i].prompt or "Transcribe the speech."
         (alone,) = answer(model, processor, [prompt], [features(processor, samples[i])], max_new_tokens=6)
-        assert report.answers[i][3] == alone
-    assert len({row[3] for row in report.answers}) > 3
+        assert scores.answers[i][3] == alone
+    assert len({row[3] for row in scores.answers}) > 3
 
 
-def test_tasks_are_counted_and_scored_apart(report):
-    assert report.samples == {"transcribe": 3, "capital": 3, "intent": 2}
-    assert set(report.accuracy) == {"capital", "intent"}
-    pairs = [(reference, given) for _, task, reference, given in report.answers if task == "transcribe"]
-    assert report.wer == word_error_rate(*zip(*pairs, strict=True))
+def test_tasks_are_counted_and_scored_apart(scores):
+    assert scores.samples == {"transcribe": 3, "capital": 3, "intent": 2}
+    assert set(scores.accuracy) == {"capital", "intent"}
+    pairs = [(reference, given) for _, task, reference, given in scores.answers if task == "transcribe"]
+    assert scores.wer == word_error_rate(*zip(*pairs, strict=True))
 
 
-def test_accuracy_is_the_share_of_right_answers_case_and_full_stop_aside(model, processor, samples, report):
-    texts = [(s, row[3]) for s, row in zip(samples, report.answers, strict=True) if s.task == "capital"]
+def test_accuracy_is_the_share_of_right_answers_case_and_full_stop_aside(model, processor, samples, scores):
+    texts = [(s, row[3]) for s, row in zip(samples, scores.answers, strict=True) if s.task == "capital"]
     right = [s.model_copy(update={"answer": f" {given.upper()}."}) for s, given in texts[:2]]
     wrong = [s.model_copy(update={"answer": f"{given} or not"}) for s, given in texts[2:]]
     found = evaluate(model, processor, right + wrong, max_new_tokens=6)
@@ -123,19 +123,19 @@ def test_accuracy_is_the_share_of_right_answers_case_and_full_stop_aside(model, 
     assert found.wer is None
 
 
-def test_each_task_may_have_a_longest_answer_of_its_own(model, processor, samples, report):
+def test_each_task_may_have_a_longest_answer_of_its_own(model, processor, samples, scores):
     found = evaluate(
         model, processor, samples, batch_size=3, max_new_tokens={"transcribe": 6, "capital": 1, "intent": 6}
     )
-    for (_, task, _, long), (_, _, _, short) in zip(report.answers, found.answers, strict=True):
+    for (_, task, _, long), (_, _, _, short) in zip(scores.answers, found.answers, strict=True):
         if task == "capital":
             assert len(processor.tokenizer(short)["input_ids"]) <= 1 and long.startswith(short)
         else:
             assert short == long
 
 
-def test_the_language_model_knows_what_it_knew(report):
-    answers = {sample_id: given for sample_id, task, _, given in report.answers if task == "capital"}
+def test_the_language_model_knows_what_it_knew(scores):
+    answers = {sample_id: given for sample_id, task, _, given in scores.answers if task == "capital"}
     assert any("Paris" in given for given in answers.values())
 
 
@@ -151,7 +151,7 @@ def test_no_recording_with_a_transcript_is_refused(model, processor, samples):
 
 @pytest.fixture
 def blank(model):
-    """The model's blank row, `weight` and `bias`, to be set for one test."""
+    """The model's blank row, `weight` and `bias`. A test may change it; it is restored afterwards."""
     before = model.blank_weight.detach().clone(), model.blank_bias.detach().clone()
     with torch.no_grad():
         yield model.blank_weight, model.blank_bias
@@ -161,10 +161,10 @@ def blank(model):
 
 def test_a_model_that_writes_blanks_alone_has_read_nothing(model, processor, samples, blank):
     blank[1].fill_(1e4)
-    report = evaluate_ctc(model, processor, samples, batch_size=2)
-    assert (report.wer, report.blank_share, report.kept_per_label) == (1, 1, 0)
-    assert [given for *_, given in report.answers] == [""] * 5
-    assert report.samples == {"transcribe": 5}
+    scores = evaluate_ctc(model, processor, samples, batch_size=2)
+    assert (scores.wer, scores.blank_share, scores.kept_per_label) == (1, 1, 0)
+    assert [given for *_, given in scores.answers] == [""] * 5
+    assert scores.samples == {"transcribe": 5}
 
 
 def test_ctc_scores_are_those_of_the_paths_taken_one_by_one(model, processor, samples, blank):
@@ -175,9 +175,9 @@ def test_ctc_scores_are_those_of_the_paths_taken_one_by_one(model, processor, sa
     rows = hidden[length_mask(lengths, hidden.shape[1])]
     largest = (rows @ model.head_weight.T).amax(-1).sort().values
     blank[1].copy_(largest[len(largest) // 2 :][:2].mean())
-    report = evaluate_ctc(model, processor, samples, batch_size=2)
+    scores = evaluate_ctc(model, processor, samples, batch_size=2)
     frames = blanks = peaks = 0
-    for sample, row in zip(spoken, report.answers, strict=True):
+    for sample, row in zip(spoken, scores.answers, strict=True):
         (text,), path = read_ctc(model, processor, [features(processor, sample)])
         assert row == (sample.id, "transcribe", sample.text, text)
         runs = [label for label, _ in itertools.groupby(path[0].tolist())]
@@ -185,7 +185,7 @@ def test_ctc_scores_are_those_of_the_paths_taken_one_by_one(model, processor, sa
         blanks += path[0].tolist().count(model.blank)
         peaks += len(runs) - runs.count(model.blank)
     labels = sum(len(processor.ctc_ids(sample.text)) for sample in spoken)
-    assert 0.1 < report.blank_share < 0.9
-    assert report.blank_share == pytest.approx(blanks / frames)
-    assert report.compression == pytest.approx(frames / peaks)
-    assert report.kept_per_label == pytest.approx(peaks / labels)
+    assert 0.1 < scores.blank_share < 0.9
+    assert scores.blank_share == pytest.approx(blanks / frames)
+    assert scores.compression == pytest.approx(frames / peaks)
+    assert scores.kept_per_label == pytest.approx(peaks / labels)

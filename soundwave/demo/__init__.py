@@ -1,7 +1,7 @@
-"""The demonstration: a synthetic corpus, three stages on small backbones, their scores; and the paper's ablations.
+"""The demonstration on a synthetic corpus and small backbones, and the paper's ablations on the same.
 
-`run` is `soundwave demo`, `ablation` is `soundwave ablate`. `corpus` writes recordings, which `grammar` words, `tasks`
-phrases as prompts and answers, and `espeak` speaks.
+`run` is the command `soundwave demo`, `ablation` is `soundwave ablate`. `corpus` writes the recordings and manifests:
+`grammar` gives the sentences, `tasks` the prompts and answers, `espeak` the speech.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`run_demo` on first use, as `soundwave.demo` was a module of its own for one version."""
+    """`run_demo` on its first use. `soundwave.demo` was a module until 0.1.0, so its name is kept for one version."""
     if name == "run_demo":
         from soundwave.demo.run import run_demo
 

@@ -1,12 +1,13 @@
-"""The paper's checks on the embedded default: one part of Soundwave left out or replaced, everything else the same.
+"""The paper's ablations on the embedded backbones: one part of Soundwave is left out or replaced, the rest is the same.
 
-Each variant is trained as the demonstration is (`demo.run.FULL`), with a share of its steps. Those that differ
-after stage I alone start from one alignment, which is trained once. What is there already is not trained again.
+Each variant is trained like the demonstration (`demo.run.FULL`), for as many of its steps as `scale` says. Variants
+that differ only after stage I share one alignment, which is trained once. Results that are there already are not made
+again.
 
-Where the demonstration's test is too easy to tell variants apart, a harder one does: voices that no training has heard,
+The demonstration's test is too easy to tell some variants apart. A harder test does: voices that no training has heard,
 in white noise.
 
-Intervals are of the test sentences; another seed of the training moves a figure, too.
+The intervals account for the choice of the test sentences only. Another seed of the training changes a figure, too.
 """
 
 import gc
@@ -38,9 +39,9 @@ from soundwave.data.audio import SAMPLING_RATE, load_audio
 from soundwave.data.collate import features, prompt_of
 from soundwave.data.manifest import Sample, read_manifest, write_manifest
 from soundwave.demo import corpus as embedded_corpus
-from soundwave.demo.run import EVALUATED_AT_ONCE, FULL, LONGEST_ANSWER, STAGE, one_task
-from soundwave.evaluation.intervals import TASKS, differences, markdown, scores, tally
-from soundwave.evaluation.run import evaluate, evaluate_ctc
+from soundwave.demo.run import FULL, STAGE, one_task, score
+from soundwave.evaluation.intervals import TASKS, differences, estimates, markdown, tally
+from soundwave.evaluation.run import evaluate_ctc
 from soundwave.evaluation.scores import Scores
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.inference.answer import answer, load_model
@@ -51,21 +52,27 @@ from soundwave.training.journal import say, write_text
 from soundwave.training.settings import ConfigError, make_config
 from soundwave.training.stages import train_stage
 
-SWAPPED = 0.2  # share of transcripts that stand beside another recording
-# An epoch of stage II that a run sees several times, its tasks as uneven as the paper's.
+SWAPPED = 0.2  # share of the transcripts that are given to another recording
+# Samples of each task in the small stage II: a run sees it for several epochs, and its tasks are as uneven as those of
+# the paper.
 UNEVEN = {"transcribe": 300, "qa": 40, "voice": 20, "rate": 20}
-NOISE = 10  # dB that the voices of the harder test are above it
+NOISE = 10  # signal-to-noise ratio of the harder test, dB
 HARD_TASKS = ("transcribe", "voice", "rate")
-TIMED = 20  # recordings, whose first token is waited for
-TIMED_STEPS, UNTIMED_STEPS = 10, 3  # of stage II; the first ones are slower
+TIMED = 20  # recordings for which the time to the first token is measured
+TIMED_STEPS, UNTIMED_STEPS = 10, 3  # steps of stage II; the first ones are slower and are not timed
 STAMP, RESULT, TIMING = "settings.json", "result.json", "timing.json"
 ANSWERS, HARD_ANSWERS = "answers.jsonl", "answers-in-noise.jsonl"
-PLAIN = "soundwave"  # the variant that the others differ from
+PLAIN = "soundwave"  # the variant with which the others are compared
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """A stage I: what differs from the demonstration's."""
+    """A training of stage I that several variants start from.
+
+    Attributes:
+        settings: settings that differ from the demonstration's.
+        swapped: whether some transcripts belong to another recording.
+    """
 
     settings: dict[str, Any] = field(default_factory=dict)
     swapped: bool = False
@@ -73,9 +80,14 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained: `alignment`, a key of ALIGNMENTS or None without stage I, and the settings of stage II.
+    """A model that is trained and scored.
 
-    `after` is the pass of stage I that stage II goes on from.
+    Attributes:
+        about: what it is, for the tables.
+        alignment: the stage I it starts from, a key of ALIGNMENTS; None: no stage I.
+        settings: settings of stage II that differ from the demonstration's.
+        manifest: name of the manifest of stage II.
+        after: the pass of stage I from which stage II starts.
     """
 
     about: str
@@ -93,16 +105,18 @@ ALIGNMENTS = {
     "stacked-4": Alignment({"frame_stack": 4}),
 }
 VARIANTS = {
-    PLAIN: Variant("as it is"),
-    "no-cross-attention": Variant("kept frames gather nothing", settings={"keys": "none"}),
-    "no-stage-1": Variant("stage II starts from fresh adapters; its steps and stage III's are all", alignment=None),
+    PLAIN: Variant("the demonstration's model"),
+    "no-cross-attention": Variant("no cross-attention from the kept frames to the others", settings={"keys": "none"}),
+    "no-stage-1": Variant("no stage I, and no steps in its place: stage II starts from new adapters", alignment=None),
     "no-labels": Variant("CTC writes words only, no labels of voice and rate", after="stage1", manifest="words"),
-    "runs": Variant("the first frame of every run is kept, of blank too", settings={"keep": "runs"}),
-    "swapped": Variant(f"{SWAPPED:.0%} of what CTC learns in stage I belongs to another recording", "swapped"),
-    "stacked-3": Variant("3 encoder frames side by side, all read, no cross-attention", "stacked-3", UNSHRUNK),
-    "stacked-4": Variant("4 encoder frames side by side, all read, no cross-attention", "stacked-4", UNSHRUNK),
-    "uneven": Variant("uneven tasks in stage II, drawn at T = 1 + 5·epoch", manifest="uneven"),
-    "uneven-plain": Variant("the same, every sample once an epoch", settings={"temperature": False}, manifest="uneven"),
+    "runs": Variant("the first frame of every run is kept, also of runs of blanks", settings={"keep": "runs"}),
+    "swapped": Variant(f"{SWAPPED:.0%} of the CTC transcripts of stage I belong to another recording", "swapped"),
+    "stacked-3": Variant("stacks of 3 encoder frames, all kept, no cross-attention", "stacked-3", UNSHRUNK),
+    "stacked-4": Variant("stacks of 4 encoder frames, all kept, no cross-attention", "stacked-4", UNSHRUNK),
+    "uneven": Variant("uneven tasks in stage II, drawn with the temperature T = 1 + 5·epoch", manifest="uneven"),
+    "uneven-plain": Variant(
+        "uneven tasks in stage II, every sample once an epoch", settings={"temperature": False}, manifest="uneven"
+    ),
 }
 
 
@@ -116,24 +130,26 @@ def run_ablations(
     size: str = "full",
     **settings: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Train and score variants; writes a folder each, `ablations.json`, `ablations.md` and two pages under `out`.
+    """Train and score variants. Writes a folder for each, `ablations.json`, `ablations.md` and two pages into `out`.
 
-    `report.html` compares the variants, `alignments.html` the stages I that they start from.
+    The page `report.html` compares the variants, `alignments.html` the trainings of stage I that they start from.
 
     Args:
+        out: folder of the results.
         names: keys of VARIANTS.
-        scale: of the demonstration's steps, above 0.
-        jobs: trainings at a time, each with its share of the processors. What is timed comes after all of them, one
+        scale: factor of the demonstration's numbers of steps, above 0.
+        jobs: number of trainings at a time; they share the CPU threads. Times are measured after all trainings, one
             variant after the other.
-        size: of the corpus, see `build_corpus`.
-        settings: of every training (`StageConfig`), in place of the demonstration's.
+        seed: seed of the corpus, the weights and the order of the samples.
+        size: size of the corpus, see `build_corpus`.
+        settings: settings of every training (`StageConfig`) that replace the demonstration's.
 
     Returns:
-        Results of all variants that are in `out`, by name, as `ablations.json` has them.
+        The results of all variants that `out` holds, by name, as in `ablations.json`.
 
     Raises:
         ConfigError: an unknown name or setting; or `out` holds results of another scale, seed, size or recipe.
-        Interrupted: Ctrl-C or SIGTERM; the same call goes on.
+        Interrupted: Ctrl-C or SIGTERM. The same call goes on.
     """
     names = list(dict.fromkeys(names))
     for name in names:
@@ -141,7 +157,7 @@ def run_ablations(
             raise ConfigError(f"variant = {name!r}, but known are {', '.join(VARIANTS)}")
     if not names or not scale > 0 or jobs < 1:
         raise ConfigError(f"{len(names)} variants, scale = {scale}, jobs = {jobs}, but none may be 0 or less")
-    make_config(1, **{"train": ["-"], "out": "-"} | settings)  # a wrong one is told before anything is written
+    make_config(1, **{"train": ["-"], "out": "-"} | settings)  # raises before anything is written
     out = Path(out)
     stamp = _stamp(out, scale, seed, size, settings)
     corpus = embedded_corpus.build_corpus(out / "corpus", seed=seed, size=size)
@@ -166,20 +182,20 @@ def run_ablations(
 
 
 def _results(out: Path, corpus: Path) -> dict[str, dict[str, Any]]:
-    """Of every variant that is scored and timed, with its differences from the plain one."""
+    """The results of every variant that is scored and timed, with its differences from the plain variant."""
     samples = [sample for test in ("test", "test_voices") for sample in read_manifest(corpus / f"{test}.jsonl")]
-    said = {sample.id: sample.text for sample in samples}
+    sentences = {sample.id: sample.text for sample in samples}
     results, plain = {}, None
     for name in VARIANTS:
         if not all((out / name / file).is_file() for file in (RESULT, HARD_ANSWERS, TIMING)):
             continue
-        score, timing = (json.loads((out / name / file).read_text(encoding="utf-8")) for file in (RESULT, TIMING))
-        easy, hard = found = [tally(_rows(out / name / file), said) for file in (ANSWERS, HARD_ANSWERS)]
-        plain = found if name == PLAIN else plain
-        results[name] = score | timing | scores(easy) | {"noise": scores(hard), "differences": None}
+        result, timing = (json.loads((out / name / file).read_text(encoding="utf-8")) for file in (RESULT, TIMING))
+        easy, hard = tallies = [tally(_rows(out / name / file), sentences) for file in (ANSWERS, HARD_ANSWERS)]
+        plain = tallies if name == PLAIN else plain
+        results[name] = result | timing | estimates(easy) | {"noise": estimates(hard), "differences": None}
         if plain:
-            less = [differences(*pair) for pair in zip(found, plain, strict=True)]
-            results[name]["differences"] = less[0] | {"noise": less[1]}
+            in_quiet, in_noise = (differences(*pair) for pair in zip(tallies, plain, strict=True))
+            results[name]["differences"] = in_quiet | {"noise": in_noise}
     return results
 
 
@@ -187,7 +203,7 @@ def _results(out: Path, corpus: Path) -> dict[str, dict[str, Any]]:
 
 
 def _stamp(out: Path, scale: float, seed: int, size: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What decides the results. A folder of another stamp is refused: what is there would be taken for these."""
+    """All that decides the results. A folder with another stamp is refused, because its results are others."""
     file, found = out / STAMP, None
     if file.is_file():
         try:
@@ -195,7 +211,7 @@ def _stamp(out: Path, scale: float, seed: int, size: str, settings: dict[str, An
         except ValueError:
             raise ConfigError(f"{file} is damaged; name another folder, or delete this one") from None
     dtype = settings.get("dtype") or (found or {}).get("dtype")
-    if dtype in (None, "auto"):  # decided once: a timing on CPUs, which may end otherwise beside other work
+    if dtype in (None, "auto"):  # Decided once for all trainings, because on CPUs it is a timing.
         dtype = str(pick_dtype(pick_device()[0].type)[0]).removeprefix("torch.")
     stamp = {"scale": scale, "seed": seed, "size": size, "settings": settings, "dtype": dtype}
     stamp |= {"corpus": embedded_corpus.VERSION, "uneven": UNEVEN, "swapped": SWAPPED}
@@ -208,7 +224,7 @@ def _stamp(out: Path, scale: float, seed: int, size: str, settings: dict[str, An
 
 
 def _write_manifests(corpus: Path, seed: int) -> None:
-    """The manifests that the demonstration has not: swapped transcripts, few samples of uneven tasks, no labels."""
+    """Write the manifests that the demonstration lacks: swapped transcripts, few and uneven samples, no labels."""
     for name in ("stage1", "labels"):
         rows = _rows(corpus / f"{name}.jsonl")
         chosen = random.Random(f"swapped {seed}").sample(range(len(rows)), round(SWAPPED * len(rows)))
@@ -224,7 +240,7 @@ def _write_manifests(corpus: Path, seed: int) -> None:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    # Not splitlines(): a string in JSON may hold other characters that end a line.
+    # Not splitlines(): a string in JSON may hold other characters that end a line, such as U+2028.
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -232,7 +248,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _each(work: Callable[..., None], names: list[str], common: dict[str, Any], jobs: int) -> None:
-    """`work` for each name, `jobs` of them at a time; after an error or Ctrl-C none is begun."""
+    """Call `work` for each name, `jobs` of them at a time. After an error or Ctrl-C no further one is begun."""
     jobs = min(jobs, len(names))
     if jobs <= 1:
         for name in names:
@@ -245,20 +261,21 @@ def _each(work: Callable[..., None], names: list[str], common: dict[str, Any], j
         try:
             while running or (waiting and not asked):
                 while waiting and not asked and len(running) < jobs:
-                    with _blocked(signal.SIGINT):  # a process begins with it, until `_begin` has it ignored
+                    with _blocked(signal.SIGINT):  # A new process inherits this, until `_begin` ignores the signal.
                         running.add(pool.submit(_interruptible, work, waiting.pop(0), **common))
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
         except BrokenExecutor:
-            raise Interrupted("a training was stopped at once, or killed; the same command goes on") from None
+            raise Interrupted("a training was killed or stopped at once; the same command goes on") from None
     if asked:
         raise Interrupted("stopped between two trainings; the same command goes on")
 
 
 @contextmanager
 def _blocked(number: int) -> Iterator[None]:
-    resource_tracker.ensure_running()  # which would unblock it when it is first needed
+    """Block a signal for a while."""
+    resource_tracker.ensure_running()  # started later, it would unblock the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
@@ -268,13 +285,16 @@ def _blocked(number: int) -> Iterator[None]:
 
 @contextmanager
 def _signals_passed_on() -> Iterator[list[int]]:
-    """To the trainings, which end their steps; the first one's Interrupted then ends all. Gives the signals so far."""
+    """Pass SIGINT and SIGTERM on to the trainings; the list that is given holds the signals so far.
+
+    Each training ends its step and raises Interrupted; the first of these ends the whole.
+    """
     asked: list[int] = []
 
     def pass_on(number: int, _: Any) -> None:
         asked.append(number)
         for child in multiprocessing.active_children():
-            os.kill(child.pid, signal.SIGINT)  # which an idle one ignores: SIGTERM is the pool's own
+            os.kill(child.pid, signal.SIGINT)  # An idle process ignores it. SIGTERM is used by the pool.
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -285,6 +305,7 @@ def _signals_passed_on() -> Iterator[list[int]]:
 
 
 def _interruptible(work: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Call `work` in a process that otherwise ignores SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         work(*args, **kwargs)
@@ -293,6 +314,7 @@ def _interruptible(work: Callable[..., None], *args: Any, **kwargs: Any) -> None
 
 
 def _begin(threads: int) -> None:
+    """Set up a process of the pool."""
     from transformers.utils import logging
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -303,26 +325,26 @@ def _begin(threads: int) -> None:
 
 
 def _pass(name: str, folder: Path, manifest: Path, model: Path | None, scale: float, settings: dict[str, Any]) -> Path:
-    """One of the demonstration's trainings, unless it is done: its model's folder."""
+    """Train one pass of the demonstration, unless it is done; return its model's folder."""
     if (folder / "model" / "config.json").is_file():
-        _forget_checkpoints(folder)
+        _delete_checkpoints(folder)
         return folder / "model"
     wanted = FULL.passes[name]
     steps = max(1, round(scale * wanted["steps"]))
     shortened = wanted | {"steps": steps, "warmup_steps": min(wanted["warmup_steps"], steps // 4), "save_steps": 50}
     config = {"train": [manifest], "out": folder, "model": model, "accumulation": 1, "spec_augment": False}
     model, _, _ = train_stage(make_config(STAGE[name], **config | shortened | settings))
-    _forget_checkpoints(folder)
+    _delete_checkpoints(folder)
     return model
 
 
-def _forget_checkpoints(folder: Path) -> None:
+def _delete_checkpoints(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 
 
 def _train_alignment(name: str, *, out: Path, corpus: Path, scale: float, settings: dict[str, Any]) -> None:
-    """Stage I of ALIGNMENTS[name], the words and then the labels; what CTC reads after the words is scored."""
+    """Train stage I of ALIGNMENTS[name], the words and then the labels; score the CTC reading after the words."""
     folder, one, model = out / "alignments" / name, ALIGNMENTS[name], None
     if (folder / RESULT).is_file():
         return
@@ -332,13 +354,13 @@ def _train_alignment(name: str, *, out: Path, corpus: Path, scale: float, settin
         changes = settings | (one.settings if model is None else {})
         model = _pass(step, folder / step, manifest, model, scale, changes)
     network, processor = load_model(folder / "stage1" / "model")
-    report = evaluate_ctc(network, processor, one_task(read_manifest(corpus / "test.jsonl"), "transcribe"))
-    result = {"wer": report.wer, "jump": _jump(_rows(folder / "stage1" / "log.jsonl"))}
+    scores = evaluate_ctc(network, processor, one_task(read_manifest(corpus / "test.jsonl"), "transcribe"))
+    result = {"wer": scores.wer, "jump": _jump(_rows(folder / "stage1" / "log.jsonl"))}
     write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def _run_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: dict[str, Any]) -> None:
-    """Stages II and III of VARIANTS[name], scored."""
+    """Train and score stages II and III of VARIANTS[name]."""
     variant = VARIANTS[name]
     say(f"variant {name}: {variant.about}")
     aligned = out / "alignments" / variant.alignment if variant.alignment else None
@@ -349,13 +371,13 @@ def _run_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: 
     result: dict[str, Any] = {"about": variant.about, "alignment": None}
     if aligned:
         result["alignment"] = json.loads((aligned / RESULT).read_text(encoding="utf-8"))
-    result |= _of_stage_2(_rows(out / name / "stage2" / "log.jsonl"))
+    result |= _course_of_stage_2(_rows(out / name / "stage2" / "log.jsonl"))
     result["samples"] = _answer_all(model, read_manifest(corpus / "test.jsonl"), out / name)
     write_text(out / name / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def _time_variant(name: str, *, out: Path, corpus: Path, scale: float, settings: dict[str, Any]) -> None:
-    """A few more steps of its stage II, and recordings that its model answers to."""
+    """Time a few more steps of a variant's stage II, and its model's answers to a few recordings."""
     variant = VARIANTS[name]
     say(f"timing of {name}")
     steps = {"steps": UNTIMED_STEPS + TIMED_STEPS, "warmup_steps": 0, "log_steps": 1, "quiet": True}
@@ -373,12 +395,13 @@ def _time_variant(name: str, *, out: Path, corpus: Path, scale: float, settings:
 
 
 def _jump(log: list[dict[str, Any]]) -> float:
-    """The largest ratio of a CTC loss to the median of the three before it."""
+    """The largest ratio of a logged CTC loss to the median of the three before it."""
     losses = [entry["ctc_loss"] for entry in log if entry.get("ctc_loss") is not None]
     return max((loss / statistics.median(losses[i : i + 3]) for i, loss in enumerate(losses[3:])), default=1.0)
 
 
-def _of_stage_2(log: list[dict[str, Any]]) -> dict[str, Any]:
+def _course_of_stage_2(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """`lm_loss` after a quarter, a half and all of stage II, and `drawn`: the share of each task in its samples."""
     drawn: Counter[str] = Counter()
     for entry in log:
         drawn.update(entry.get("tasks") or {})
@@ -393,24 +416,24 @@ def _of_stage_2(log: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _answer_all(folder: Path, samples: list[Sample], out: Path) -> dict[str, int]:
-    """Writes the model's answers, and the summary that the report reads; returns how many of each task."""
-    report = _answer(folder, [sample for task in TASKS for sample in one_task(samples, task)], out / ANSWERS)
-    summary = {"stage3": {"wer": report.wer, "accuracy": report.accuracy}, "samples": report.samples}
+    """Write the model's answers and the summary that the report reads; return the number of samples of each task."""
+    scores = _answer(folder, [sample for task in TASKS for sample in one_task(samples, task)], out / ANSWERS)
+    summary = {"stage3": {"wer": scores.wer, "accuracy": scores.accuracy}, "samples": scores.samples}
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return report.samples
+    return scores.samples
 
 
 def _answer(folder: Path, samples: list[Sample], file: Path) -> Scores:
-    """What the model of a folder answers to samples, each task's beside each other; written to `file`."""
-    report = evaluate(*load_model(folder), samples, batch_size=EVALUATED_AT_ONCE, max_new_tokens=LONGEST_ANSWER)
+    """Let the model of a folder answer samples, and write the answers to `file`."""
+    scores = score(*load_model(folder), samples)
     keys = "sample", "task", "reference", "answer"
-    write_manifest(file, (dict(zip(keys, row, strict=True)) for row in report.answers))
-    gc.collect()  # a Trainer and its model hold each other
-    return report
+    write_manifest(file, (dict(zip(keys, row, strict=True)) for row in scores.answers))
+    gc.collect()  # The Trainer and its model refer to each other, so only the garbage collector frees them.
+    return scores
 
 
 def _answer_in_noise(name: str, *, out: Path, corpus: Path, **_: Any) -> None:
-    """The harder test: voices that no training has heard, in white noise."""
+    """Let a variant answer the harder test: voices that no training has heard, in white noise."""
     say(f"{name} in noise")
     samples = read_manifest(corpus / "test_voices.jsonl")
     with tempfile.TemporaryDirectory() as folder:
@@ -419,7 +442,7 @@ def _answer_in_noise(name: str, *, out: Path, corpus: Path, **_: Any) -> None:
 
 
 def _noisy(sample: Sample, folder: Path) -> Sample:
-    """The sample with white noise, NOISE dB below it, which is the same for every model."""
+    """The sample with white noise NOISE dB below it. The noise follows from the file's name, so all models hear it."""
     sound = load_audio(sample.audio)
     noise = np.random.default_rng(zlib.crc32(sample.audio.name.encode())).standard_normal(len(sound), np.float32)
     level = np.sqrt(np.square(sound).mean()) * 10 ** (-NOISE / 20)
@@ -430,7 +453,12 @@ def _noisy(sample: Sample, folder: Path) -> Sample:
 
 @torch.no_grad()
 def _cost(model: Any, processor: Any, samples: list[Sample]) -> dict[str, float]:
-    """One recording at a time: kept frames a second, positions that the LLM reads, time to its first token."""
+    """Measure one recording at a time.
+
+    Returns:
+        `kept_per_second`: kept frames in a second of audio. `positions`: mean number of positions that the LLM reads.
+        `seconds_to_first_token`: median time from the features to the LLM's first token.
+    """
     kept, positions, seconds, times = 0, [], 0.0, []
     for sample in samples:
         clip, prompt = features(processor, sample), prompt_of(sample)

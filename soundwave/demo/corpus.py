@@ -1,8 +1,8 @@
 """The embedded corpus: sentences of a closed grammar spoken by eSpeak NG, with labels for six tasks.
 
-Twelve voices that a person can tell apart, six female and six male, at three speaking rates. One of each sex
-speaks in test_voices.jsonl only, and no sentence of a test is in training, as speech or as text. Everything follows
-from the seed: the same seed gives the same bytes.
+It has twelve voices that a person can tell apart, six female and six male, at three speaking rates. One voice of each
+sex speaks in test_voices.jsonl only. No sentence of a test is in the training manifests, neither as speech nor as
+text. Everything follows from the seed: the same seed gives the same bytes.
 """
 
 import io
@@ -25,9 +25,9 @@ from soundwave.demo.espeak import Espeak
 from soundwave.demo.grammar import COMMANDS, Sentence, split_sentences
 from soundwave.demo.tasks import FORMATS, RATES, phrase
 
-VERSION = 13  # raise it when the same seed gives other files
+VERSION = 13  # Raise it when the same seed gives other files.
 
-# eSpeak voice -> its pitch, 0-100. Measured medians: female ones 180-250 Hz, male ones 80-125 Hz.
+# eSpeak voice -> its pitch, 0 to 100. Measured median pitches: 180 to 250 Hz female, 80 to 125 Hz male.
 FEMALE = {
     "en-us+f2": 60,
     "en+f3": 60,
@@ -46,25 +46,28 @@ HELD_OUT_FEMALE, HELD_OUT_MALE = {"en+f4": 65}, {"en+m4": 55}
 PITCH_JITTER = 4
 WORDS_PER_MINUTE = {"slow": 90, "normal": 140, "fast": 215}
 RATE_JITTER = 0.04
-RARE_WORD_CANDIDATES = 16  # commands among which the one with the rarest word is taken
-TAIL = 0.2  # seconds of silence kept at the end, room for CTC's labels: eSpeak adds 0.3 and more, paid at every step
+RARE_WORD_CANDIDATES = 16  # Of so many commands, the one with the rarest word is taken.
+# Seconds of silence that are kept at the end, where CTC writes its labels. eSpeak adds 0.3 s and more; every training
+# step would pay for the rest.
+TAIL = 0.2
 
-# Utterances as (commands, codes, questions) for training, the test and the unseen voices; `asked`: how many of the
-# test's serve transcription, and how many each other task.
+# Numbers of utterances as (commands, codes, questions) for training, the test and the unseen voices. `asked`: how many
+# utterances of the test are used for transcription, and how many for each other task.
 SIZES = {
     "full": {"train": (1350, 450, 1200), "test": (200, 50, 200), "asked": (250, 200), "voices": (90, 20, 90)},
     "quick": {"train": (320, 110, 270), "test": (200, 50, 200), "asked": (250, 200), "voices": (90, 20, 90)},
     "tiny": {"train": (24, 8, 24), "test": (8, 4, 8), "asked": (16, 8), "voices": (4, 2, 4)},
 }
 
-# stage -> task -> samples for each utterance that fits, or for qa for each question sentence; fractions are drawn
+# Manifest -> task -> number of samples for each utterance that the task can use, or for qa for each question sentence.
+# For the fraction of a number, as large a part of the utterances is drawn at random.
 STAGES = {
     "stage1": {"transcribe": 1},
     "labels": {"transcribe": 1},
     "stage2": {"transcribe": 1.6, "voice": 0.6, "rate": 0.6, "qa": 3},
     "stage3": {"transcribe": 1.4, "voice": 0.45, "rate": 0.45, "intent": 1.1, "question": 1.6, "qa": 1},
 }
-# stage -> format -> weight, among the formats that a task has
+# Manifest -> format -> weight of its draw, among the formats that a task has.
 FORMAT_WEIGHTS = {
     "stage1": {"direct": 1},
     "labels": {"direct": 1},
@@ -72,14 +75,14 @@ FORMAT_WEIGHTS = {
     "stage3": {"direct": 0.76, "choice": 0.1, "natural": 0.09, "transcribe": 0.05},
 }
 
-
-# Manifest -> labels that CTC learns beside the words: next-token loss alone left them at chance (docs/log.md).
+# Manifest -> labels that CTC learns besides the words. With the next-token loss alone they stayed at chance
+# (docs/log.md).
 CTC_LABELS = {"labels": ("sex", "rate"), "stage2": ("sex", "rate")}
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recording: who said what, how fast, and where it lies."""
+    """One recording: sentence, voice, sex, speaking rate, file and duration."""
 
     sentence: Sentence
     voice: str
@@ -92,12 +95,13 @@ class Utterance:
 def build_corpus(folder: Path, *, seed: int = 0, size: str = "full") -> Path:
     """Synthesise the corpus in `folder`, unless it is there already, and return `folder`.
 
-    Writes audio/*.wav (16 kHz mono PCM16), {stage1,stage2,stage3,test,test_voices}.jsonl and corpus.json, first
-    beside `folder`, then renamed: a folder that holds corpus.json is complete. A corpus of another seed, size or
-    version is replaced.
+    Writes audio/*.wav (16 kHz mono PCM16), {stage1,labels,stage2,stage3,test,test_voices}.jsonl and corpus.json. They
+    are written beside `folder` and renamed at the end, so a folder that holds corpus.json is complete. A corpus of
+    another seed, size or version is replaced.
 
     Args:
-        seed: gives sentences, split, voices and phrasings; the split does not depend on `size`.
+        folder: where the corpus lies.
+        seed: decides the sentences, their split, the voices and the phrasings. The split does not depend on `size`.
         size: "full" (3 000 training utterances), "quick" (700) or "tiny" (56, for tests).
 
     Raises:
@@ -127,7 +131,7 @@ def build_corpus(folder: Path, *, seed: int = 0, size: str = "full") -> Path:
 
 
 def _write(folder: Path, rng: random.Random, size: dict) -> dict:
-    """Write audio and manifests; return what they hold, for corpus.json."""
+    """Write the audio and the manifests; return the seconds of audio and the numbers of samples, for corpus.json."""
     train, test = split_sentences(rng)
     voices = [(voice, "female") for voice in FEMALE] + [(voice, "male") for voice in MALE]
     unseen = [(voice, "female") for voice in HELD_OUT_FEMALE] + [(voice, "male") for voice in HELD_OUT_MALE]
@@ -153,7 +157,7 @@ def _write(folder: Path, rng: random.Random, size: dict) -> dict:
         manifests[name] = []
         for task in tasks:
             fitting = _fitting(task, utterances)
-            chosen = fitting[: transcribed if task == "transcribe" else asked]  # voices and rates stay in equal parts
+            chosen = fitting[: transcribed if task == "transcribe" else asked]  # voices and rates come equally often
             manifests[name] += [_row(task, utterance, rng, {"direct": 1}) for utterance in chosen]
     for name, rows in manifests.items():
         write_manifest(folder / f"{name}.jsonl", rows)
@@ -162,14 +166,14 @@ def _write(folder: Path, rng: random.Random, size: dict) -> dict:
 
 
 def _ctc_text(stage: str, item: Utterance | Sentence) -> dict:
-    """At the end of stage I, and in stage II, CTC also writes who speaks and how fast, after the words."""
+    """`ctc_text` of a manifest in which CTC learns labels: the words, then the sex and the rate of the speaker."""
     if stage not in CTC_LABELS or not isinstance(item, Utterance):
         return {}
     return {"ctc_text": " ".join([item.sentence.text, *(getattr(item, label) for label in CTC_LABELS[stage])])}
 
 
 def _draw(sentences: dict[str, list], counts: tuple[int, int, int], rng: random.Random) -> list[Sentence]:
-    """Draw commands (intents in equal parts), codes and questions; none comes twice before all have come once."""
+    """Draw commands (equally many of each intent), codes and questions. None comes twice before all have come once."""
     commands, codes, questions = counts
     drawn = _deal(sentences["code"], codes, rng) + _deal(sentences["question"], questions, rng)
     for index, intent in enumerate(COMMANDS):
@@ -179,6 +183,7 @@ def _draw(sentences: dict[str, list], counts: tuple[int, int, int], rng: random.
 
 
 def _deal(items: list, count: int, rng: random.Random) -> list:
+    """`count` items in random order; every item comes once before any comes again."""
     dealt = []
     while len(dealt) < count:
         dealt += rng.sample(items, min(len(items), count - len(dealt)))
@@ -186,7 +191,7 @@ def _deal(items: list, count: int, rng: random.Random) -> list:
 
 
 def _deal_words(sentences: list[Sentence], count: int, rng: random.Random) -> list[Sentence]:
-    """As _deal, but of a few sentences at a time take the one with the rarest word, so that no word stays rare."""
+    """Like `_deal`, but each time take the one of a few random sentences with the rarest word: no word stays rare."""
     seen = Counter()
     dealt, left = [], []
     while len(dealt) < count:
@@ -202,7 +207,7 @@ def _deal_words(sentences: list[Sentence], count: int, rng: random.Random) -> li
 def _speak(
     espeak: Espeak, folder: Path, name: str, sentences: list, voices: list, rng: random.Random
 ) -> list[Utterance]:
-    """Synthesise each sentence once; voices and rates are dealt out in equal parts."""
+    """Synthesise each sentence once; all pairs of voice and rate get equally many sentences."""
     pitches = FEMALE | MALE | HELD_OUT_FEMALE | HELD_OUT_MALE
     speakers = _deal(list(product(voices, RATES)), len(sentences), rng)
     utterances = []
@@ -216,7 +221,7 @@ def _speak(
         end = np.flatnonzero(np.abs(samples) > 1e-3)[-1] + round(TAIL * sampling_rate)
         samples = soxr.resample(samples[:end], sampling_rate, SAMPLING_RATE)
         path = f"audio/{name}-{index:04d}.wav"
-        wav = io.BytesIO()  # soundfile flushes each file to the disk, which took half of the time
+        wav = io.BytesIO()  # soundfile flushes each file that it writes to the disk, which took half of the time.
         soundfile.write(wav, samples, SAMPLING_RATE, format="WAV", subtype="PCM_16")
         (folder / path).write_bytes(wav.getvalue())
         utterances.append(Utterance(sentence, voice, sex, rate, path, round(len(samples) / SAMPLING_RATE, 4)))
@@ -224,16 +229,18 @@ def _speak(
 
 
 def _fitting(task: str, utterances: list[Utterance]) -> list[Utterance]:
+    """The utterances that a task can use: commands for intent, questions for question, all of them else."""
     needed = {"intent": "intent", "question": "answer"}.get(task)
     return [utterance for utterance in utterances if needed is None or getattr(utterance.sentence, needed)]
 
 
 def _repeat(items: list, share: float, rng: random.Random) -> list:
+    """`share` times the items: all of them as often as the integer part says, and a random part of them once more."""
     return items * int(share) + rng.sample(items, round(share % 1 * len(items)))
 
 
 def _row(task: str, item: Utterance | Sentence, rng: random.Random, weights: dict[str, float]) -> dict:
-    """One line of a manifest: an utterance under a task, or for qa a written question."""
+    """One line of a manifest: an utterance with the prompt and answer of a task, or for qa a written question."""
     sentence = item if task == "qa" else item.sentence
     fields = {"question": sentence.written, "answer": sentence.answer, "options": sentence.options}
     fields |= {"text": sentence.text, "intent": sentence.intent}

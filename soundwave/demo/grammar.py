@@ -1,10 +1,10 @@
-"""The closed grammar of the embedded corpus: what may be said, and which sentences are kept for the test.
+"""The closed grammar of the embedded corpus: all sentences, and the split into training and test.
 
-    commands    eight intents, several patterns each      "set a timer for ten minutes"
-    codes       three to five digits, adjacent repeats    "the code is seven seven three"
-    questions   some thirty facts, each asked eight ways   "what is the capital of france"
+    commands    eight intents, several patterns each          "set a timer for ten minutes"
+    codes       three to five digits, adjacent repeats        "the code is seven seven three"
+    questions   some thirty facts, each asked in eight ways   "what is the capital of France"
 
-Whole sentences are held out. A fact that training asks in six ways is asked by the test in the other two.
+Whole sentences are held out for the test. Training asks for a fact in six ways, the test in the other two.
 """
 
 import random
@@ -13,11 +13,11 @@ from itertools import product
 
 from soundwave.demo.tasks import CHOICES
 
-QUESTIONS_HELD_OUT = 2  # ways of asking, of eight, that each fact keeps for the test
-COMMANDS_HELD_OUT = 0.25  # share of an intent's sentences
-CODES_HELD_OUT = 0.2
+QUESTIONS_HELD_OUT = 2  # ways of asking for each fact, of its eight, that only the test uses
+COMMANDS_HELD_OUT = 0.25  # share of an intent's sentences that only the test uses
+CODES_HELD_OUT = 0.2  # share of the codes that only the test uses
 CODES_COUNT = 1000
-REPEATED = 0.25  # chance that a digit is the one before it: six codes in ten have such a pair
+REPEATED = 0.25  # probability that a digit repeats the one before it: six codes in ten hold such a pair
 
 ROOMS = ("kitchen", "bedroom", "garage", "office")
 GENRES = ("jazz", "rock", "piano", "dance")
@@ -77,8 +77,6 @@ COMMANDS = {  # intent -> (pattern, slots) ...
 }
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CODES = ("The code is {}.", "My number is {}.", "Please note {}.", "The room number is {}.")
-
-# (answers by subject, ways of asking)
 
 
 def _following(noun: str) -> tuple[str, ...]:
@@ -161,15 +159,23 @@ FACTS = (  # (subject and answer ..., ways of asking)
 
 @dataclass(frozen=True)
 class Sentence:
-    """What may be said: `written` with a full stop, `text` as transcripts have it.
+    """A sentence of the grammar.
 
-    Names keep their capitals in both: the language model has one token for " Paris" and two for " paris".
+    Names keep their capitals also in transcripts, because the language model has one token for " Paris" but two for
+    " paris".
+
+    Attributes:
+        written: the sentence with punctuation.
+        intent: what a command is about; None for other sentences.
+        answer: the answer of a question; None for other sentences.
+        options: the answer of a question and wrong answers.
+        text: the sentence as a transcript, without punctuation.
     """
 
     written: str
     intent: str | None = None
-    answer: str | None = None  # of a question
-    options: tuple[str, ...] = ()  # its answer among wrong ones
+    answer: str | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -181,8 +187,8 @@ def split_sentences(rng: random.Random) -> tuple[dict[str, list], dict[str, list
     """Divide the grammar's sentences into training and test.
 
     Returns:
-        two dictionaries with the same keys, each intent, "code" and "question", to a list of Sentence. No sentence
-        is in both, and every word of a test sentence stands in some training sentence.
+        Two dictionaries, training and test, from each intent, "code" and "question" to a list of `Sentence`. No
+        sentence is in both, and every word of a test sentence occurs in some training sentence.
     """
     train, test = {}, {}
     for intent, patterns in COMMANDS.items():
@@ -210,6 +216,7 @@ def _capital(written: str) -> str:
 
 
 def _hold_out(sentences: list, count: int, rng: random.Random) -> tuple[list, list]:
+    """Divide sentences at random into those for training and `count` for the test."""
     shuffled = rng.sample(sentences, len(sentences))
     return shuffled[count:], shuffled[:count]
 
@@ -221,5 +228,5 @@ def _digit_strings(rng: random.Random, count: int) -> list[tuple[str, ...]]:
         digits = [rng.choice(DIGITS)]
         for _ in range(rng.randint(2, 4)):
             digits.append(digits[-1] if rng.random() < REPEATED else rng.choice(DIGITS))
-        strings[tuple(digits)] = None  # a dictionary keeps the order, a set of strings does not
+        strings[tuple(digits)] = None  # A dictionary keeps the order; a set of strings does not.
     return list(strings)

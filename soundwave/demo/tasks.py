@@ -1,13 +1,15 @@
-"""How each task is asked and answered: prompts in at least 50 phrasings, answers in four formats.
+"""Prompts and answers of the tasks: at least 50 phrasings of each prompt, and up to four formats of the answer.
 
-    transcribe   the words of the recording             direct       one word or phrase
-    voice        is the speaker female or male          choice       one of the options that the prompt lists
-    rate         is the speech slow, normal or fast     natural      a short sentence
-    intent       what a command is about                transcribe   the transcript; the answer on a second line
-    question     a spoken question
-    qa           a written question, no recording
+    task         asks for                                  format       answer
+    transcribe   the words of the recording                direct       one word or phrase
+    voice        whether the speaker is female or male     choice       one of the options that the prompt lists
+    rate         whether the speech is slow, normal, fast  natural      a short sentence
+    intent       what a command is about                   transcribe   the transcript, the answer on a second line
+    question     the answer to a spoken question
+    qa           the answer to a written question, without a recording
 
-Prompts are short, since every training step pays for each of their tokens; all formats but direct say what they want.
+Prompts are short, because every training step pays for each of their tokens. In all formats but direct the prompt says
+which format it wants.
 """
 
 import random
@@ -35,8 +37,8 @@ _ANSWERED_BY = {
     "qa": "answer",
 }
 _OPTIONS = {"voice": SEXES, "rate": RATES, "intent": INTENTS}
-CHOICES = 4  # options at most: every one of them is paid for at every step
-_WANTED = {  # what a prompt says of its format
+CHOICES = 4  # at most so many options, because every training step pays for their tokens
+_WANTED = {  # format -> what the prompt says about it
     "choice": (" Options: {}.", " Choose: {}.", " One of: {}."),
     "natural": (" Use a sentence.", " Answer in a sentence.", " Say it in a sentence."),
     "transcribe": (" Transcribe first.", " Transcribe, then answer.", " Write the words first."),
@@ -158,7 +160,8 @@ PROMPTS = {
         ),
     ),
 }
-_BRIEFLY = {  # what the direct format may add; a brief sentence would be two wishes at once
+# What a prompt may add in the direct format. The other formats say what they want already.
+_BRIEFLY = {
     "question": ("", " Be brief.", " A word or two."),
     "qa": (
         "",
@@ -173,17 +176,18 @@ _BRIEFLY = {  # what the direct format may add; a brief sentence would be two wi
 
 
 def phrase(task: str, fields: Mapping, rng: random.Random, format: str = "direct") -> tuple[str, str]:
-    """Draw a phrasing of `task` and give the answer in the wanted format.
+    """Draw a phrasing of a task's prompt, and give the answer in the wanted format.
 
     Args:
         task: a key of FORMATS.
-        fields: what is known of the sample: `text` for transcribe and for the format of that name, `sex` for voice,
-            `rate`, `intent`, `answer` for question and qa, `options` for their choice (the answer among wrong
-            ones), and `question`, as written, for qa.
+        fields: what is known about the sample: `text` for the task and for the format transcribe, `sex` for voice,
+            `rate`, `intent`, `answer` for question and qa, `options` (the answer and wrong ones) for their format
+            choice, and the written `question` for qa.
         rng: the only source of randomness.
+        format: one of the task's formats.
 
     Returns:
-        (prompt, answer).
+        The prompt and the answer.
 
     Raises:
         ValueError: the task has no such format.

@@ -1,4 +1,4 @@
-"""Scores of a trained model: `run` lets it answer, `scores` judges, `intervals` says how sure a difference is."""
+"""Evaluation: `run` lets a model answer samples, `scores` compares its answers, `intervals` compares models."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ _OLD_NAMES |= {"word_error_rate"}
 
 
 def __getattr__(name: str) -> Any:
-    """The names of `soundwave.evaluation` when it was a module of its own, kept for one version."""
+    """The names that `soundwave.evaluation` had as a module in 0.1.0, kept for one version."""
     if name not in _OLD_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from soundwave.evaluation import run, scores

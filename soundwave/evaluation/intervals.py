@@ -1,9 +1,10 @@
-"""Scores of several models that answered the same samples: intervals, paired differences, tables.
+"""Comparison of several models that answered the same samples: intervals, paired differences, tables.
 
-Intervals are percentile bootstraps over sentences: samples that say the same, in other voices, are drawn together. A
-difference is drawn with both models' answers to the same sentences, so that what is hard for both cancels. Its p value
-is that of a randomisation test, which turns round the signs of sentences' differences: a bootstrap of the few answers
-that differ is too sure of itself.
+An interval is a percentile bootstrap over sentences: samples of one sentence in several voices are drawn together. For
+a difference of two models the answers of both to the same sentences are drawn together, so that errors which both make
+cancel. The p value of a difference is that of a randomisation test, which flips the signs of the sentences'
+differences at random. The bootstrap is not used for it: where few answers differ, its intervals are too narrow
+(docs/log.md).
 """
 
 from collections import defaultdict
@@ -18,19 +19,30 @@ from soundwave.evaluation.scores import normalise
 
 TASKS = ("transcribe", "voice", "rate", "intent", "question")
 RESAMPLED, CONFIDENCE, FLIPPED = 2000, 0.95, 10_000
-SURE = 0.01  # p below which a difference stands out; tables have dozens of them
+SURE = 0.01  # A difference with a smaller p is in bold. Not 0.05, because tables hold dozens of differences.
 
 
 class Counts(NamedTuple):
-    """Of one task, sample by sample: word errors or right answers, words or 1, and what was said."""
+    """The answers to one task, sample by sample.
+
+    Attributes:
+        count: word errors of a transcription; 1 for another right answer, 0 for a wrong one.
+        of: words of the transcript; 1 for another answer.
+        sentences: the sentence of the sample.
+    """
 
     count: list[int]
     of: list[int]
     sentences: list[str]
 
 
-def tally(answers: Iterable[dict[str, str]], said: dict[str, str]) -> dict[str, Counts]:
-    """By task; `answers` have sample, task, reference and answer, `said` the sentence of each sample."""
+def tally(answers: Iterable[dict[str, str]], sentences: dict[str, str]) -> dict[str, Counts]:
+    """Count errors and right answers of each task.
+
+    Args:
+        answers: rows with the keys sample, task, reference and answer.
+        sentences: sample -> its sentence.
+    """
     counts: dict[str, Counts] = defaultdict(lambda: Counts([], [], []))
     for row in answers:
         reference, given = normalise(row["reference"]), normalise(row["answer"])
@@ -38,13 +50,13 @@ def tally(answers: Iterable[dict[str, str]], said: dict[str, str]) -> dict[str, 
         if row["task"] == "transcribe":
             words = jiwer.process_words(reference, given)
             count, of = words.substitutions + words.deletions + words.insertions, len(reference.split())
-        for values, value in zip(counts[row["task"]], (count, of, said[row["sample"]]), strict=True):
+        for values, value in zip(counts[row["task"]], (count, of, sentences[row["sample"]]), strict=True):
             values.append(value)
     return dict(counts)
 
 
 def interval(counts: Sequence[float], of: Sequence[float], sentences: Sequence[str]) -> list[float]:
-    """Bootstrap interval of sum(counts) / sum(of), by sentence."""
+    """Bootstrap interval [low, high] of sum(counts) / sum(of), drawn by sentence."""
     values = _by_sentence(counts, of, sentences)
     sums = values[np.random.default_rng(0).integers(len(values), size=(RESAMPLED, len(values)))].sum(1)
     low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -52,7 +64,10 @@ def interval(counts: Sequence[float], of: Sequence[float], sentences: Sequence[s
 
 
 def p_value(counts: Sequence[float], sentences: Sequence[str]) -> float:
-    """Of sum(counts) = 0, against either side: how often it is as far from 0 with random signs by sentence."""
+    """Two-sided p value of sum(counts) = 0.
+
+    It is the share of random sign flips, one sign per sentence, whose sum is at least as far from 0.
+    """
     values = _by_sentence(counts, counts, sentences)[:, 0]
     values = values[values != 0]
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(FLIPPED, len(values)))
@@ -60,39 +75,47 @@ def p_value(counts: Sequence[float], sentences: Sequence[str]) -> float:
 
 
 def _by_sentence(counts: Sequence[float], of: Sequence[float], sentences: Sequence[str]) -> np.ndarray:
-    """Sums of both [sentences, 2]."""
+    """Sums of `counts` and of `of` over the samples of each sentence, float64 [sentences, 2]."""
     groups: dict[str, np.ndarray] = {}
     for sentence, pair in zip(sentences, zip(counts, of, strict=True), strict=True):
         groups[sentence] = groups.get(sentence, np.zeros(2)) + np.asarray(pair, float)
     return np.stack(list(groups.values()))
 
 
-def _score(counts: Counts) -> dict[str, Any]:
+def _estimate(counts: Counts) -> dict[str, Any]:
     return {"value": sum(counts.count) / sum(counts.of), "interval": interval(*counts)}
 
 
-def scores(tallies: dict[str, Counts]) -> dict[str, Any]:
-    """`wer` and `accuracy` by task, each a value and its interval."""
-    accuracy = {task: _score(counts) for task, counts in tallies.items() if task != "transcribe"}
-    return {"wer": _score(tallies["transcribe"]), "accuracy": accuracy}
+def estimates(tallies: dict[str, Counts]) -> dict[str, Any]:
+    """`wer`, and `accuracy` of each other task; each has a `value` and its `interval`."""
+    accuracy = {task: _estimate(counts) for task, counts in tallies.items() if task != "transcribe"}
+    return {"wer": _estimate(tallies["transcribe"]), "accuracy": accuracy}
 
 
 def differences(one: dict[str, Counts], other: dict[str, Counts]) -> dict[str, Any]:
-    """`scores` of `one` less those of `other`, whose samples are the same in the same order; each has a `p`, too."""
-    less, p = {}, {}
+    """Estimates of `one` minus those of `other`; each has a `p`, too.
+
+    Raises:
+        ValueError: the two did not answer the same samples in the same order.
+    """
+    changes, p = {}, {}
     for task, counts in one.items():
         if (counts.of, counts.sentences) != (other[task].of, other[task].sentences):
             raise ValueError(f"the answers to {task!r} belong to other samples than those that they are compared with")
-        less[task] = counts._replace(count=[a - b for a, b in zip(counts.count, other[task].count, strict=True)])
-        p[task] = p_value(less[task].count, counts.sentences)
-    found = scores(less)
-    for task, score in ({"transcribe": found["wer"]} | found["accuracy"]).items():
-        score["p"] = p[task]
+        changes[task] = counts._replace(count=[a - b for a, b in zip(counts.count, other[task].count, strict=True)])
+        p[task] = p_value(changes[task].count, counts.sentences)
+    found = estimates(changes)
+    for task, estimate in ({"transcribe": found["wer"]} | found["accuracy"]).items():
+        estimate["p"] = p[task]
     return found
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """What each variant is, how good, how much better or worse than the plain one, both in noise, and its losses."""
+    """The tables of the ablations in Markdown, from `ablations.json`'s results.
+
+    They hold what each variant is, its estimates and costs, its differences from the plain variant, the estimates and
+    differences of the test in noise, and the losses. The plain variant comes first.
+    """
     about = [[name, found["about"]] for name, found in results.items()]
     costs = {
         name: [
@@ -103,27 +126,27 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         ]
         for name, found in results.items()
     }
-    less = {name: found["differences"] for name, found in list(results.items())[1:] if found["differences"]}
+    changes = {name: found["differences"] for name, found in list(results.items())[1:] if found["differences"]}
     measured = ["kept a second", "positions", "s a step", "ms to first token"]
     tables = [
         _table(["variant", "what it is"], about),
-        _scores_table("variant", results, _percent, measured, costs),
-        _scores_table("difference", less, _points),
-        _scores_table("in noise", {name: found["noise"] for name, found in results.items()}, _percent),
-        _scores_table("difference in noise", {name: found["noise"] for name, found in less.items()}, _points),
+        _estimates_table("variant", results, _percent, measured, costs),
+        _estimates_table("difference", changes, _points),
+        _estimates_table("in noise", {name: found["noise"] for name, found in results.items()}, _percent),
+        _estimates_table("difference in noise", {name: found["noise"] for name, found in changes.items()}, _points),
         _losses_table(results),
     ]
     return "\n".join(filter(None, tables))
 
 
-def _scores_table(
+def _estimates_table(
     title: str,
     found: dict[str, dict[str, Any]],
     write: Callable[[dict[str, Any]], str],
     more: Sequence[str] = (),
     cells: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
-    """`scores` by variant, then the columns `more`, which `cells` holds."""
+    """One row for each variant: its estimates, then the further columns `more`, whose cells `cells` holds."""
     if not found:
         return ""
     tasks = [task for task in TASKS if task in next(iter(found.values()))["accuracy"]]
@@ -145,16 +168,16 @@ def _losses_table(results: dict[str, dict[str, Any]]) -> str:
     return _table(["variant", *titles], rows)
 
 
-def _percent(score: dict[str, Any]) -> str:
-    low, high = score["interval"]
-    return f"{100 * score['value']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+def _percent(estimate: dict[str, Any]) -> str:
+    low, high = estimate["interval"]
+    return f"{100 * estimate['value']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
-def _points(score: dict[str, Any]) -> str:
-    """In percentage points; bold where it surely is one."""
-    low, high = (100 * end for end in score["interval"])
-    text = f"{100 * score['value']:+.1f} ({low:+.1f} to {high:+.1f})"
-    return f"**{text}**" if score["p"] < SURE else text
+def _points(difference: dict[str, Any]) -> str:
+    """A difference in percentage points, in bold if its p is below `SURE`."""
+    low, high = (100 * end for end in difference["interval"])
+    text = f"{100 * difference['value']:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"**{text}**" if difference["p"] < SURE else text
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

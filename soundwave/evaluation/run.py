@@ -1,4 +1,4 @@
-"""Evaluation of a model on samples: what it writes and answers, held to the references."""
+"""Evaluation of a model on samples: its transcripts and answers are compared with the references."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +14,9 @@ from soundwave.model.processing import SoundwaveProcessor
 
 
 def alike(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of one task and similar duration, longest first.
+    """Give the indices of the samples in batches of one task and similar duration, the longest samples first.
 
-    A batch generates until its last answer ends: one-word answers are not kept waiting by a transcript.
+    A batch generates until its longest answer ends. In batches of one task no one-word answer waits for a transcript.
     """
     tasks: dict[str, list[int]] = defaultdict(list)
     for index in sorted(range(len(samples)), key=lambda i: -(samples[i].duration or 0.0)):
@@ -33,9 +33,14 @@ def evaluate_ctc(
     *,
     batch_size: int = 16,
 ) -> Scores:
-    """Word error rate of the CTC reading (no language model), and how the blank is used.
+    """Score the CTC reading, without the language model: word error rate and use of the blank.
 
-    What CTC should write is a sample's `ctc_text`, else its `text`. Samples without audio or text are left out.
+    The reference is a sample's `ctc_text`, or its `text` if it has none. Samples without audio or reference are left
+    out.
+
+    Raises:
+        ValueError: no sample is left.
+        AudioError: a recording cannot be used.
     """
     samples = [sample for sample in samples if sample.audio is not None and normalise(ctc_text_of(sample) or "")]
     if not samples:
@@ -72,10 +77,19 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int | Mapping[str, int] = 256,
 ) -> Scores:
-    """Word error rate and accuracies of what the language model answers, `max_new_tokens` long at most, or by task."""
+    """Score the language model's answers: word error rate of the transcriptions, accuracy of each other task.
+
+    Recordings to transcribe in which nothing is said are left out, because they have no word error rate.
+
+    Args:
+        max_new_tokens: longest answer, in tokens, or the longest answer of each task.
+
+    Raises:
+        ValueError: `samples` is empty, or a sample has neither answer nor text.
+        AudioError: a recording cannot be used.
+    """
     if not samples:
         raise ValueError("samples is empty: there is nothing to evaluate")
-    # A recording in which nothing is said has no word error rate.
     samples = [s for s in map(with_duration, samples) if s.task != "transcribe" or normalise(answer_of(s))]
     model.eval()
     answers: dict[int, str] = {}
@@ -89,14 +103,14 @@ def evaluate(
             max_new_tokens=limit,
         )
         answers.update(zip(indices, texts, strict=True))
-    report = Scores(answers=[(s.id, s.task, answer_of(s), answers[i]) for i, s in enumerate(samples)])
+    scores = Scores(answers=[(s.id, s.task, answer_of(s), answers[i]) for i, s in enumerate(samples)])
     tasks: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for _, task, reference, given in report.answers:
+    for _, task, reference, given in scores.answers:
         tasks[task].append((reference, given))
     for task, pairs in tasks.items():
-        report.samples[task] = len(pairs)
+        scores.samples[task] = len(pairs)
         if task == "transcribe":
-            report.wer = word_error_rate(*zip(*pairs, strict=True))
+            scores.wer = word_error_rate(*zip(*pairs, strict=True))
         else:
-            report.accuracy[task] = sum(normalise(a) == normalise(b) for a, b in pairs) / len(pairs)
-    return report
+            scores.accuracy[task] = sum(normalise(a) == normalise(b) for a, b in pairs) / len(pairs)
+    return scores

@@ -1,4 +1,4 @@
-"""Scores: text normalisation, word error rate, and what an evaluation returns."""
+"""Text normalisation, word error rate, and `Scores`, which an evaluation returns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ _normaliser = BasicTextNormalizer()
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, one space between words; numbers stay as they are written."""
-    return _normaliser(text).strip()  # a full stop at the end would become a space
+    """The text in lower case, without punctuation, with one space between words; numbers stay as they are written."""
+    return _normaliser(text).strip()  # The normaliser makes a space of a full stop at the end.
 
 
 @dataclass
@@ -19,13 +19,14 @@ class Scores:
     """Scores over a list of samples.
 
     Attributes:
-        wer: word error rate of the transcriptions (0.02 is 2 %), None without any. Errors over reference words, all
-            samples together; case and punctuation do not count.
-        accuracy: for each other task, the share of answers that equal the reference, case and punctuation aside.
+        wer: word error rate of the transcriptions (0.02 is 2 %): all word errors divided by all reference words. Case
+            and punctuation do not count. None without transcriptions.
+        accuracy: for each other task the share of answers that equal the reference; case and punctuation do not count.
         samples: number of samples of each task.
-        blank_share: blank frames of all frames. kept_per_label: CTC peaks over transcript tokens.
-        compression: frames of the alignment adapter over kept frames.
-        answers: (sample id, task, reference, answer) in the samples' order.
+        blank_share: share of the frames in which CTC writes the blank.
+        kept_per_label: CTC peaks divided by transcript tokens.
+        compression: frames of the alignment adapter divided by kept frames.
+        answers: (sample id, task, reference, answer) in the order of the samples.
     """
 
     wer: float | None = None
@@ -38,7 +39,7 @@ class Scores:
 
 
 def word_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
-    """Word error rate after normalisation; a reference without words is an error."""
+    """Word error rate of normalised texts, 0 or more. ValueError: a reference has no words."""
     references = [normalise(text) for text in references]
     for text in references:
         if not text:
