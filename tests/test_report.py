@@ -1,6 +1,6 @@
-"""The report: what is read of a run, what is worked out of a recording, and the page in a real browser.
+"""The report: reading a run, examining a recording, and the page in a real browser.
 
-The browser is Chromium, driven by playwright; those tests are skipped where one of them is missing.
+The browser is Chromium, driven by playwright. Its tests are skipped if one of the two is missing.
 """
 
 import base64
@@ -25,7 +25,7 @@ from soundwave.inference.answer import load_model
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
-from soundwave.report import RunError, render, write_report
+from soundwave.report import RunError, make_page, write_report
 from soundwave.report.runs import CURVES, Pass, Run, curves, mixture, read_run, reasons, run_names
 from soundwave.report.utterances import ATTENTION_ROWS, align_words, audio_uri, cross_attention, describe, examine
 from soundwave.training.settings import make_config
@@ -40,7 +40,7 @@ def lines(path: Path, rows: list[dict]) -> None:
 
 
 def training(folder: Path, stage: int = 1, steps: int = 20, **about) -> Path:
-    """A training's folder with a log, as training writes it."""
+    """Make the folder of a training with a log, as training writes it."""
     folder.mkdir(parents=True)
     tasks = {"transcribe": 60, "voice": 20}
     config = {"stage": stage, "steps": steps, "batch_size": 8, "accumulation": 1, "train": [], "temperature": True}
@@ -62,7 +62,7 @@ def a_pass(tasks: dict[str, int], log: list[dict], stage: int = 2, **changes) ->
     return Pass(folder=Path("run"), stage=stage, number=1, tasks=tasks, log=log, **values)
 
 
-# ---------------------------------------------------------------- what is read of a run
+# ---------------------------------------------------------------- reading a run
 
 
 def test_a_trainings_own_folder_is_a_run_of_one_pass(tmp_path):
@@ -140,14 +140,14 @@ def test_a_training_that_has_logged_nothing_yet_leaves_those_before_it_to_be_see
         ("run.json", "{}", "run.json: stage is missing; copy it again"),
         ("run.json", '{"stage": 9}', "run.json: stage = 9: input should be 1, 2 or 3"),
         ("run.json", '{"stage": 1, "config": null}', "run.json: config = None: input should be a valid dictionary"),
-        ("run.json", "[]", "run.json holds a list, but a JSON object is wanted"),
+        ("run.json", "[]", "run.json holds a list, but it must be a JSON object"),
         ("summary.json", '{"stage1": null}', "summary.json: stage1 = None: "),
         ("summary.json", '{"seconds": 3}', "summary.json: seconds = 3: input should be a valid dictionary"),
         ("answers.jsonl", '{}\n{"sample": "a"}', "answers.jsonl:1: sample is missing"),
         ("answers.jsonl", '{"sample": 3, "reference": "a", "answer": "b"}', "answers.jsonl:1: sample = 3: "),
         ("log.jsonl", '{"step": 1, "loss": "low"}', "log.jsonl:1: loss = 'low': input should be a valid number"),
         ("skipped_steps.jsonl", '{"step": "a"}', "skipped_steps.jsonl:1: step = 'a': "),
-        ("left_out.jsonl", "3\n{}", "left_out.jsonl:1 holds a int, but a JSON object is wanted"),
+        ("left_out.jsonl", "3\n{}", "left_out.jsonl:1 holds a int, but it must be a JSON object"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_one_line_that_names_it(tmp_path, file, text, fault):
@@ -167,7 +167,7 @@ def test_answers_may_hold_characters_that_end_a_line_elsewhere(tmp_path, end):
 
 
 def test_a_run_cannot_permit_itself_recordings_outside_its_data(demo, tmp_path):
-    """Its settings come with the folder, which may be somebody else's."""
+    """The settings of a run lie in its folder, which may come from somebody else."""
     moved = tmp_path / "run"
     shutil.copytree(demo, moved)
     (moved / "answers.jsonl").unlink()
@@ -249,7 +249,7 @@ def test_left_out_samples_are_counted_by_their_reason():
     ]
 
 
-# ---------------------------------------------------------------- what is worked out of a recording
+# ---------------------------------------------------------------- examining a recording
 
 
 def test_words_are_aligned_as_the_word_error_rate_counts_them():
@@ -320,7 +320,7 @@ def test_a_long_noisy_recording_is_embedded_small_and_whole():
 
 @pytest.fixture(scope="module")
 def demo(tiny_corpus, small_llm, tmp_path_factory) -> Path:
-    """Three stages of two steps on eight recordings, scored on four, and laid out as a demonstration."""
+    """Three stages of two steps on eight samples, scored on three recordings, in folders like a demonstration's."""
     out = tmp_path_factory.mktemp("runs") / "demo"
     corpus = out / "corpus-tiny"
     shutil.copytree(tiny_corpus, corpus)
@@ -343,15 +343,15 @@ def demo(tiny_corpus, small_llm, tmp_path_factory) -> Path:
     samples = [sample for sample in read_manifest(corpus / "test.jsonl")]
     chosen = [sample for sample in samples if sample.task in ("transcribe", "voice")]
     audio = sorted({sample.audio for sample in chosen if sample.task == "voice"})[:3]
-    report = evaluate(model, processor, [sample for sample in chosen if sample.audio in audio], max_new_tokens=3)
+    scores = evaluate(model, processor, [sample for sample in chosen if sample.audio in audio], max_new_tokens=3)
     rows = [
-        {"sample": i, "task": task, "reference": wanted, "answer": given} for i, task, wanted, given in report.answers
+        {"sample": i, "task": task, "reference": wanted, "answer": given} for i, task, wanted, given in scores.answers
     ]
     right = next(row for row in rows if row["task"] == "transcribe")
-    right["answer"] = right["reference"]  # a model of two steps gets none
+    right["answer"] = right["reference"]  # After two steps the model gets none right.
     lines(out / "answers.jsonl", rows)
-    scores = {"wer": report.wer, "wer_unseen_voices": None, "accuracy": report.accuracy}
-    summary = {"stage1": {"wer": 1.0}, "stage2": {"wer": 1.0}, "stage3": scores, "samples": report.samples}
+    last = {"wer": scores.wer, "wer_unseen_voices": None, "accuracy": scores.accuracy}
+    summary = {"stage1": {"wer": 1.0}, "stage2": {"wer": 1.0}, "stage3": last, "samples": scores.samples}
     (out / "summary.json").write_text(json.dumps(summary | {"seconds": {"total": 20.0}}))
     return out
 
@@ -362,7 +362,7 @@ def recordings(demo) -> dict:
 
 
 def test_a_kept_frame_has_the_token_that_the_model_hears_there(demo, spoken):
-    # In float32, in which the page's probabilities are worked out; only the four digits of the page are lost.
+    # In float32, like the probabilities of the page, which are then only rounded to four digits.
     model = SoundwaveForConditionalGeneration.from_pretrained(demo / "model", language_model=False)
     processor = SoundwaveProcessor.from_pretrained(demo / "model")
     found = examine(model, processor, spoken)
@@ -396,7 +396,7 @@ def test_a_model_of_stage_one_has_no_attention_to_show(demo, spoken):
 
 def test_recordings_are_those_scored_and_half_of_them_wrong_where_they_can_be(demo, recordings):
     assert len(recordings["items"]) == 3
-    assert recordings["note"].startswith("From the test: 2 that were written down with word errors and 1 without.")
+    assert recordings["note"].startswith("From the test: 2 with word errors in the transcript and 1 without.")
     for item in recordings["items"]:
         assert {answer["task"] for answer in item["answers"]} == {"transcribe", "voice"}
         assert item["text"] == item["answers"][0]["reference"]
@@ -405,7 +405,7 @@ def test_recordings_are_those_scored_and_half_of_them_wrong_where_they_can_be(de
 def test_a_run_that_was_not_scored_answers_about_its_training(demo):
     first, second = (describe(read_run(demo / f"stage{stage}"), {}, 2) for stage in (1, 2))
     for found in (first, second):
-        assert found["note"].startswith("From the manifests that it was trained on")
+        assert found["note"].startswith("From the manifests of the training")
         assert len(found["items"]) == 2
         assert all(isinstance(item["answers"][0]["given"], str) for item in found["items"])
     assert first["items"][0]["attention"] is None and second["items"][0]["attention"]
@@ -451,7 +451,7 @@ def test_answers_to_another_corpus_are_not_shown_beside_these_recordings(demo, t
     shutil.copytree(demo, moved, ignore=shutil.ignore_patterns("checkpoint-*"))
     rows = [json.loads(line) for line in (moved / "answers.jsonl").read_text().splitlines()]
     lines(moved / "answers.jsonl", [row | {"reference": "other words"} for row in rows])
-    assert "is no longer what the run was scored on" in describe(read_run(moved), {}, 3)["note"]
+    assert "is no longer the sample that the run was scored on" in describe(read_run(moved), {}, 3)["note"]
 
 
 def test_another_runs_answers_about_the_same_recordings_stand_beside(demo):
@@ -479,7 +479,7 @@ def test_the_page_refers_to_nothing_outside_itself(page):
 
 def test_text_of_the_data_cannot_end_the_pages_script(tmp_path):
     run = read_run(training(tmp_path / "run", tasks={HOSTILE: 3, "b": 2}, device=HOSTILE))
-    text = render({HOSTILE: run}, {"items": [], "note": HOSTILE})
+    text = make_page({HOSTILE: run}, {"items": [], "note": HOSTILE})
     assert len(re.findall(r"<script", text, re.I)) == len(re.findall(r"</script", text, re.I)) == 2
     assert "<img" not in text
 
@@ -496,13 +496,13 @@ def test_the_largest_page_stays_below_five_megabytes(demo, tmp_path):
         {"step": i, "reason": "the loss is not finite", "samples": ["train.jsonl:123456"] * 256} for i in range(99)
     ]
     run = Run(tmp_path, [a_pass({"a": 1, "b": 2}, log, skipped=skipped)] * 4)
-    text = render({f"run {i}": run for i in range(8)}, {"items": [item] * 6, "note": ""})
+    text = make_page({f"run {i}": run for i in range(8)}, {"items": [item] * 6, "note": ""})
     assert len(text.encode()) < 5 * MEGABYTE
 
 
 def test_values_that_json_cannot_hold_are_written_as_missing(tmp_path):
     log = [{"step": 1, "epoch": 0.1, "loss": float("nan"), "grad_norm": float("inf"), "ctc_loss": 1.23456789}]
-    text = render({"run": Run(tmp_path, [a_pass({"a": 1}, log)])}, {"items": [], "note": ""})
+    text = make_page({"run": Run(tmp_path, [a_pass({"a": 1}, log)])}, {"items": [], "note": ""})
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
     found = data["runs"][0]["passes"][0]["curves"]
     assert found == {"step": [1], "loss": [None], "grad_norm": [None], "ctc_loss": [1.23457]}
@@ -526,7 +526,7 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium):
-    """Opens a file; at the end of the test there must have been no error, no console line and no request elsewhere."""
+    """Opens a file. The test fails if the page caused an error, a console line or a request to another place."""
     said, contexts = [], []
 
     def open_page(path: Path, scheme: str = "light", width: int = 1280):
@@ -548,7 +548,7 @@ def visit(chromium):
 
 
 def luminance(colour: str) -> float:
-    """WCAG's relative luminance of `rgb(r, g, b)`."""
+    """Relative luminance of `rgb(r, g, b)` by WCAG."""
     parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -668,7 +668,7 @@ def test_text_of_the_data_stays_text(visit, demo, recordings, tmp_path):
     ]
     path = tmp_path / "report.html"
     runs = {HOSTILE: Run(run.folder, passes, run.summary), "other": Run(run.folder, passes, run.summary)}
-    path.write_text(render(runs, {"items": [item], "note": HOSTILE}))
+    path.write_text(make_page(runs, {"items": [item], "note": HOSTILE}))
     tab = visit(path)
     assert tab.evaluate("window.hostile") is None
     assert tab.locator("main img, main script, main b[onerror]").count() == 0
@@ -688,7 +688,7 @@ def test_several_runs_share_their_charts_and_one_table(visit, demo, tmp_path):
     about.write_text(json.dumps(found))
     tab = visit(write_report([demo, other], tmp_path / "report.html", utterances=1))
     assert tab.locator("h1").inner_text() == "2 runs compared"
-    # Stage I has CTC, stage III next token, stage II both: four charts, each with a line a run.
+    # Stage I has the CTC loss, stage III that of the next token, stage II both: four charts with a line for each run.
     charts = tab.locator("#training figure")
     assert charts.count() == 4
     for place in range(4):

@@ -1,8 +1,8 @@
-"""A run to look at: one HTML file with its curves, scores and a few recordings as the model hears them.
+"""The report of a run: one HTML file with its curves, its scores and a few recordings as the model hears them.
 
-The page needs no network and no other file. Python collects (`runs.py`, `utterances.py`) and writes everything as one
-JSON block; `SCRIPTS` draw it and put every word of the data into the page as text, never as markup. The page's
-content security policy permits its own script and style alone, by their hashes.
+The page needs neither a network nor another file. `runs.py` and `utterances.py` collect the data, which become one JSON
+block in the page. The page's scripts (`SCRIPTS`) draw them. They insert every word of the data as text, never as
+markup, and the page's content security policy permits only its own script and style, by their hashes.
 """
 
 import base64
@@ -27,48 +27,56 @@ from soundwave.report.runs import (
     read_run,
     reasons,
     run_names,
-    scores,
+    score_rows,
 )
 from soundwave.report.utterances import describe
 
 __all__ = ["RunError", "write_report"]
 
-SCRIPTS = ("charts.js", "recordings.js", "page.js")  # one script, in this order
-DIGITS = 6  # significant ones kept of a figure
-NAMED = 5  # samples of a skipped step
-POINTS = 1000  # at most of a curve
-ALL_POINTS = 20_000  # at most of all curves of one kind together: a page stays below 5 MB
-# Settings that say where a training lay, not what it did.
+SCRIPTS = ("charts.js", "recordings.js", "page.js")  # joined to one script, in this order
+DIGITS = 6  # significant digits of a number
+NAMED = 5  # most samples that are named for a skipped step
+POINTS = 1000  # most points of a curve
+ALL_POINTS = 20_000  # most points of all curves of one kind together, so that a page stays below 5 MB
+# Settings that say where the files of a training are, not what it did. They are not shown.
 PLACES = ("train", "out", "model", "resume")
 
 
 def write_report(runs: list[Path], out: Path, *, utterances: int = 6, allow_outside: bool = False) -> Path:
-    """Write the page of one run, or of several side by side, and return `out`.
+    """Write the page of one run, or of several runs side by side, and return `out`.
 
     Args:
-        runs: a training's `out` or a folder of several, e.g. a demonstration's. The first one's model is looked into.
-        out: the HTML file; its folder is made if need be.
-        utterances: recordings to show. Where a run was not scored, its model answers about those of its training.
-        allow_outside: show recordings outside their manifest's folder, too, as training may have been permitted to use.
-            A run's folder from somebody else shall put no other recordings of yours into a page.
+        runs: folders of runs: the `out` of a training, or a folder of several such, like a demonstration's. The
+            recordings are shown as the model of the first run hears them.
+        out: the HTML file. Its folder is made if it does not exist.
+        utterances: number of recordings to show. They are taken from the run's scored answers; if it was not scored,
+            from its training data, and its model is asked now.
+        allow_outside: also show recordings that lie outside their manifest's folder. It is off by default, because the
+            folder of a run may come from somebody else, and its manifests must not put other files of yours into a
+            page.
 
     Raises:
-        RunError: `runs` is empty, or one of them holds no log or a damaged one.
+        RunError: `runs` is empty, or a run holds no log or a damaged file.
     """
     if not runs:
         raise RunError("no run was given; name the folder of at least one")
     names = run_names(runs)
     found = dict(zip(names, map(read_run, runs), strict=True))
     others = {name: found[name] for name in names[1:]}
-    page = render(found, describe(found[names[0]], others, utterances, allow_outside))
+    page = make_page(found, describe(found[names[0]], others, utterances, allow_outside))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     return out
 
 
-def render(runs: dict[str, Run], utterances: dict[str, Any]) -> str:
-    """The page as text."""
+def make_page(runs: dict[str, Run], utterances: dict[str, Any]) -> str:
+    """The HTML of the page.
+
+    Args:
+        runs: name -> run.
+        utterances: what `utterances.describe` returned.
+    """
     points = min(POINTS, max(2, ALL_POINTS // sum(len(run.passes) for run in runs.values())))
     data = {
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -76,7 +84,7 @@ def render(runs: dict[str, Run], utterances: dict[str, Any]) -> str:
             {
                 "name": name,
                 "passes": [_pass(one, points) for one in run.passes],
-                "scores": scores(run.summary),
+                "scores": score_rows(run.summary),
                 "seconds": run.summary.get("seconds", {}).get("total"),
             }
             for name, run in runs.items()
@@ -92,7 +100,7 @@ def render(runs: dict[str, Run], utterances: dict[str, Any]) -> str:
         title=html.escape(" · ".join(runs)),
         style=style,
         script=script,
-        # No `<` of the data reaches the HTML parser, so nothing in it can end the block.
+        # The data hold no `<` for the HTML parser, so nothing in them can end the script element.
         data=json.dumps(_plain(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     )
 
@@ -125,7 +133,7 @@ def _last(log: list[dict[str, Any]], name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: a figure that is not finite is null, others are rounded."""
+    """The value as JSON can hold it: a number that is not finite becomes null, other floats are rounded."""
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
 "use strict";
-// First of the page's scripts: the data, elements, and figures of curves.
-// Text of the data becomes text nodes only; nothing is parsed as HTML.
+// The first of the page's scripts: the data, helpers that make elements, and charts of curves.
+// The text of the data only becomes text nodes; nothing of it is parsed as HTML.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const several = data.runs.length > 1;
@@ -8,7 +8,7 @@ const STAGES = { 1: "I · alignment", 2: "II · shrinking", 3: "III · instructi
 const COLOURS = 8; // --c0 to --c7
 const colour = (index) => `var(--c${index % COLOURS})`;
 
-// ---------------------------------------------------------------- elements and figures in words
+// ---------------------------------------------------------------- elements, and numbers as text
 
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
@@ -43,7 +43,7 @@ const titleOf = (pass) =>
   (STAGES[pass.stage] || `stage ${pass.stage}`) + (pass.number > 1 ? `, pass ${pass.number}` : "");
 const keyOf = (pass) => `${pass.stage}.${pass.number}`;
 
-/** The trainings of all runs, one entry for each place in the sequence of stages. */
+/** The trainings of all runs: one entry for each stage and pass, with the training of each run or undefined. */
 const columns = [...new Set(data.runs.flatMap((run) => run.passes.map(keyOf)))]
   .sort((a, b) => a.localeCompare(b, "en", { numeric: true }))
   .map((key) => ({
@@ -55,8 +55,8 @@ const columns = [...new Set(data.runs.flatMap((run) => run.passes.map(keyOf)))]
 // ---------------------------------------------------------------- curves
 
 /**
- * Mean of the neighbours on both sides, with weights that halve every thirtieth of the curve, and so without lag; of
- * the logarithms where the axis is logarithmic.
+ * Running mean of a curve, of its logarithms if the axis is logarithmic. The weight of a neighbour halves with every
+ * thirtieth of the curve's length; neighbours on both sides count, so the mean does not lag behind.
  */
 function smooth(values, log) {
   const keep = 0.5 ** (1 / Math.max(1, values.length / 30));
@@ -66,7 +66,7 @@ function smooth(values, log) {
     return list.map((level) => {
       total *= keep;
       weight *= keep;
-      const before = [total, weight]; // the value itself counts once, in the sum of both ways
+      const before = [total, weight]; // without the value itself, which is added once below
       if (known(level)) [total, weight] = [total + level, weight + 1];
       return before;
     });
@@ -102,7 +102,7 @@ function logTicks(low, high) {
   return ticks;
 }
 
-/** Where a sorted list comes closest to a value. */
+/** The index at which a sorted list comes closest to a value. */
 function nearest(sorted, value) {
   let low = 0, high = sorted.length - 1;
   while (high - low > 1) {
@@ -114,7 +114,7 @@ function nearest(sorted, value) {
 }
 
 /**
- * A figure of curves over steps that follows the pointer and the arrow keys.
+ * A chart of curves over the steps. The pointer and the arrow keys show the values of a step.
  * series: [{name, colour, dashed, x, y, smoothed}]; y may hold null. range: [low, high] of a linear axis.
  */
 function chart({ title, series, log = false, format = number, range = null, height = 150 }) {
@@ -225,7 +225,10 @@ function chart({ title, series, log = false, format = number, range = null, heig
 
 const key = (one) => h("span", { class: one.dashed ? "key dashed" : "key", style: { color: one.colour } });
 
-/** One chart a training: `names` is {column of the log: name}, in one chart; of several runs, one chart each. */
+/**
+ * Charts of columns of the log; names: {column: name}. A single run gets one chart for each training, with all columns.
+ * Several runs get one chart for each training and column, with a curve for each run.
+ */
 function curvesOf(names, options) {
   const all = Object.entries(names);
   return columns.flatMap((column) => {

@@ -1,4 +1,4 @@
-// Last of the page's scripts: its sections, in order.
+// The last of the page's scripts: its sections, in order.
 
 const sections = [];
 function section(id, title, ...children) {
@@ -53,11 +53,11 @@ function scoreTable() {
   });
   if (data.runs.some((run) => known(run.seconds))) {
     const times = data.runs.map((run) => cell(time(run.seconds)));
-    rows.push(h("tr", {}, rowHead("whole run, with loading and scoring"), times, several ? null : cell(""), cell("")));
+    rows.push(h("tr", {}, rowHead("time of the whole run"), times, several ? null : cell(""), cell("")));
   }
   const heads = data.runs.map((run) => columnHead(several ? run.name : "score", "number"));
   return section("scores", "Scores",
-    note("Of samples that training did not see", several ? "; the best of a row is bold, where they differ." : "."),
+    note("Measured on samples that were not trained on.", several ? " The best of different values is bold." : ""),
     table([h("th"), heads, several ? null : h("th"), columnHead("samples", "number")], rows));
 }
 
@@ -74,21 +74,21 @@ function training() {
   const heads = ["steps", "epochs", "batch", "time", "audio s / s", "CTC", "next token", "skipped steps"];
   const averaged = Math.max(...everyPass((run, pass) => pass.averaged));
   return section("training", "Training",
-    note("Loss in nats a token, on a logarithmic scale. ",
-      several ? "Lines are running means." : "Strong lines are running means, faint ones what was logged.",
+    note("Loss in nats per token, on a logarithmic scale. ",
+      several ? "Lines are running means." : "Strong lines are running means, faint ones the logged values.",
       averaged > 1 ? ` A point is the mean of up to ${averaged} log entries.` : ""),
     several ? legend() : null,
     grid(curvesOf({ ctc_loss: "CTC", lm_loss: "next token" }, { log: true, smoothed: true, height: 220 })),
     table([h("th"), heads.map((name) => columnHead(name, "number"))], rows),
-    note("The last logged values. A step is skipped where its loss or gradient is not finite."));
+    note("Values of the last log entry. A step is skipped if its loss or its gradient is not finite."));
 }
 
 // ---------------------------------------------------------------- recordings, alignment, optimiser
 
 function recordings() {
   const { items, note: how } = data.utterances;
-  const first = several && items.length ? ` Peaks, tokens and attention are those of ${data.runs[0].name}.` : "";
-  const hint = " Click a token to see what its frame gathers; click the spectrogram to listen from there.";
+  const first = several && items.length ? ` Peaks, tokens and attention come from ${data.runs[0].name}.` : "";
+  const hint = " Click a token to see what its frame attends to. Click the spectrogram to listen from there.";
   return section("recordings", "Recordings", note(how, first, items.length ? hint : ""), items.map(utterance));
 }
 
@@ -99,23 +99,23 @@ function alignment() {
   const share = curvesOf({ blank_share: "blank share" }, { format: percent, range: [0, 1] });
   const kept = curvesOf({ kept_per_label: "kept per token" }, {});
   return section("alignment", "Alignment",
-    block("Blank share", "Of all frames, those whose most probable label is blank. Most often it settles between 50 "
-      + "and 85 %; at 0 or 100 % nothing was aligned.", share),
-    block("Compression", "The adapters' frames for each one that is kept.", curvesOf({ compression: "frames" }, {})),
-    block("Kept frames per token of the transcript", "Close to 1 where CTC writes each token once.", kept));
+    block("Blank share", "Share of the frames whose most probable label is blank. It usually settles between 50 and "
+      + "85 %. At 0 or 100 % the model has aligned nothing.", share),
+    block("Compression", "Number of aligned frames for each kept frame.", curvesOf({ compression: "frames" }, {})),
+    block("Kept frames per token of the transcript", "It is close to 1 if CTC writes each token once.", kept));
 }
 
 function optimiser() {
   const norm = curvesOf({ grad_norm: "gradient norm" }, { log: true, smoothed: true });
   return section("optimiser", "Optimiser",
     block("Learning rate", null, curvesOf({ learning_rate: "learning rate" }, { height: 120 })),
-    block("Gradient norm", "Before clipping, on a logarithmic scale.", norm));
+    block("Gradient norm", "The norm before clipping, on a logarithmic scale.", norm));
 }
 
 // ---------------------------------------------------------------- tasks
 
 const EPOCHS = 6;
-/** At most EPOCHS of a list, both ends and the early ones, where the temperature changes most. */
+/** At most EPOCHS of a list: its ends, and mostly early ones, because the temperature changes most there. */
 function someEpochs(epochs) {
   if (epochs.length <= EPOCHS) return epochs;
   const last = epochs.length - 1;
@@ -154,8 +154,8 @@ function mixtures() {
   const parts = everyPass(mixtureOf);
   if (!parts.length) return null;
   return section("tasks", "Task mixture",
-    note("Bars are what was drawn, the upright lines what was planned: p ∝ share^(1/T). "
-      + "T = 1 keeps the natural shares; a higher T evens them out."),
+    note("The bars show the share of each task in the samples that were drawn, the upright lines the planned share: "
+      + "p ∝ share^(1/T). T = 1 keeps the shares of the manifests; a higher T makes them more equal."),
     parts);
 }
 
@@ -176,7 +176,7 @@ function leftOut() {
   return section("left-out", "Left out",
     left.length
       ? table(heads("samples", "such as"), left)
-      : h("p", {}, `No sample: all of the manifests could be used (${totals.join(", ")}).`),
+      : h("p", {}, `No sample was left out: all samples of the manifests could be used (${totals.join(", ")}).`),
     skipped.length
       ? [subtitle("Skipped steps"), table(heads("step", "its samples"), skipped)]
       : h("p", {}, "No step was skipped."));
@@ -203,7 +203,8 @@ function settings() {
   });
   return section("settings", "Settings",
     changed.length
-      ? [note("What differs between the runs."), table([h("th"), data.runs.map((run) => columnHead(run.name))], changed)]
+      ? [note("Settings that differ between the runs."),
+        table([h("th"), data.runs.map((run) => columnHead(run.name))], changed)]
       : null,
     several && !changed.length ? h("p", {}, "The runs have the same settings.") : null,
     h("details", {}, h("summary", {}, `All ${names.length} settings`), listed(names)),

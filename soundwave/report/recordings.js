@@ -1,13 +1,13 @@
-// A recording: spectrogram, CTC, tokens, attention, sound and answers.
+// One recording: spectrogram, CTC, tokens, attention, sound and answers.
 
 const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 const seconds = (value) => `${value.toFixed(2)} s`;
-// A piece without the space before it goes on with a word.
+// A token that does not begin with a space continues a word.
 const spoken = (text) => (text.trim() ? `“${text[0] === " " ? "" : "…"}${text.trim()}”` : text ? "space" : "blank");
-const WORTH_NAMING = 0.0005; // of an alternative's probability; less is 0.0 %
-const repaint = []; // what a canvas shows depends on the scheme
+const WORTH_NAMING = 0.0005; // A smaller probability of an alternative would be shown as 0.0 %.
+const repaint = []; // functions that paint the canvases again, because their colours depend on the scheme
 
-/** RGB of a custom property in the present scheme. */
+/** Red, green and blue of a custom property in the current scheme. */
 function rgb(name) {
   const probe = h("span", { style: { color: `var(${name})` } });
   document.body.append(probe);
@@ -68,9 +68,9 @@ function utterance(item) {
   }, kept.text.trim() ? kept.text.trim() : kept.text ? "␣" : "blank"));
   const tokens = h("div", { class: "tokens" }, buttons);
   const inner = h("div", {}, h("div", { style: { position: "relative" } }, canvas, over), axis,
-    h("div", { class: "strip-name" }, "CTC: probability of a word piece rather than blank; dots are the kept frames"),
+    h("div", { class: "strip-name" }, "CTC: probability that a frame is not blank. The dots are the kept frames."),
     usedStrip, tokens,
-    attention ? [h("div", { class: "strip-name" }, "What the chosen frame gathers: cross-attention, mean of the heads"),
+    attention ? [h("div", { class: "strip-name" }, "Cross-attention of the chosen frame, mean of the heads"),
       attendedStrip] : null);
   const strips = h("div", { class: "strips" }, inner);
 
@@ -106,7 +106,8 @@ function utterance(item) {
       const total = row.reduce((a, b) => a + b, 0);
       let sum = 0, count = 0;
       for (const value of [...row].sort((a, b) => b - a)) if (sum < total / 2) { sum += value; count++; }
-      words.push(` Half of its attention lies on ${count} of ${frames} frames, ${percent(attention.scale[i])} on one.`);
+      const largest = percent(attention.scale[i]);
+      words.push(` Half of its attention lies on ${count} of ${frames} frames; the largest weight is ${largest}.`);
     }
     detail.replaceChildren(...words);
   }
@@ -124,7 +125,7 @@ function utterance(item) {
       s("path", { class: "used", d: area([...used], 255, 43, 0) }),
       ...item.kept.map((kept) =>
         s("circle", { class: "dot", cx: at(moment(kept.frame)), cy: 43 - kept.probability * 39, r: 3 })));
-    // Tokens stand below their frames, in as many lines as they need.
+    // Each token stands below its frame, in the first line that has room for it.
     const ends = [];
     buttons.forEach((button, i) => {
       const half = button.offsetWidth / 2;
@@ -152,7 +153,7 @@ function utterance(item) {
   repaint.push(() => paintSpectrogram(canvas, mel));
   showState();
   follow();
-  const gauge = h("div"); // of the width that there is; drawing changes the height of the strips themselves
+  const gauge = h("div"); // Its width is observed, because drawing changes the size of the strips themselves.
   new ResizeObserver(draw).observe(gauge);
   const facts = `${seconds(item.seconds)} · ${item.kept.length} of ${frames} frames kept · ${item.id}`;
   return h("article", { class: "utterance" },
@@ -160,7 +161,7 @@ function utterance(item) {
     gauge, strips, detail, answers(item));
 }
 
-/** The words of two texts one below the other, where they differ marked. */
+/** The words of two texts, one below the other; differences are marked. */
 function alignedWords(words) {
   const errors = words.filter((word) => word.kind !== "equal").length;
   return h("div", { class: "words wrong" },

@@ -1,4 +1,4 @@
-"""What a run's folder tells: settings, log, tasks, what was left out, scores and answers."""
+"""Reads a run's folder: settings, log, tasks, samples that were left out, scores and answers."""
 
 import json
 import re
@@ -13,17 +13,17 @@ from soundwave.data.sampling import paper_temperature, temperature_weights
 
 LOG, ABOUT, LEFT_OUT, SKIPPED = "log.jsonl", "run.json", "left_out.jsonl", "skipped_steps.jsonl"
 SUMMARY, ANSWERS = "summary.json", "answers.jsonl"
-# Drawn over the steps. The other keys of a log's entry are its place (step, epoch, seconds) and counts.
+# Values of a log entry that are drawn over the steps. Its other keys are step, epoch, seconds and counts.
 CURVES = (
     *("loss", "ctc_loss", "lm_loss", "learning_rate", "grad_norm"),
     *("blank_share", "compression", "kept_per_label", "audio_per_second"),
 )
-EXAMPLES = 3  # samples named for each reason why some were left out
-REASONS = 30  # that are shown, the most frequent ones; and skipped steps, the first ones
+EXAMPLES = 3  # samples that are named for each reason to leave samples out
+REASONS = 30  # reasons that are shown, the most frequent ones; also skipped steps that are shown, the first ones
 
 
 class RunError(ValueError):
-    """A folder that no report can be made of. One line: the file, what was found, what to give instead."""
+    """A folder from which no report can be made. One line: the file, what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,15 @@ class Pass:
     """One training of one stage.
 
     Attributes:
-        folder: its `out`.
-        stage: 1, 2 or 3; `number`: which training of that stage in its run it is, from 1.
-        config: its settings. tasks: samples of each task in its manifests.
-        about: versions, device and commit it ran with.
-        log: one entry a logging step, in order.
-        left_out: samples that were not trained on: `sample`, `reason`, `file`.
-        skipped: steps that changed nothing: `step`, `reason`, `samples`.
+        folder: the `out` of the training.
+        stage: 1, 2 or 3.
+        number: the place of the training among those of its stage in the run, from 1.
+        config: the settings.
+        tasks: number of samples of each task in the manifests.
+        about: versions, device and commit of the training.
+        log: one entry for each logging step, in order.
+        left_out: samples that were not trained on, each with `sample`, `reason` and `file`.
+        skipped: steps that changed nothing, each with `step`, `reason` and `samples`.
     """
 
     folder: Path
@@ -53,7 +55,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Run:
-    """The trainings in a folder, in order; `summary` and `answers` are empty where it was not scored."""
+    """The trainings of a folder, in order. `summary` and `answers` are empty if the run was not scored."""
 
     folder: Path
     passes: list[Pass]
@@ -62,17 +64,18 @@ class Run:
 
     @property
     def model(self) -> Path | None:
-        """Folder of the newest model: the run's own, else that of the last training that has one."""
+        """Folder of the newest model: the run's own, or else that of the last training that has one; None without."""
         candidates = [self.folder / "model", *(one.folder / "model" for one in reversed(self.passes))]
         return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 
 def read_run(folder: Path) -> Run:
-    """Read a training's `out`, or a folder of several of them, as a demonstration leaves it.
+    """Read the `out` of a training, or a folder of several of them, like a demonstration's.
 
-    A last line that is half written (training was killed, or goes on) is left out.
+    The last line of a log may be incomplete, if training was killed or still runs. It is left out.
 
-    Raises RunError: the folder holds no log, or a file of it is damaged.
+    Raises:
+        RunError: the folder holds no log, or a file in it is damaged.
     """
     folder = Path(folder)
     outs = [folder] if (folder / LOG).is_file() else sorted(path.parent for path in folder.glob(f"*/{LOG}"))
@@ -91,7 +94,7 @@ def read_run(folder: Path) -> Run:
 
 
 def run_names(folders: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """Names for the folders: the shortest ends of their paths that differ from each other."""
     parts = [Path(folder).resolve().parts for folder in folders]
     names = [""] * len(parts)
     for length in range(1, max(map(len, parts)) + 1):
@@ -102,7 +105,7 @@ def run_names(folders: list[Path]) -> list[str]:
 
 
 def curves(log: list[dict[str, Any]], points: int) -> dict[str, list[float | None]]:
-    """The log by columns, `step` and `CURVES`, as at most `points` means of neighbouring entries.
+    """The columns of a log, `step` and `CURVES`. Neighbouring entries are averaged, so that at most `points` remain.
 
     The step of a mean is that of its last entry. Columns without any value are left out.
     """
@@ -117,9 +120,13 @@ def curves(log: list[dict[str, Any]], points: int) -> dict[str, list[float | Non
 
 
 def mixture(one: Pass) -> list[dict[str, Any]]:
-    """For each epoch: `planned`, the shares of the tasks, and `drawn`, how many samples of each were.
+    """The tasks of each epoch.
 
-    A log entry that spans several epochs is divided among them by its parts.
+    A log entry that spans several epochs is divided among them in proportion.
+
+    Returns:
+        For each epoch `epoch` (from 0), `temperature`, `planned` (the intended share of each task) and `drawn` (the
+        number of samples of each task that were trained on).
     """
     drawn: dict[int, Counter[str]] = {}
     last = 0.0
@@ -144,9 +151,9 @@ def mixture(one: Pass) -> list[dict[str, Any]]:
 
 
 def reasons(one: Pass) -> list[dict[str, Any]]:
-    """Why samples were left out, the most frequent reason first: `reason`, `count`, a few `samples`.
+    """Why samples were left out, the most frequent reason first: `reason`, `count` and a few `samples`.
 
-    Reasons that differ in their figures alone are one, in the words of its first sample.
+    Reasons that differ only in their numbers are counted as one, in the words of its first sample.
     """
     groups: dict[str, list[tuple[str, str]]] = {}
     for row in one.left_out:
@@ -164,10 +171,10 @@ def reasons(one: Pass) -> list[dict[str, Any]]:
     return rows
 
 
-def scores(summary: dict[str, Any]) -> list[dict[str, Any]]:
+def score_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table of scores from a demonstration's summary: `name`, `value`, `samples`, `better`, `final`.
 
-    `better` is "lower" or "higher"; `final` says that it is of the last stage.
+    `better` is "lower" or "higher": which values are the better ones. `final` marks the scores of the last stage.
     """
     counts = summary.get("samples", {})
     rows = []
@@ -209,7 +216,7 @@ def _read_pass(folder: Path) -> Pass:
 
 
 def _ordered(passes: list[Pass]) -> list[Pass]:
-    """By stage; trainings of one stage in the order in which each goes on from the one before."""
+    """Sort trainings by stage; within a stage each stands after the training whose model it started from."""
     by_name = {one.folder.name: one for one in passes}
 
     def depth(one: Pass) -> int:
@@ -228,7 +235,7 @@ def _ordered(passes: list[Pass]) -> list[Pass]:
 
 
 def _epochs(start: float, end: float) -> list[tuple[int, float]]:
-    """The epochs that a stretch of training touches, and the part of it in each; the parts sum to 1."""
+    """The epochs from `start` to `end`, each with its part of the stretch; the parts sum to 1."""
     if end <= start:
         return [(int(end), 1.0)]
     bounds = [start, *range(int(start) + 1, -int(-end // 1)), end]
@@ -241,7 +248,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 class _File(BaseModel):
-    """What a file of a run holds, as far as the page reads it."""
+    """The keys of a file of a run that the page reads."""
 
     model_config = ConfigDict(strict=True)
 
@@ -301,7 +308,7 @@ def _read_object(path: Path, kind: type[_File]) -> dict[str, Any]:
 
 def _checked(found: Any, kind: type[_File], where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
-        raise RunError(f"{where} holds a {type(found).__name__}, but a JSON object is wanted; copy it again")
+        raise RunError(f"{where} holds a {type(found).__name__}, but it must be a JSON object; copy it again")
     try:
         kind.model_validate(found)
     except ValidationError as error:
@@ -313,7 +320,7 @@ def _checked(found: Any, kind: type[_File], where: str) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, kind: type[_File]) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; none where there is no file."""
+    """The JSON objects of a file with one on each line; none if there is no such file."""
     if not path.is_file():
         return []
     rows = []

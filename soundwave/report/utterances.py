@@ -1,7 +1,7 @@
-"""A few recordings through the model: what is heard, kept, attended to and answered.
+"""A few recordings in the model: what CTC reads, which frames are kept, what they attend to, and the answers.
 
-One recording at a time, through the trained weights in this machine's dtype; what is shown of them (probabilities,
-attention) is worked out in float32 from the aligned frames, by `soundwave.eager`'s maths.
+Each recording runs through the model alone, in this machine's dtype. The probabilities and the attention that the page
+shows are computed in float32 from the aligned frames, as `soundwave.eager` defines them.
 """
 
 import base64
@@ -30,30 +30,30 @@ from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.model.processing import SoundwaveProcessor
 from soundwave.report.runs import Run
 
-ENCODER_FRAME = 0.02  # s; Whisper's
-ALTERNATIVES = 3  # other tokens named for a kept frame
-MEL_COLUMNS = 1000  # a spectrogram is no wider; longer ones are averaged
-FLAC_BYTES = 150_000  # audio that takes more is embedded as MP3: six of 30 s must stay below 5 MB
-ATTENTION_ROWS = 150  # kept frames, most; a byte for each pair of frames
-NEW_TOKENS = 64
+ENCODER_FRAME = 0.02  # seconds of a frame of Whisper's encoder
+ALTERNATIVES = 3  # less probable tokens that are named for a kept frame
+MEL_COLUMNS = 1000  # most columns of a spectrogram; a longer one is averaged
+FLAC_BYTES = 150_000  # Larger audio is embedded as MP3, so that a page of six recordings of 30 s stays below 5 MB.
+ATTENTION_ROWS = 150  # With more kept frames no attention is shown: it takes a byte for each pair of frames.
+NEW_TOKENS = 64  # longest answer
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One sample about a recording, and what the run answered; None where it was not asked yet."""
+    """A sample about a recording and the answer of the run; None: its model was not asked yet."""
 
     sample: Sample
     given: str | None
 
     @property
     def identity(self) -> tuple[str, str]:
-        """By which the same sample is found among another run's answers."""
+        """What identifies the sample among the answers of another run."""
         return self.sample.id, answer_of(self.sample)
 
 
 @dataclass
 class Recording:
-    """A recording and all that was asked about it."""
+    """A recording and all samples about it."""
 
     asked: list[Asked] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ class Recording:
 
     @property
     def word_errors(self) -> int:
-        """Of the answers to `transcribe`."""
+        """Number of word errors in the answers to `transcribe`."""
         return sum(
             word["kind"] != "equal"
             for one in self.asked
@@ -73,14 +73,19 @@ class Recording:
 
 
 def describe(run: Run, others: dict[str, Run], count: int, allow_outside: bool = False) -> dict[str, Any]:
-    """`items`, one for each of `count` recordings of `run`, and `note`: how they were chosen, or why there is none.
+    """What the page shows of a few recordings.
 
     Args:
-        others: name -> run whose answers about the same samples are shown beside.
-        allow_outside: as of `read_manifest`.
+        run: the run whose model hears the recordings.
+        others: name -> another run, whose answers about the same samples are shown as well.
+        count: number of recordings.
+        allow_outside: as in `read_manifest`.
+
+    Returns:
+        `items`, one for each recording, and `note`, which says how they were chosen or why there are none.
     """
     if not count:
-        return {"items": [], "note": "None was asked for."}
+        return {"items": [], "note": "No recordings were asked for."}
     if run.model is None:
         return {"items": [], "note": f"There is no model in {run.folder} yet."}
     try:
@@ -90,14 +95,16 @@ def describe(run: Run, others: dict[str, Run], count: int, allow_outside: bool =
             chosen, note = _trained_on(run, count, allow_outside)
         return {"items": _items(run, others, chosen), "note": note}
     except (ValueError, OSError, EmbeddedError) as error:
-        # Recordings or backbones that are gone: the curves are still worth seeing.
+        # The recordings or the backbones are gone, but the curves are still worth a page.
         return {"items": [], "note": f"None can be shown: {error}"}
 
 
 def align_words(reference: str, given: str) -> list[dict[str, str]]:
-    """jiwer's alignment of two texts, normalised as for the word error rate, word by word.
+    """Align two texts word by word (jiwer), normalised as for the word error rate.
 
-    Each has `kind` (equal, substitute, delete, insert), `reference` and `given`; the missing one is empty.
+    Returns:
+        For each place the `kind` (equal, substitute, delete or insert) and the words `reference` and `given`; a
+        missing word is empty.
     """
     wanted, found = normalise(reference).split(), normalise(given).split()
     if not wanted:
@@ -113,13 +120,15 @@ def align_words(reference: str, given: str) -> list[dict[str, str]]:
 
 
 def cross_attention(shrinking: nn.Module, hidden: Tensor, kept: Tensor) -> Tensor:
-    """Weights with which kept frames gather the others in the shrinking adapter, as `eager.ShrinkingAdapter` has them.
+    """Attention weights of the kept frames over all frames, in the shrinking adapter.
 
     Args:
-        shrinking: eager or fused. hidden: [T, D], one utterance's aligned frames. kept: int64 [K], indices into them.
+        shrinking: `eager.ShrinkingAdapter` or `fused.ShrinkingAdapter`.
+        hidden: [T, D], the aligned frames of one utterance.
+        kept: int64 [K], indices of the kept frames.
 
     Returns:
-        float32 [H, K, T]; rows sum to 1. With `keys="kept"` frames that were not kept have 0.
+        float32 [H, K, T]; each row sums to 1. With `keys="kept"` the weight of frames that are not kept is 0.
     """
     weight, bias = shrinking.in_proj_weight.float(), shrinking.in_proj_bias.float()
     hidden, heads = hidden.float(), shrinking.num_heads
@@ -138,10 +147,13 @@ def cross_attention(shrinking: nn.Module, hidden: Tensor, kept: Tensor) -> Tenso
 def examine(
     model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, audio: np.ndarray
 ) -> dict[str, Any]:
-    """What the model makes of a recording, float32 [samples] at 16 kHz, as the page draws it.
+    """What the page draws of a recording, float32 [samples] at 16 kHz.
 
-    `mel`, `used` (probability of any sub-word, a frame), `kept` frames with their tokens, `attention` (mean over heads;
-    None where there is none or of too many frames to look at), `audio`. Arrays are base64 of bytes 0-255.
+    Returns:
+        `seconds` and `frame_seconds`, lengths of the recording and of an aligned frame; `mel`, the spectrogram;
+        `used`, the probability of each frame that it is not blank; `kept`, the kept frames with their tokens;
+        `attention`, the mean over the heads, or None if the model has none or more than `ATTENTION_ROWS` frames are
+        kept; `audio`, a `data:` address. Arrays are base64 of bytes 0 to 255.
     """
     mel = processor.features(audio)
     batch = batch_to(processor.pad_features([mel]), model.device)
@@ -184,7 +196,7 @@ def examine(
 
 
 def audio_uri(audio: np.ndarray) -> str:
-    """A `data:` address of float32 [samples] at 16 kHz: FLAC, or MP3 where FLAC takes more than `FLAC_BYTES`."""
+    """Samples, float32 [samples] at 16 kHz, as a `data:` address: FLAC, or MP3 if FLAC exceeds `FLAC_BYTES`."""
     audio = np.clip(audio, -1.0, 1.0)
     kind, encoded = "flac", io.BytesIO()
     soundfile.write(encoded, audio, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
@@ -195,7 +207,7 @@ def audio_uri(audio: np.ndarray) -> str:
 
 
 def _answered(run: Run, count: int, allow_outside: bool) -> tuple[list[Recording], str]:
-    """Recordings that the run was scored on, half of them with word errors where there are as many."""
+    """Recordings on which the run was scored; half of them have word errors, if there are enough of each."""
     manifests: dict[str, dict[str, Sample]] = {}
     recordings: dict[tuple, Recording] = {}
     for row in run.answers:
@@ -205,11 +217,11 @@ def _answered(run: Run, count: int, allow_outside: bool) -> tuple[list[Recording
             manifests[name] = {sample.id: sample for sample in read_manifest(path, allow_outside=allow_outside)}
         sample = manifests[name].get(row["sample"])
         if sample is None or answer_of(sample) != row["reference"]:
-            raise ValueError(f"{row['sample']} is no longer what the run was scored on; score it again")
+            raise ValueError(f"{row['sample']} is no longer the sample that the run was scored on; score it again")
         if sample.audio is not None:
             recording = recordings.setdefault((sample.audio, sample.offset, sample.duration), Recording())
             recording.asked.append(Asked(sample, row["answer"]))
-    # Those about which most was asked, in the manifests' order.
+    # Recordings with samples of many tasks come first.
     ranked = sorted(recordings.values(), key=lambda recording: -len(recording.tasks))
     wrong = [recording for recording in ranked if recording.word_errors]
     right = [recording for recording in ranked if not recording.word_errors]
@@ -217,14 +229,14 @@ def _answered(run: Run, count: int, allow_outside: bool) -> tuple[list[Recording
     chosen += right[: count - len(chosen)]
     failed = sum(bool(recording.word_errors) for recording in chosen)
     note = (
-        f"From the test: {failed} that were written down with word errors and {len(chosen) - failed} without. "
-        f"Of all {len(recordings)} recordings, {len(wrong)} had word errors."
+        f"From the test: {failed} with word errors in the transcript and {len(chosen) - failed} without. "
+        f"Of all {len(recordings)} recordings, {len(wrong)} have word errors."
     )
     return chosen, note
 
 
 def _trained_on(run: Run, count: int, allow_outside: bool) -> tuple[list[Recording], str]:
-    """Recordings of the last training's own manifests, evenly apart; the model still has to answer."""
+    """Recordings from the manifests of the last training, at even distances, without answers."""
     last = run.passes[-1]
     samples = [
         sample
@@ -235,9 +247,9 @@ def _trained_on(run: Run, count: int, allow_outside: bool) -> tuple[list[Recordi
         if sample.audio is not None and normalise(sample.text or "")
     ]
     if not samples:
-        raise ValueError("the manifests that were trained on hold no recording with a transcript")
+        raise ValueError("the manifests of the training hold no recording with a transcript")
     chosen = [samples[place * len(samples) // count] for place in range(min(count, len(samples)))]
-    note = "From the manifests that it was trained on, evenly apart: the model has seen them."
+    note = "From the manifests of the training, at even distances: the model was trained on them."
     return [Recording([Asked(sample, None)]) for sample in chosen], note
 
 
@@ -278,7 +290,7 @@ def _items(run: Run, others: dict[str, Run], chosen: list[Recording]) -> list[di
 def _ask(
     model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, sample: Sample, audio: np.ndarray
 ) -> str:
-    """The model's own answer to a sample; a model of stage I reads its CTC."""
+    """The model's answer to a sample, in stage I its CTC reading."""
     clip = processor.features(audio)
     if model.config.stage == 1:
         return read_ctc(model, processor, [clip])[0][0]
@@ -286,7 +298,7 @@ def _ask(
 
 
 def _answer(sample: Sample, given: str, read_by_ctc: bool = False) -> dict[str, Any]:
-    """An answer as the page shows it; `words` are aligned for transcriptions only."""
+    """An answer as the page shows it. Only transcriptions have aligned `words`."""
     reference = ctc_text_of(sample) if read_by_ctc else answer_of(sample)
     return {
         "task": sample.task,
@@ -299,7 +311,7 @@ def _answer(sample: Sample, given: str, read_by_ctc: bool = False) -> dict[str, 
 
 
 def _manifest(run: Run, name: str) -> Path:
-    """A manifest of the folder that the run was trained from, which may have been moved with the run."""
+    """Find a manifest of the training, also if it was moved together with the run."""
     folders = [Path(train).parent for one in reversed(run.passes) for train in one.config.get("train", [])]
     places = [*folders, *(run.folder / folder.name for folder in folders)]
     for place in places:
@@ -309,7 +321,7 @@ def _manifest(run: Run, name: str) -> Path:
 
 
 def _spectrogram(mel: Tensor) -> dict[str, Any]:
-    """Bytes of log-mel [n_mels, T_mel], row by row, over its own range."""
+    """Log-mel features [n_mels, T_mel] as bytes, row by row, scaled to their own range."""
     width = -(-mel.shape[1] // MEL_COLUMNS)
     if width > 1:
         mel = F.avg_pool1d(mel[None], width, ceil_mode=True)[0]
@@ -318,7 +330,7 @@ def _spectrogram(mel: Tensor) -> dict[str, Any]:
 
 
 def _bytes(values: Tensor) -> str:
-    """base64 of values 0-1 as bytes."""
+    """Values from 0 to 1 as bytes, in base64."""
     return base64.b64encode((values * 255).round().to(torch.uint8).cpu().numpy().tobytes()).decode()
 
 
