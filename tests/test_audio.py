@@ -1,4 +1,4 @@
-"""Audio files: each format to mono float32 at 16 kHz, each fault to one line, long recordings to windows."""
+"""Audio files: each format is read as mono float32 at 16 kHz, each fault is one line, long recordings give windows."""
 
 import struct
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_format(tmp_path, name, subtype, step):
     soundfile.write(tmp_path / name, expected, 16_000, subtype=subtype)
     audio = load_audio(tmp_path / name)
     assert (audio.dtype, audio.ndim, len(audio)) == (np.float32, 1, 8000)
-    inner = slice(800, -800)  # lossy codecs bend the ends
+    inner = slice(800, -800)  # lossy codecs change the ends
     assert np.abs(audio - expected)[inner].max() <= step
 
 
@@ -223,7 +223,7 @@ def test_damaged_bytes_give_audio_or_one_line(tmp_path, name, damages, share):
     soundfile.write(path, sine(0.5, 16_000), 16_000)
     raw = bytearray(path.read_bytes())
     for place, damage in damages:
-        start = int(place**3 * len(raw))  # most of them in the header
+        start = int(place**3 * len(raw))  # most of the damage is in the header
         raw[start : start + len(damage)] = damage
     path.write_bytes(raw[: int((1 - share**4) * len(raw))])
     try:

@@ -1,4 +1,4 @@
-"""Manifests: every form is read, and every fault is one line that names file, line and mend."""
+"""Manifests: every form is read, and every fault is one line with file, line number and how to mend it."""
 
 import json
 from pathlib import Path

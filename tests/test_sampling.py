@@ -1,4 +1,4 @@
-"""Sampling: the paper's mixtures, whole passes, batches of similar length, the same for the same seed and epoch."""
+"""Sampling: the paper's mixtures, whole passes, batches of similar length, the same order for a seed and epoch."""
 
 from collections import Counter
 
@@ -74,7 +74,7 @@ def test_every_epoch_has_the_stated_number_of_batches(batch_size, temperature):
 def test_seed_and_epoch_decide_the_batches(temperature):
     first = epoch_of(make(temperature=temperature, seed=3), 2)
     sampler = make(temperature=temperature, seed=3)
-    epoch_of(sampler, 0)  # what was drawn before does not matter
+    epoch_of(sampler, 0)  # earlier draws must not matter
     assert epoch_of(sampler, 2) == first
     assert epoch_of(sampler, 1) != first
     assert epoch_of(make(temperature=temperature, seed=4), 2) != first
@@ -106,7 +106,7 @@ def test_what_a_part_of_a_pass_leaves_out_changes_from_epoch_to_epoch():
 
 
 def padding_share(batches, lengths):
-    """Padded over all places of batches that are each as long as their longest recording."""
+    """Share of padding in batches that are each as long as their longest recording."""
     known = [[lengths[i] for i in batch if lengths[i] is not None] for batch in batches]
     padded = sum(max(batch) * len(batch) for batch in known if batch)
     return 1 - sum(map(sum, known)) / padded

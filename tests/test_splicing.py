@@ -1,4 +1,4 @@
-"""Splicing: strings of one speaker and one split, repeats included, the same for the same seed."""
+"""Splicing: strings have one speaker and one split, some repeat a word, and the same seed gives the same bytes."""
 
 from collections import Counter
 from pathlib import Path
@@ -19,7 +19,7 @@ RATE = 8_000
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
-    """48 clips; each is a level of its own, so that a string shows which clips it was made of."""
+    """48 clips. Each has another constant level, so that a string shows from which clips it was made."""
     folder = tmp_path_factory.mktemp("clips")
     rows, level = [], 0.1
     for speaker in SPEAKERS:
@@ -41,7 +41,7 @@ def index(tmp_path_factory):
 
 
 def clips_in(audio: np.ndarray) -> list[float]:
-    """The levels of the plateaus in a string of these clips."""
+    """The levels of the clips in a string."""
     levels, run = [], 0
     for value in np.append(audio, 0.0):
         if value > 0.05:
@@ -172,7 +172,9 @@ def test_speaker_with_one_word_cannot_make_strings(tmp_path):
     soundfile.write(tmp_path / "x.wav", np.zeros(800), RATE)
     row = {"audio_filepath": "x.wav", "text": "one", "speaker": "anna", "split": "train"}
     write_manifest(tmp_path / "index.jsonl", [row])
-    with pytest.raises(ValueError, match="anna.*only.*one.*wanted two words"):
+    with pytest.raises(
+        ValueError, match="anna.*only.*one.*, but strings need two words; exclude this speaker"
+    ):
         splice_strings(tmp_path / "index.jsonl", tmp_path / "out", split="train", count=5)
 
 

@@ -1,4 +1,4 @@
-"""Audio files to mono float32 arrays. soundfile decodes, soxr resamples."""
+"""Read audio files as mono float32 arrays: soundfile decodes them, soxr resamples them."""
 
 import math
 import os
@@ -14,17 +14,22 @@ import soundfile
 import soxr
 
 SAMPLING_RATE = 16_000  # Whisper's
-LONGEST_SECONDS = 30.0  # that Whisper's encoder takes at a time
-RATES = (1_000, 1_000_000)  # Hz; others come from damaged headers, and would blow memory up
-ROUNDING = 0.05  # s; manifests often give durations with one decimal
-BLOCK = 1 << 22  # frames a read; headers may promise 2**63
+LONGEST_SECONDS = 30.0  # of one input of Whisper's encoder
+RATES = (
+    1_000,
+    1_000_000,
+)  # Hz; other rates come from damaged headers, and resampling could then exhaust the memory
+ROUNDING = 0.05  # s, because manifests often round durations to one decimal
+BLOCK = 1 << 22  # frames per read, because a damaged header may promise 2**63
 CONVERT = "get a whole copy, or convert it: ffmpeg -i FILE FILE.wav"
 
 
 class AudioError(ValueError):
-    """An audio file that cannot be used. One line: file, what was found, how to mend it.
+    """An audio file that cannot be used. The message is one line: file, what was found, how to mend it.
 
-    `fault` is the line without the file.
+    Attributes:
+        path: the file.
+        fault: the message without the file.
     """
 
     def __init__(self, path: str | Path, fault: str):
@@ -36,7 +41,7 @@ class AudioError(ValueError):
 
 
 def shown(path: str | Path) -> str:
-    """A path on one line: as it is, or with its unprintable characters escaped."""
+    """A path on one line, with escapes if it has unprintable characters."""
     return str(path) if str(path).isprintable() else ascii(str(path))
 
 
@@ -49,11 +54,15 @@ def load_audio(
 ) -> np.ndarray:
     """Read a WAV, FLAC, Ogg or MP3 file -> float32 [samples] at `sampling_rate` Hz, mono, full scale ±1.
 
-    offset, duration [s]: read that part only; duration None reads to the end, another may pass it by 0.05 s.
     Channels are averaged.
 
-    Raises AudioError: the file is missing, a folder, empty, not audio, truncated or damaged, holds NaN or
-    infinite samples, or ends before offset + duration. (An Ogg file cut short is a whole, shorter file.)
+    Args:
+        offset, duration: the part to read, in seconds. With duration None it reaches to the end of the file; a
+            duration may exceed the end by 0.05 s.
+
+    Raises:
+        AudioError: the file is missing, a folder, empty, not audio, truncated or damaged, holds NaN or infinite
+            samples, or ends before offset + duration. (A truncated Ogg file is valid, only shorter.)
     """
     with _opened(path) as (file, handle):
         rate = file.samplerate
@@ -68,26 +77,30 @@ def load_audio(
 
 
 def seconds_of(path: str | Path) -> float:
-    """Length of a recording in seconds, from its header; AudioError if it is no recording."""
+    """Length of a recording in seconds, from its header.
+
+    Raises:
+        AudioError: the file is missing or not audio.
+    """
     with _opened(path) as (file, _):
         _refuse_odd_rate(file)
         return file.frames / file.samplerate
 
 
 class _Fault(Exception):
-    """Fault and mend, without the file's name."""
+    """What was found and how to mend it, without the file's name."""
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, BinaryIO]]:
-    """The file, to read from; whatever goes wrong with it becomes an AudioError."""
+    """Open a file for reading; every error with it becomes an AudioError."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise _Fault("is not a file; name an audio file")
         if status.st_size == 0:
             raise _Fault("is empty; record it again")
-        if Path(path).suffix.lower() == ".raw":  # soundfile would want to be told its rate and format
+        if Path(path).suffix.lower() == ".raw":  # soundfile would need its rate and format
             raise _Fault("is raw samples without a header; convert it to WAV")
         with open(path, "rb") as handle, soundfile.SoundFile(handle) as file:
             yield file, handle
@@ -103,7 +116,7 @@ def _opened(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, BinaryIO]]:
 
 
 def _read_part(file: soundfile.SoundFile, handle: BinaryIO, offset: float, duration: float | None) -> np.ndarray:
-    """-> float32 [frames], the mean of the channels"""
+    """Read a part of the file -> float32 [frames], the mean of the channels."""
     if not 0 <= offset < math.inf:
         raise _Fault(f"offset = {offset:g}; give seconds from 0 up")
     if duration is not None and not 0 < duration < math.inf:
@@ -123,11 +136,11 @@ def _read_part(file: soundfile.SoundFile, handle: BinaryIO, offset: float, durat
     wanted = min(round(end * rate), file.frames) - start
     if start > 0:
         file.seek(start)
-    blocks, found = [np.empty(0, np.float32)], 0  # not one array: a damaged header's length may be absurd
+    blocks, found = [np.empty(0, np.float32)], 0  # no array of the full length, which is absurd in a damaged header
     while found < wanted:
         block = file.read(min(wanted - found, BLOCK), dtype="float32", always_2d=True)
         if len(block) == 0:
-            raise _Fault(f"ends {found / rate:g} s into a part of {wanted / rate:g} s; {CONVERT}")
+            raise _Fault(f"ends after {found / rate:g} s of a part of {wanted / rate:g} s; {CONVERT}")
         blocks.append(block.mean(axis=1))
         found += len(block)
     if duration is None and file.format == "MP3":
@@ -141,22 +154,25 @@ def _refuse_odd_rate(file: soundfile.SoundFile) -> None:
 
 
 def _refuse_cut_wav(file: soundfile.SoundFile) -> None:
-    """libsndfile shortens a cut WAV without an error; its log alone says so."""
+    """Refuse a truncated WAV file. libsndfile shortens it without an error, but its log tells both lengths."""
     for said, held in re.findall(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE):
-        # recorders that write into a pipe announce about 2 or 4 GiB; careless ones count the header in
+        # recorders that write into a pipe announce about 2 or 4 GiB, and some include the header in the length
         if int(held) + 1024 < int(said) < 0x7FFF0000:
             raise _Fault(f"is truncated, {held} of {said} bytes are there; {CONVERT}")
 
 
 def _refuse_misjudged_mp3(handle: BinaryIO) -> None:
-    """An MP3's length, when its header has none, is guessed from the first bit rate; reading stops there."""
+    """Refuse an MP3 file that was not read to its end.
+
+    If its header has no length, libsndfile guesses it from the first bit rate and stops reading there.
+    """
     position, size = handle.tell(), os.fstat(handle.fileno()).st_size
-    if position < 0.9 * size:  # what follows the audio is tags: a few kilobytes
+    if position < 0.9 * size:  # only tags may follow the audio, a few kilobytes
         raise _Fault(f"has no length in its header, {position} of {size} bytes could be read; {CONVERT}")
 
 
 def __getattr__(name: str) -> Any:
-    """`windows`, which stands in `soundwave.inference.long` now; this path is kept for one version."""
+    """`windows`, which has moved to `soundwave.inference.long`; this path is kept for one version."""
     if name == "windows":
         from soundwave.inference.long import windows
 

@@ -1,7 +1,7 @@
-"""Samples to batches: decode the audio, extract features, build prompts and labels."""
+"""Make batches of samples: decode the audio, extract features, build prompts and labels."""
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from torch import Tensor
@@ -11,13 +11,13 @@ from soundwave.data.manifest import Sample
 from soundwave.model.processing import SoundwaveProcessor
 
 TRANSCRIBE_PROMPT = "Transcribe the speech."
-CHARACTERS_A_TOKEN = 4  # of English text
-TOKENS_A_SECOND = 5  # 3 kept frames, and as much work as 2 more tokens in the encoder
-SILENCE = 2**-15  # full scale is 1; one step of 16 bits, which dithering may leave
+CHARACTERS_A_TOKEN = 4  # in English text
+TOKENS_A_SECOND = 5  # 3 kept frames, and the encoder's work counts as 2 more tokens
+SILENCE = 2**-15  # peak of a silent recording, full scale 1: dithering may leave one step of 16 bits
 
 
 class LeftOut(NamedTuple):
-    """A sample that is not trained on, and why: its id, its audio file, the fault and how to mend it."""
+    """A sample that is not trained on: its id, its audio file, and the reason (the fault and how to mend it)."""
 
     sample: str
     file: str
@@ -31,7 +31,7 @@ class Collator:
     """Turns a list of samples into the keyword arguments of the model's `forward`.
 
     Args:
-        processor: of the model.
+        processor: the model's.
         stage: 1 gives features and CTC labels only; 2 adds prompts and answers; 3 leaves the CTC labels out.
     """
 
@@ -42,10 +42,11 @@ class Collator:
         return self.collate(samples, [features(self.processor, sample) for sample in samples])
 
     def collate(self, samples: list[Sample], clips: list[Tensor | None]) -> dict[str, Tensor]:
-        """The batch of samples whose features [n_mels, T_mel] are `clips`; None: text only."""
+        """The batch of `samples`; `clips` are their features [n_mels, T_mel], None for text only."""
         if self.stage == 1:
             labels = self.processor.ctc_labels([ctc_text_of(sample) for sample in samples])
-            return self.processor.pad_features(clips) | {"ctc_labels": labels}
+            recordings = cast("list[Tensor]", clips)  # stage I has no sample without audio
+            return self.processor.pad_features(recordings) | {"ctc_labels": labels}
         return dict(
             self.processor(
                 [prompt_of(sample) for sample in samples],
@@ -57,14 +58,14 @@ class Collator:
 
 
 class CheckedCollator(Collator):
-    """A Collator that leaves out what cannot be trained on, and names what is in the batch.
+    """A Collator that leaves out samples that cannot be trained on, and adds the names of the others to the batch.
 
-    Left out is a sample whose audio cannot be decoded, or is silent although it has a transcript, or is so loud that it
-    has no features, and in stages 1 and 2 one whose transcript needs more frames than its audio has.
+    A sample is left out if its audio cannot be decoded, is silent although it has a transcript, or is so loud that its
+    features are not finite. Stages 1 and 2 also leave out a transcript that needs more frames than its audio has.
 
     Args:
         processor, stage: as in Collator.
-        frame_stack: encoder frames (50 Hz) to a frame of CTC, as in SoundwaveConfig.
+        frame_stack: encoder frames (50 Hz) per CTC frame, as in SoundwaveConfig.
     """
 
     def __init__(self, processor: SoundwaveProcessor, stage: int, *, frame_stack: int = 2):
@@ -72,8 +73,12 @@ class CheckedCollator(Collator):
         self.frame_stack = frame_stack
 
     def __call__(self, samples: list[Sample]) -> dict[str, Any]:
-        """-> Collator's tensors, none where every sample was left out; `samples`, `tasks` list[str] of those in the
-        batch; `left_out` list[LeftOut]."""
+        """Make a batch.
+
+        Returns:
+            The tensors of Collator, none if every sample was left out; `samples` and `tasks`, list[str], the ids and
+            tasks in the batch; `left_out`, list[LeftOut].
+        """
         kept, clips, left_out = [], [], []
         for sample in samples:
             try:
@@ -88,12 +93,16 @@ class CheckedCollator(Collator):
         return batch | names | {"left_out": left_out}
 
     def clip(self, sample: Sample) -> Tensor | None:
-        """Log-mel features [n_mels, T_mel]; None for text only; AudioError where the sample is to be left out."""
+        """Log-mel features [n_mels, T_mel] of a sample; None for text only.
+
+        Raises:
+            AudioError: the sample must be left out.
+        """
         if sample.audio is None:
             return None
         audio = load_audio(sample.audio, offset=sample.offset, duration=sample.duration)
         if np.abs(audio).max() <= SILENCE and (sample.text or "").strip():
-            raise AudioError(sample.audio, f"is silent, but its text is {_short(sample.text)}; record it again")
+            raise AudioError(sample.audio, f"is silent, but its text is {_short(sample.text or '')}; record it again")
         clip = self.processor.features(audio)
         if not clip.isfinite().all():
             loudest = np.abs(audio).max()
@@ -117,7 +126,13 @@ def _short(text: str) -> str:
 
 
 def with_duration(sample: Sample) -> Sample:
-    """The sample with the duration that its manifest left out, from the file's header: batches are made by length."""
+    """The sample with its duration, which comes from the file's header if the manifest has none.
+
+    Every sample needs one, because batches are made by length.
+
+    Raises:
+        AudioError: the file cannot be used, or ends before the sample's offset.
+    """
     if sample.audio is None or sample.duration is not None:
         return sample
     try:
@@ -129,42 +144,50 @@ def with_duration(sample: Sample) -> Sample:
             )
         return sample.model_copy(update={"duration": length - sample.offset})
     except AudioError as error:
-        raise _of_sample(sample, error) from None
+        raise _with_id(sample, error) from None
 
 
 def tokens_of(sample: Sample) -> float:
-    """About how much work a sample is, in tokens of the language model."""
+    """Estimated work of a sample, in tokens of the language model."""
     characters = len(prompt_of(sample)) + len(answer_of(sample))
     return characters / CHARACTERS_A_TOKEN + TOKENS_A_SECOND * (sample.duration or 0.0 if sample.audio else 0.0)
 
 
 def features(processor: SoundwaveProcessor, sample: Sample) -> Tensor | None:
-    """Log-mel features [n_mels, T_mel] of a sample's audio, None for text only."""
+    """Log-mel features [n_mels, T_mel] of a sample's audio; None for text only.
+
+    Raises:
+        AudioError: the audio cannot be used.
+    """
     if sample.audio is None:
         return None
     try:
         return processor.features(load_audio(sample.audio, offset=sample.offset, duration=sample.duration))
     except AudioError as error:
-        raise _of_sample(sample, error) from None
+        raise _with_id(sample, error) from None
 
 
-def _of_sample(sample: Sample, error: AudioError) -> AudioError:
-    """The error with the manifest's line before the file."""
-    return AudioError(f"{sample.id}: {shown(sample.audio)}", error.fault)
+def _with_id(sample: Sample, error: AudioError) -> AudioError:
+    """The same error with the sample's id before the file."""
+    return AudioError(f"{sample.id}: {shown(error.path)}", error.fault)
 
 
 def ctc_text_of(sample: Sample) -> str | None:
-    """What CTC learns to write: `ctc_text`, or else the transcript."""
+    """The text that CTC learns: `ctc_text` if the sample has it, else the transcript."""
     return sample.ctc_text if sample.ctc_text is not None else sample.text
 
 
 def prompt_of(sample: Sample) -> str:
-    """What the user says in this sample; a transcription without a prompt gets the usual one."""
+    """The user's prompt; `TRANSCRIBE_PROMPT` if the sample has none."""
     return sample.prompt if sample.prompt is not None else TRANSCRIBE_PROMPT
 
 
 def answer_of(sample: Sample) -> str:
-    """What the model is to say; a transcription's answer is its transcript."""
+    """The answer that the model learns: `answer` if the sample has it, else the transcript.
+
+    Raises:
+        ValueError: the sample has neither.
+    """
     answer: Any = sample.answer if sample.answer is not None else sample.text
     if answer is None:
         raise ValueError(f"{sample.id}: the sample has neither answer nor text")

@@ -1,16 +1,16 @@
-"""Manifests: one JSON object a line, one line a sample.
+"""Manifests: text files with one JSON object per line, which is one sample.
 
-Own form: NeMo's keys and a few more. A transcription needs `audio_filepath` and `text`; any other task needs
-`task`, `prompt` and `answer`, and a sample without audio is text only:
+Our own form has NeMo's keys and a few more. A transcription needs `audio_filepath` and `text`, any other task
+`task`, `prompt` and `answer`. A sample without audio is text only:
 
     {"audio_filepath": "a/1.wav", "duration": 2.1, "offset": 0.0, "text": "turn the light on"}
     {"audio_filepath": "a/1.wav", "task": "intent", "prompt": "What is wanted?", "answer": "light"}
     {"task": "qa", "prompt": "What is the capital of France?", "answer": "Paris"}
 
-`ctc_text` takes the transcript's place in CTC, where CTC is to write more than the words.
+`ctc_text` replaces the transcript in CTC, where CTC should write more than the words.
 
-Also read: `messages` with `audios` (ms-swift, LLaMA-Factory; task "chat" unless one is given) and SLAM-LLM's
-`key`, `source`, `target`. Keys that mean nothing here are kept in `Sample.extra`; `null` counts as absent.
+Two other forms are read too: `messages` with `audios` (ms-swift, LLaMA-Factory; the task is "chat" unless one is
+given) and SLAM-LLM's `key`, `source`, `target`. Unknown keys are kept in `Sample.extra`; `null` counts as absent.
 """
 
 import difflib
@@ -40,11 +40,11 @@ WANTED = {
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be used. One line: file, line number, what was found, how to mend it."""
+    """A manifest that cannot be used. The message is one line: file, line number, what was found, how to mend it."""
 
 
 class _AudioMissing(ManifestError):
-    """The line is as it should be, but its audio file is not there to be read."""
+    """The line is correct, but its audio file cannot be read."""
 
     def __init__(self, name: str, fault: str):
         super().__init__(f"audio_filepath {_show(name)} {fault}")
@@ -54,11 +54,17 @@ class _AudioMissing(ManifestError):
 class Sample(BaseModel):
     """One line of a manifest, checked.
 
-    id: manifest's name and line number ("train.jsonl:12").  audio: absolute path; None: text only.
-    offset, duration [s]: the part of the file that is meant; duration None is up to the end.
-    text: transcript of the audio.  ctc_text: what CTC is to write, where that is more than the transcript: labels of
-    what is heard beside the words ("turn on the light female slow").
-    prompt, answer: what the language model is asked and is to say.
+    Attributes:
+        id: the manifest's name and the line number ("train.jsonl:12").
+        audio: absolute path; None for text only.
+        offset, duration: the part of the file that is used, in seconds; with duration None up to the end.
+        text: transcript of the audio.
+        task: "transcribe" or any other name.
+        prompt, answer: the user's prompt and the answer that the language model learns.
+        ctc_text: text that CTC learns instead of `text`, for example with labels of what is heard beside the words
+            ("turn on the light female slow").
+        source_lang, target_lang: languages of the audio and of the answer.
+        extra: all other keys of the line.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -80,15 +86,18 @@ class Sample(BaseModel):
 def read_manifest(
     path: str | Path, *, allow_outside: bool = False, leave_out: Callable[[str, str, str], None] | None = None
 ) -> list[Sample]:
-    """Read and check every line; audio files must exist now, not in the third hour of a run.
+    """Read a manifest and check every line and every audio file, so that a missing file does not stop a run later.
 
-    `audio_filepath` is relative to the manifest's folder and may not lead out of it, by a symbolic link either, unless
-    `allow_outside`: a manifest from somebody else shall name no other files of yours.
+    `audio_filepath` is relative to the manifest's folder.
 
-    leave_out: called with the sample's id, its audio_filepath and the fault for each line whose audio file is
-    missing, empty or unreadable; that line gives no sample. Without it such a line is an error.
+    Args:
+        allow_outside: audio may lie outside the manifest's folder, also through a symbolic link. By default it may
+            not, because a manifest from somebody else could name your private files.
+        leave_out: called with the sample's id, its audio_filepath and the fault for each line whose audio file is
+            missing, empty or unreadable; that line gives no sample. Without it such a line is an error.
 
-    Raises ManifestError: the manifest is missing, a folder, empty, binary, not UTF-8, or a line is no sample.
+    Raises:
+        ManifestError: the manifest is missing, a folder, empty, binary, not UTF-8, or a line is no sample.
     """
     path = Path(path)
     samples, lines = [], 0
@@ -117,7 +126,7 @@ def read_manifest(
 
 
 def write_manifest(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSON lines, aside and then renamed: a killed run leaves no half of a manifest."""
+    """Write rows as JSON lines. The file is written aside and renamed, so that a killed run leaves no half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -142,7 +151,7 @@ def _refuse_binary(path: Path, head: bytes) -> None:
 def _read_line(path: Path, number: int, line: bytes, allow_outside: bool) -> Sample:
     try:
         row = {key: value for key, value in _parse(line).items() if value is not None}
-        row = _own_form(row)
+        row = _to_own_form(row)
         _require(row)
         audio = row.pop("audio_filepath", None)
         if audio is not None:
@@ -152,7 +161,7 @@ def _read_line(path: Path, number: int, line: bytes, allow_outside: bool) -> Sam
         return sample if sample.answer is not None else sample.model_copy(update={"answer": sample.text})
     except ValidationError as error:
         first = error.errors()[0]
-        key = first["loc"][0]
+        key = str(first["loc"][0])
         fault = f"{key} = {_show(first['input'])}: {first['msg']}; {WANTED.get(key, 'write a string')}"
     except _AudioMissing:
         raise
@@ -169,7 +178,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise ManifestError(f"byte {byte:#04x} is not UTF-8; save the manifest as UTF-8 text") from None
     try:
         row = json.loads(text)
-        json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate passes loads, but no tokenizer
+        json.dumps(row, ensure_ascii=False).encode()  # json.loads accepts a lone surrogate, but no tokenizer does
     except UnicodeEncodeError:
         raise ManifestError("holds half of a surrogate pair (\\ud800 …); write the whole character") from None
     except RecursionError:
@@ -187,7 +196,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _own_form(row: dict[str, Any]) -> dict[str, Any]:
+def _to_own_form(row: dict[str, Any]) -> dict[str, Any]:
     if "messages" in row:
         given = _from_messages(row.pop("messages"), row.pop("audios", []))
         row.setdefault("task", "chat")
@@ -225,7 +234,7 @@ def _last_content(messages: list[dict[str, Any]], role: str) -> str:
 
 
 def _require(row: dict[str, Any]) -> None:
-    """Every key that the task needs is there, and no key is a misspelling of one that is not."""
+    """Refuse a row that lacks a key that its task needs, or that has a misspelt key."""
     task = row.get("task", "transcribe")
     needed = ("audio_filepath", "text") if task == "transcribe" else ("prompt", "answer")
     missing = [key for key in needed if key not in row]
@@ -246,17 +255,17 @@ def _find_audio(name: Any, folder: Path, allow_outside: bool) -> Path:
     named = f"audio_filepath {_show(name)}"
     if not isinstance(name, str):
         raise ManifestError(f"{named} is not a string; write a path relative to the manifest's folder")
-    folder = os.path.abspath(folder)
-    audio = os.path.abspath(os.path.join(folder, name))
+    root = os.path.abspath(folder)
+    audio = os.path.abspath(os.path.join(root, name))
     if not allow_outside:
-        _refuse_outside(named, folder, audio)
+        _refuse_outside(named, root, audio)
     try:
         status = os.stat(audio)
     except FileNotFoundError:
-        raise _AudioMissing(name, "does not exist; correct it, seen from the manifest's folder") from None
+        raise _AudioMissing(name, "does not exist; correct the path, relative to the manifest's folder") from None
     except ValueError as error:  # a null byte
         raise ManifestError(f"{named} cannot be opened ({error}); name an audio file") from None
-    except OSError as error:  # its own text repeats the path
+    except OSError as error:  # str(error) would repeat the path
         raise _AudioMissing(name, f"cannot be opened ({error.strerror}); name an audio file") from None
     if not stat.S_ISREG(status.st_mode):
         raise _AudioMissing(name, "is not a file; name an audio file")
@@ -273,7 +282,7 @@ def _refuse_outside(named: str, folder: str, audio: str) -> None:
         raise ManifestError(f"{named} leads out of the manifest's folder; move it in, or {permit}")
     try:
         real, real_folder = os.path.realpath(audio), os.path.realpath(folder)
-    except (OSError, ValueError):  # what cannot be followed cannot be opened either, and is refused there
+    except (OSError, ValueError):  # a link that cannot be followed cannot be opened either, which is refused later
         return
     if os.path.commonpath([real_folder, real]) != real_folder:
         raise ManifestError(

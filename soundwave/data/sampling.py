@@ -1,7 +1,7 @@
-"""Which samples make a batch: dynamic temperature sampling over tasks, batches of similar length.
+"""Which samples make a batch: temperature sampling over tasks, and batches of samples of similar length.
 
-Temperature sampling (arXiv 2502.12900, §3): task k is drawn with p_k ∝ (|D_k| / Σ|D_i|)^(1/T), and T = 1 + 5·epoch
-moves the mixture from the tasks' natural shares towards equal ones.
+Temperature sampling (arXiv 2502.12900, §3): task k is drawn with p_k ∝ (|D_k| / Σ|D_i|)^(1/T). T = 1 + 5·epoch moves
+the mixture from the tasks' natural shares towards equal shares.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-BUCKET_BATCHES = 32  # batches' worth of samples that are sorted by length together
+BUCKET_BATCHES = 32  # the samples of so many batches are sorted by length together
 
 
 def paper_temperature(epoch: int) -> float:
@@ -18,7 +18,11 @@ def paper_temperature(epoch: int) -> float:
 
 
 def temperature_weights(sizes: dict[str, int], temperature: float) -> dict[str, float]:
-    """Probability of each group at a temperature >= 1; 1 gives the natural shares."""
+    """Probability of each group at a temperature >= 1; temperature 1 gives the natural shares.
+
+    Raises:
+        ValueError: the temperature is below 1.
+    """
     if temperature < 1:
         raise ValueError(f"temperature = {temperature}, but it must be at least 1")
     names = list(sizes)
@@ -28,7 +32,7 @@ def temperature_weights(sizes: dict[str, int], temperature: float) -> dict[str, 
 
 
 def group_counts(sizes: dict[str, int], temperature: float, total: int) -> dict[str, int]:
-    """How many of `total` draws each group gets: whole numbers, by largest remainder."""
+    """Number of samples of each group among `total`: whole numbers by the largest-remainder method."""
     exact = {name: total * weight for name, weight in temperature_weights(sizes, temperature).items()}
     counts = {name: int(value) for name, value in exact.items()}
     by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
@@ -38,14 +42,17 @@ def group_counts(sizes: dict[str, int], temperature: float, total: int) -> dict[
 
 
 class BucketBatchSampler(Sampler[list[int]]):
-    """Batches of samples of similar length, another order each epoch, the same number of batches in all of them.
+    """Batches of samples of similar length. Each epoch has another order and the same number of batches.
 
     Args:
-        lengths: of each sample, in any unit; None (text only) goes anywhere.
-        groups: of each sample, e.g. its task.
-        batch_size: samples a batch; one batch of an epoch may be smaller.
-        seed: with the epoch it decides everything.
-        temperature: epoch -> T, or None: every sample once an epoch.
+        lengths: length of each sample in any unit; a sample with None (text only) may be in any batch.
+        groups: group of each sample, e.g. its task.
+        batch_size: samples per batch; one batch of an epoch may be smaller.
+        seed: seed of the random draws; together with the epoch it decides all batches.
+        temperature: epoch -> T. With None an epoch has every sample once.
+
+    Raises:
+        ValueError: no sample, or a batch size below 1.
     """
 
     def __init__(
@@ -71,7 +78,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return -(-len(self.lengths) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Trainer at the start of an epoch, and when it resumes in the middle of one."""
+        """Set the epoch. Trainer calls this at the start of an epoch, and when it resumes in the middle of one."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -88,7 +95,7 @@ class BucketBatchSampler(Sampler[list[int]]):
             yield batches[i].tolist()
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Indices of one epoch, in no order: whole passes over a group before any of its samples comes again."""
+        """Indices of one epoch in no order. A sample comes again only after a whole pass over its group."""
         if self.temperature is None:
             return np.arange(len(self.lengths))
         sizes = {name: len(members) for name, members in self.members.items()}

@@ -1,4 +1,4 @@
-"""Which samples of the manifests a stage trains on, and which cannot be used."""
+"""Choose the samples of the manifests that a stage trains on."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from soundwave.data.manifest import Sample, read_manifest
 
 
 class SampleError(ValueError):
-    """A sample that cannot be trained on, where none may be left out. One line: sample, file, fault, how to mend it."""
+    """A sample that cannot be trained on, with `strict`. The message is one line: sample, file, fault and mend."""
 
 
 class Selection(NamedTuple):
@@ -19,7 +19,7 @@ class Selection(NamedTuple):
     Attributes:
         samples: with durations, in the order of the manifests.
         read: number of samples that the manifests hold.
-        unfit: number of those that stage I cannot learn from, since they have no recording with a text.
+        unfit: number of those that stage I cannot learn from, because they have no recording with a text.
     """
 
     samples: list[Sample]
@@ -38,14 +38,14 @@ def select_samples(
     """Read manifests and choose the samples that a stage can train on.
 
     Args:
-        left_out: gets each sample that cannot be used, with the reason.
-        stage: 1 takes recordings with a text only, since it learns from what CTC is to write alone.
+        left_out: each sample that cannot be used is added to this list, with the reason.
+        stage: stage 1 takes only recordings with a text, because its loss is CTC.
         allow_outside: audio may lie outside the folder of its manifest.
-        strict: raise for a sample that cannot be used.
+        strict: raise SampleError for a sample that cannot be used.
 
     Raises:
-        ManifestError: a manifest that cannot be read.
-        SampleError: a sample that cannot be used, with `strict`.
+        ManifestError: a manifest cannot be read.
+        SampleError: with `strict`, a sample cannot be used.
     """
 
     def leave_out(sample: str, file: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Splice single labelled clips into strings: real connected speech from recordings of single words.
+"""Splice recordings of single words into strings, which gives real connected speech.
 
 The index is a manifest (`soundwave.data.manifest`) whose lines also have `speaker` and `split`:
 
@@ -16,10 +16,10 @@ import soundfile
 from .audio import SAMPLING_RATE, load_audio
 from .manifest import Sample, read_manifest, write_manifest
 
-GAP = (0.05, 0.3)  # s; between words, before the first and after the last
-NOISE = (1e-4, 3e-3)  # RMS of the gaps' noise, full scale 1: -80 to -50 dB
-SILENT_SHARE = 0.5  # of the strings have digital silence in the gaps
-REPEAT_SHARE = 1 / 3  # of the strings of two words and more say one word twice in a row
+GAP = (0.05, 0.3)  # s, length of the gaps between words, before the first and after the last
+NOISE = (1e-4, 3e-3)  # RMS of the noise in the gaps, full scale 1: -80 to -50 dB
+SILENT_SHARE = 0.5  # share of the strings that have digital silence in the gaps
+REPEAT_SHARE = 1 / 3  # share of the strings of two or more words that repeat one word
 
 Clips = dict[str, list[Sample]]  # label -> its clips
 
@@ -37,22 +37,31 @@ def splice_strings(
 ) -> Path:
     """Write `count` strings of 1 to `max_words` clips of one speaker each -> path of their manifest.
 
-    Clips come from `split` alone, so that strings of two splits share none. `out` becomes a folder with
-    `audio/*.wav` (16 kHz mono PCM16) and, written last, `manifest.jsonl` with audio_filepath, duration [s],
-    text ("seven seven three"), task "transcribe" and speaker. The same arguments give the same bytes.
+    The folder `out` gets `audio/*.wav` (16 kHz mono PCM16) and, written last, `manifest.jsonl` with audio_filepath,
+    duration [s], text ("seven seven three"), task "transcribe" and speaker. The same arguments give the same bytes.
 
-    Raises ManifestError or AudioError for a bad index or clip; ValueError for a split or speaker it lacks, a
-    speaker with too few words, count or max_words under 1, or an `out` that holds something already.
+    Args:
+        index: manifest of single words, each with `speaker` and `split`.
+        split: only its clips are used, so that strings of two splits have no clip in common.
+        exclude_speakers, only_speakers: speakers to leave out; speakers to use instead of all.
+
+    Raises:
+        ManifestError, AudioError: the index or a clip cannot be used.
+        ValueError: the index lacks the split or a speaker, a speaker has too few words, count or max_words is below 1,
+            or `out` is not empty.
     """
     out = Path(out)
     if count < 1 or max_words < 1:
-        raise ValueError(f"count = {count}, max_words = {max_words}; wanted both at least 1")
+        raise ValueError(f"count = {count}, max_words = {max_words}, but both must be at least 1")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out = {out} holds something already; name a new folder")
     speakers = _clips_by_speaker(index, split, exclude_speakers, only_speakers)
     for speaker, clips in speakers.items():
         if max_words > 1 and len(clips) < 2:
-            raise ValueError(f'speaker "{speaker}" says only {list(clips)} in split "{split}"; wanted two words')
+            raise ValueError(
+                f'speaker "{speaker}" says only {list(clips)} in split "{split}", but strings need two words; '
+                "exclude this speaker, or set max_words = 1"
+            )
 
     rng = np.random.default_rng(seed)
     load = lru_cache(maxsize=4096)(load_audio)  # 4 096 clips of 0.5 s are 130 MB
@@ -69,7 +78,7 @@ def splice_strings(
             {
                 "audio_filepath": name,
                 "duration": len(audio) / SAMPLING_RATE,
-                "text": " ".join(clip.text for clip in clips),
+                "text": " ".join(_word(clip) for clip in clips),
                 "task": "transcribe",
                 "speaker": speaker,
             }
@@ -101,8 +110,12 @@ def _clips_by_speaker(
     speakers: dict[str, Clips] = {speaker: defaultdict(list) for speaker in wanted}
     for sample in samples:
         if sample.extra["speaker"] in wanted:
-            speakers[sample.extra["speaker"]][sample.text].append(sample)
+            speakers[sample.extra["speaker"]][_word(sample)].append(sample)
     return speakers
+
+
+def _word(clip: Sample) -> str:
+    return clip.text or ""
 
 
 def _require_known(argument: str, names: Collection[str], known: Collection[str]) -> None:
@@ -112,23 +125,23 @@ def _require_known(argument: str, names: Collection[str], known: Collection[str]
 
 
 def _choose(rng: np.random.Generator, clips: Clips, max_words: int) -> list[Sample]:
-    """Clips of one speaker; neighbours differ, but for one pair in REPEAT_SHARE of the strings."""
+    """Clips of one speaker. Neighbouring words differ, but REPEAT_SHARE of the strings repeat one word."""
     length = int(rng.integers(1, max_words + 1))
     repeat = int(rng.integers(1, length)) if length > 1 and rng.random() < REPEAT_SHARE else None
     chosen: list[Sample] = []
     for place in range(length):
         if place == repeat:
-            # another recording of the word, where there is one
-            others = [clip for clip in clips[chosen[-1].text] if clip is not chosen[-1]] or chosen[-1:]
+            # another recording of the word if there is one
+            others = [clip for clip in clips[_word(chosen[-1])] if clip is not chosen[-1]] or chosen[-1:]
         else:
-            labels = [label for label in clips if not chosen or label != chosen[-1].text]
+            labels = [label for label in clips if not chosen or label != _word(chosen[-1])]
             others = clips[labels[rng.integers(len(labels))]]
         chosen.append(others[rng.integers(len(others))])
     return chosen
 
 
 def _join(rng: np.random.Generator, clips: list[np.ndarray]) -> np.ndarray:
-    """Clips float32 [samples], and gaps round each -> float32 [samples]"""
+    """Join clips, each float32 [samples], with a gap before and after each -> float32 [samples]."""
     level = 0.0 if rng.random() < SILENT_SHARE else np.exp(rng.uniform(*np.log(NOISE)))
 
     def gap() -> np.ndarray:
