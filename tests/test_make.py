@@ -1,4 +1,4 @@
-"""The Makefile: what it prints, what it would run, and the failures of `make setup` that a newcomer meets."""
+"""The Makefile: what it prints, what it would run, and the failures of `make setup` for a newcomer."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["setup", "demo", "test", "lint", "clean"]
-# Handed down by the make that runs the tests, or variables of the Makefile that the environment may hold.
+# Variables that a make running these tests sets, and variables of the Makefile that the environment may have.
 HANDED_DOWN = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VENV", "PYTHON", "PIP_ARGS", "QUICK", "SEED"}
 
 
@@ -50,7 +50,7 @@ def test_setup_without_a_python_says_so_in_one_line(tmp_path):
 
 @pytest.mark.parametrize(("version", "found"), [("3, 9", False), ("3, 10", True)], ids=["3.9", "3.10"])
 def test_setup_asks_an_interpreter_for_its_version(version, found, tmp_path):
-    """An interpreter of that version, without ensurepip: the next complaint proves that it was accepted."""
+    """An interpreter of that version without ensurepip, so that the next error proves that it was accepted."""
     python = tmp_path / "python"
     start = f"import sys; sys.version_info = ({version}); sys.modules['ensurepip'] = None; exec(sys.argv[2])"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{start}" "$@"\n')

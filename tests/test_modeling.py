@@ -28,7 +28,7 @@ from soundwave.model.modeling import (
 from soundwave.training.stages import TRAINED
 
 STAGES = {"stage1": 1, "stage2": 2, "stage3": 3}
-# Sums of other lengths in another order: a few roundings at the width of the widest product.
+# Sums may have other lengths and another order, which gives a few roundings at the width of the widest product.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -44,13 +44,13 @@ def model(config) -> SoundwaveForConditionalGeneration:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B" in name or name in ("blank_weight", "shrinking.out_proj.weight"):
-                parameter.normal_(std=0.02)  # zeros would hide what goes wrong in them
+                parameter.normal_(std=0.02)  # zeros would hide errors in these parameters
     return model
 
 
 @pytest.fixture(autouse=True)
 def untouched(request):
-    """Gives the shared model back in evaluation mode, unfrozen as built, without gradients."""
+    """Puts the shared model back: evaluation mode, stage 0, the trainable parameters of stage II, no gradients."""
     yield
     if "model" in request.fixturenames:
         model = request.getfixturevalue("model")
@@ -66,7 +66,7 @@ def samples(tiny_corpus) -> list:
 
 @pytest.fixture(scope="module")
 def clips(samples, processor) -> list[torch.Tensor]:
-    """Features [80, T] of the beginnings of three recordings, T odd and even."""
+    """Features [80, T] of the beginnings of three recordings; T is odd and even."""
     lengths = (61, 90, 117)
     return [processor.features(load_audio(s.audio))[:, :n] for s, n in zip(samples, lengths, strict=False)]
 
@@ -84,7 +84,7 @@ def batch(clips, samples, processor) -> dict[str, torch.Tensor]:
 
 
 def rows(batch: dict, *wanted: int) -> dict:
-    """The batch of some rows alone, padded no further than they need."""
+    """A batch of some rows only, padded to the longest of them."""
     is_audio = (batch["input_ids"] == 49_152).any(1)
     recording = is_audio.cumsum(0) - 1
     chosen = [int(recording[i]) for i in wanted if is_audio[i]]
@@ -420,7 +420,7 @@ def test_generation_without_a_language_model_says_so(config):
 
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory) -> dict[int, Path]:
-    """Folders of the model as saved after each stage."""
+    """Folders of the model, saved after each stage."""
     folders = {}
     for stage in (1, 2, 3):
         model.config.stage = stage
@@ -432,7 +432,7 @@ def saved(model, tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture
 def copy(saved, tmp_path) -> Path:
-    """A copy of the stage II model that may be spoilt."""
+    """A copy of the stage II model that a test may damage."""
     return Path(shutil.copytree(saved[2], tmp_path / "copy"))
 
 
@@ -535,7 +535,7 @@ def test_a_language_model_of_another_width_is_refused(config):
 
 @pytest.fixture(scope="module")
 def untied(small_llm, tmp_path_factory) -> tuple[Path, torch.Tensor]:
-    """A folder whose output embedding is its own, and that embedding."""
+    """A folder of a language model whose output embedding is not tied, and that embedding."""
     model = AutoModelForCausalLM.from_pretrained(small_llm, dtype=torch.float32, tie_word_embeddings=False)
     model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach() + 1)
     folder = tmp_path_factory.mktemp("untied")

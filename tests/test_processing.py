@@ -41,7 +41,7 @@ def test_features_of_a_clip_are_whispers_at_its_true_length(processor):
     padded = processor.feature_extractor(audio, sampling_rate=SECOND, return_tensors="pt").input_features[0]
     features = processor.features(audio)
     assert features.shape == (80, 150)
-    # A window is 25 ms wide, so the last two frames see what stands after the clip.
+    # A window is 25 ms wide, so the last two frames also see the samples after the clip.
     torch.testing.assert_close(features[:, :148], padded[:, :148], rtol=0, atol=1e-5)
 
 

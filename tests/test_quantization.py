@@ -1,4 +1,4 @@
-"""The language model in NF4 on the CPU: trains, also after it has generated."""
+"""The language model in NF4 on the CPU: it trains, also after it has generated."""
 
 import bitsandbytes
 import pytest
@@ -13,7 +13,7 @@ ANSWERS = ["Paris is its capital.", "no"]
 
 
 def build(small_llm, dtype: torch.dtype) -> SoundwaveForConditionalGeneration:
-    """A quantised model that trains LoRA alone, from a fixed seed."""
+    """A quantised model that trains only LoRA, from a fixed seed."""
     config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_llm), lora_rank=4, quantization="nf4")
     torch.manual_seed(0)
     model = SoundwaveForConditionalGeneration.from_backbones(config, dtype=dtype)
@@ -21,7 +21,7 @@ def build(small_llm, dtype: torch.dtype) -> SoundwaveForConditionalGeneration:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B" in name:
-                parameter.normal_(std=0.02)  # at zero, lora_A would have no gradient
+                parameter.normal_(std=0.02)  # with zeros here lora_A would have no gradient
     return model
 
 

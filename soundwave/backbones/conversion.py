@@ -1,20 +1,21 @@
-"""Turn the weights of the embedded backbones into Hugging Face folders.
+"""Convert the weights of the embedded backbones into Hugging Face folders.
 
     convert_whisper    CTranslate2's model.bin (format 6, fp16) -> WhisperForConditionalGeneration in fp16
     convert_smollm2    GGUF (Q4_1) -> LlamaForCausalLM in bf16
 
-Both are strict: each tensor of the source is used, each tensor of the target filled, or an error is raised.
+Both raise an error unless each tensor of the source is used and each tensor of the target is filled.
 """
 
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-CHAT_TEMPLATE = (  # SmolLM2's own adds a system prompt of 16 tokens to every sample
+CHAT_TEMPLATE = (  # SmolLM2's own template adds a system prompt of 16 tokens to every sample
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -25,7 +26,11 @@ CHAT_TEMPLATE = (  # SmolLM2's own adds a system prompt of 16 tokens to every sa
 
 
 def _read_ctranslate2(path: Path) -> dict[str, torch.Tensor]:
-    """Read CTranslate2's format 6 as {name: tensor}; scalars are 0-d, the aliases at the end are ties."""
+    """Read CTranslate2's format 6 as {name: tensor}. Scalars are 0-d. Aliases of tied weights are not read.
+
+    Raises:
+        ValueError: the file has another format.
+    """
     dtypes = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
     with path.open("rb") as file:
 
@@ -50,10 +55,13 @@ def _read_ctranslate2(path: Path) -> dict[str, torch.Tensor]:
 def _whisper_state_dict(
     tensors: dict[str, torch.Tensor], config: transformers.WhisperConfig
 ) -> dict[str, torch.Tensor]:
-    """Map every CTranslate2 tensor onto the name it has in `WhisperForConditionalGeneration`.
+    """Map every CTranslate2 tensor to its name in `WhisperForConditionalGeneration`.
 
-    Self-attention q, k, v and cross-attention k, v are stacked row-wise in one linear each, with zeros for
-    the bias that Whisper's keys do not have. Raises ValueError if a tensor is left over or a setting differs.
+    CTranslate2 stacks self-attention q, k, v and cross-attention k, v row-wise in one linear layer each, with zeros for
+    the bias that Whisper's keys do not have.
+
+    Raises:
+        ValueError: a tensor is left over, keys have a bias, or a setting differs.
     """
     left = dict(tensors)
     state = {}
@@ -106,14 +114,14 @@ def _whisper_state_dict(
     }
     found = {name: left.pop(name).item() for name in settings}
     if found != settings or left:
-        raise ValueError(f"not the Whisper expected: settings {found}, wanted {settings}; unused {sorted(left)}")
+        raise ValueError(f"not the expected Whisper: settings {found}, wanted {settings}; unused {sorted(left)}")
     return state
 
 
 def convert_whisper(source: Path, target: Path) -> None:
     """Convert Whisper tiny.en from `source` (model.bin, config.json, tokenizer.json) to `target`."""
     settings = json.loads((source / "config.json").read_text())
-    special = {
+    special: dict[str, Any] = {
         "bos_token_id": 50256,
         "eos_token_id": 50256,
         "pad_token_id": 50256,
@@ -161,16 +169,17 @@ def convert_whisper(source: Path, target: Path) -> None:
 
 
 def convert_smollm2(source: Path, target: Path) -> None:
-    """Convert the one GGUF file in `source` to `target`, with our chat template and pad token."""
+    """Convert SmolLM2 from the one GGUF file in `source` to `target`, with our chat template and padding token."""
     (file,) = source.glob("*.gguf")
-    unpacked = transformers.GgufConfig(dequantize=True)  # where a kernel is at hand, the default keeps GGUF blocks
+    # By default the GGUF blocks would be kept where a kernel for them is installed.
+    unpacked = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
     ).to(torch.bfloat16)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file.name)
-    tokenizer.pad_token = "<|endoftext|>"  # the file says <|im_end|>, which ends an answer and must be learnt
+    tokenizer.pad_token = "<|endoftext|>"  # the file has <|im_end|>, which ends an answer and must be learned
     tokenizer.chat_template = CHAT_TEMPLATE
-    # With the file's quantisation setting the model would look for GGUF blocks at every later load.
+    # With the file's quantisation setting every later load would look for GGUF blocks.
     config = transformers.LlamaConfig(
         **{
             key: value

@@ -1,4 +1,4 @@
-"""Load the backbones: Whisper's encoder, and a language model (also in 4 bits) or its output embedding alone."""
+"""Load the backbones: Whisper's encoder, and a language model (also in 4 bits) or only its output embedding."""
 
 import json
 from pathlib import Path
@@ -14,17 +14,20 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def load_encoder(name: str, dtype: torch.dtype) -> nn.Module:
-    """Whisper's encoder from a Hub id, a folder or an embedded name, frozen."""
+    """The frozen encoder of a Whisper model, which is a Hub id, a folder or an embedded name."""
     whisper = WhisperModel.from_pretrained(resolve(name), dtype=dtype, use_safetensors=True)
     return whisper.get_encoder().requires_grad_(False)
 
 
 def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | None = None) -> PreTrainedModel:
-    """A causal language model from a Hub id, a folder or an embedded name, frozen.
+    """A frozen causal language model, which is a Hub id, a folder or an embedded name.
 
     Args:
-        dtype: of the weights, or of the products where these are quantised.
+        dtype: dtype of the weights; of quantised weights the dtype of the products.
         quantization: "nf4" (4 bits, double quantisation, through bitsandbytes) or None.
+
+    Raises:
+        ValueError: the model has no output embedding.
     """
     quantization_config = None
     if quantization == "nf4":
@@ -45,11 +48,14 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
         import bitsandbytes
 
         for module in model.modules():
-            # On CPUs with AVX512-BF16 an evaluation would repack the weights, and no gradient passes them afterwards.
+            # On CPUs with AVX512-BF16 an evaluation would repack the weights, and then no gradient would pass them.
             if isinstance(module, bitsandbytes.nn.Linear4bit):
                 module.support_avx512bf16_for_cpu = False
-    # generate() projects a strided view, each row's last token; the CPU's product then copies the head for every row.
-    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    # generate() projects a strided view (each row's last token), for which the CPU copies the head once for every row.
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{name} has no output embedding, which is the CTC head; name a causal language model")
+    head.register_forward_pre_hook(_contiguous)
     return model.requires_grad_(False)
 
 
@@ -58,10 +64,13 @@ def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 
 def load_output_embedding(name: str) -> Tensor:
-    """The output embedding [V, D] of a causal language model, without loading its layers.
+    """The output embedding [V, D] of a causal language model, whose layers are not loaded.
 
-    Reads `lm_head.weight`, or the input embedding where the two are tied, from safetensors, single-file or sharded.
-    Raises FileNotFoundError or ValueError where there is no such file or tensor.
+    It is `lm_head.weight`, or the input embedding if the two are tied, in one or several safetensors files.
+
+    Raises:
+        FileNotFoundError: a safetensors file is missing.
+        ValueError: the files have no such tensor.
     """
     folder = resolve(name)
     tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().tie_word_embeddings

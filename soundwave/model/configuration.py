@@ -1,7 +1,7 @@
-"""Configuration of a Soundwave model: which backbones it stands on, the size of its adapters, what was trained.
+"""Configuration of a Soundwave model: its backbones, the sizes of its adapters, and the stage of its training.
 
-The backbones themselves are not part of it: `audio_tower` and `language_model` name them (a Hub id, a local folder,
-or an `embedded:` name of `soundwave.backbones`), and a saved model holds the trained parts only.
+`audio_tower` and `language_model` name the backbones (a Hub id, a local folder, or an `embedded:` name of
+`soundwave.backbones`). Their weights are not saved: a saved model holds only its trained parts.
 """
 
 import inspect
@@ -22,14 +22,14 @@ class SoundwaveConfig(PretrainedConfig):
     """Sizes and rules of a Soundwave model (arXiv 2502.12900).
 
     Args:
-        audio_tower: Whisper checkpoint whose encoder is used, frozen.
-        language_model: causal LM that is adapted with LoRA; its output embedding is the CTC head, frozen.
+        audio_tower: Whisper model whose frozen encoder is used.
+        language_model: causal LM that is adapted with LoRA; its frozen output embedding is the CTC head.
         audio_hidden_size: width of the Whisper encoder (d_enc).
         hidden_size: width of the language model (d_llm), and of both adapters.
-        num_attention_heads: heads of both adapters; the language model's own number.
+        num_attention_heads: attention heads of both adapters; `from_backbones` takes the language model's number.
         vocab_size: rows of the language model's output embedding. The CTC blank is one further row, index `vocab_size`.
-        audio_placeholder_id: id of the one placeholder token that the kept frames replace.
-        frame_stack: neighbouring encoder frames that are concatenated (2: 50 Hz -> 25 Hz).
+        audio_placeholder_id: id of the placeholder token, which the kept frames of a recording replace.
+        frame_stack: number of neighbouring encoder frames that are concatenated (2: 50 Hz -> 25 Hz).
         adapter_dropout: dropout inside the alignment adapter while training.
         layer_norm_eps: epsilon of the adapters' LayerNorms.
         semantics: "paper" or "released" (the authors' inference code); sets `attend`, `keep` and `keys` together.
@@ -39,13 +39,13 @@ class SoundwaveConfig(PretrainedConfig):
         keys: "all" (kept frames attend to every valid frame), "kept" (to the kept frames only) or "none" (there is no
             cross-attention: the LLM reads the normed kept frames).
         ctc_weight: weight of the CTC loss beside the next-token loss in stage II.
-        lora_rank, lora_alpha, lora_dropout, lora_target_modules: LoRA on the language model.
+        lora_rank, lora_alpha, lora_dropout, lora_target_modules: settings of LoRA on the language model.
         quantization: "nf4" (4-bit, double quantisation, through bitsandbytes) or None.
-        spec_augment_time_masks, spec_augment_time_width: number of time masks, their largest width (10 ms frames).
+        spec_augment_time_masks, spec_augment_time_width: number of time masks and their largest width in 10 ms frames.
         spec_augment_mel_masks, spec_augment_mel_width: number of frequency masks and their largest width in mel bins.
         implementation: "fused" (`soundwave.fused`) or "eager" (`soundwave.eager`, plain PyTorch); the same parameters.
-        exact: the fused CTC computes its gradient over all columns instead of skipping those that carry nothing.
-        stage: the last training stage that this model has seen; 0 is untrained.
+        exact: the fused CTC computes its gradient over all columns instead of skipping those that are almost 0.
+        stage: the last training stage that this model has seen; 0 if it is untrained.
     """
 
     model_type = "soundwave"
@@ -82,7 +82,7 @@ class SoundwaveConfig(PretrainedConfig):
         config_version: int = CONFIG_VERSION,
         **kwargs: Any,
     ):
-        # First: a newer version may know values that this one does not.
+        # Checked first, because a newer version may know values that this one refuses.
         if not isinstance(config_version, int) or config_version > CONFIG_VERSION:
             raise ValueError(
                 f"config_version = {config_version!r}, but this soundwave reads up to {CONFIG_VERSION}: "
@@ -120,15 +120,15 @@ class SoundwaveConfig(PretrainedConfig):
         super().__init__(**kwargs)
         if hidden_size % num_attention_heads:
             raise ValueError(
-                f"hidden_size = {hidden_size} must be a multiple of num_attention_heads = {num_attention_heads}"
+                f"hidden_size = {hidden_size}, but it must be a multiple of num_attention_heads = {num_attention_heads}"
             )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration of a dictionary, e.g. a saved one, with `kwargs` in place of its values.
+        """The configuration in a dictionary, e.g. a saved one, with values overridden by `kwargs`.
 
-        They are checked as in `__init__`, and a change of `semantics` sets `attend`, `keep` and `keys` anew; the
-        inherited method would set attributes afterwards, unchecked.
+        The new values are checked as in `__init__`, and a new `semantics` also sets `attend`, `keep` and `keys`. The
+        inherited method would set attributes afterwards, without any check.
         """
         known = inspect.signature(cls.__init__).parameters
         changes = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
@@ -138,9 +138,12 @@ class SoundwaveConfig(PretrainedConfig):
 
     @classmethod
     def from_backbones(cls, audio_tower: str, language_model: str, **kwargs: Any) -> "SoundwaveConfig":
-        """The configuration whose sizes fit two backbones; only their configuration files are read.
+        """The configuration whose sizes fit two backbones; their weights are not read.
 
-        `audio_placeholder_id` is the first id that the tokenizer does not use; `SoundwaveProcessor` adds it.
+        `audio_placeholder_id` is the first id that the tokenizer does not use; `SoundwaveProcessor` adds the token.
+
+        Raises:
+            ValueError: `audio_tower` is no Whisper model.
         """
         from transformers import AutoTokenizer
 

@@ -1,7 +1,7 @@
 """The Soundwave model: Whisper encoder (frozen) -> alignment adapter -> kept frames -> shrinking adapter -> LLM + LoRA.
 
-Put together so that every stage loads no more than it needs: stage I has no language model, only the rows of its
-output embedding, which are the CTC head.
+Every stage loads only what it needs: stage I loads no language model, only its output embedding, which is the CTC
+head.
 """
 
 from collections.abc import Iterable
@@ -23,20 +23,21 @@ from soundwave.model.augment import spec_augment
 from soundwave.model.configuration import SoundwaveConfig
 
 WEIGHTS_FILE = "model.safetensors"
-# By `SoundwaveConfig.implementation`: where the operations and the adapters are taken from.
+# The modules that hold the operations and the adapters, by `SoundwaveConfig.implementation`.
 OPERATIONS, ADAPTERS = {"fused": fused.functional, "eager": eager}, {"fused": fused, "eager": eager}
 
 
 @dataclass
 class SoundwaveOutput(ModelOutput):
-    """What `forward` returns.
+    """The result of `forward`.
 
     Attributes:
-        loss: scalar that the model's stage trains on; None without labels.
-        ctc_loss, lm_loss: its parts, where they were asked for.
+        loss: scalar, the loss of the model's stage; None without labels.
+        ctc_loss, lm_loss: scalars, the parts of the loss; None without the labels of a part.
         logits: [B, L', V] of the language model over the spliced sequence; None in stage I, and while training.
-        path: int64 [A, T], CTC's most probable id of each frame, -1 past the length; `path_lengths` int64 [A].
-        cu_seqlens: int32 [A + 1], bounds of the kept frames of each recording; None in stage I.
+        path: int64 [A, T], the most probable CTC id of each frame, -1 past the length.
+        path_lengths: int64 [A], frames of each recording.
+        cu_seqlens: int32 [A + 1], bounds of each recording's kept frames; None in stage I.
     """
 
     loss: Tensor | None = None
@@ -51,13 +52,16 @@ class SoundwaveOutput(ModelOutput):
 class SoundwaveForConditionalGeneration(PreTrainedModel):
     """Speech LLM of arXiv 2502.12900.
 
-    `__init__` makes the adapters alone; `from_backbones` and `from_pretrained` load what they stand on.
+    `__init__` builds only the adapters; `from_backbones` and `from_pretrained` also load the backbones.
     """
 
     config_class = SoundwaveConfig
     config: SoundwaveConfig
+    audio_tower: Any  # Whisper's encoder; None until it is loaded
+    language_model: Any  # a causal language model; None in stage I
+    _head: Tensor | None  # its output embedding, in stage I
     main_input_name = "input_ids"
-    accepts_loss_kwargs = False  # or Trainer stops dividing by the accumulation steps
+    accepts_loss_kwargs = False  # with True Trainer would not divide the loss by the accumulation steps
     _supports_sdpa = True
 
     def __init__(
@@ -70,7 +74,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         adapters = ADAPTERS[config.implementation]
         self.alignment = adapters.AlignmentAdapter(config)
         self.shrinking = adapters.ShrinkingAdapter(config)
-        # It begins as the norm of the kept frame alone: the LLM learns to read that in half the steps (docs/log.md).
+        # At first the adapter only norms the kept frame, which the LLM learns to read in half the steps (docs/log.md).
         nn.init.zeros_(self.shrinking.out_proj.weight)
         self.blank_weight = nn.Parameter(torch.zeros(config.hidden_size))
         self.blank_bias = nn.Parameter(torch.zeros(()))
@@ -80,7 +84,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         self.register_buffer("_head", None, persistent=False)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The modules initialise themselves."""
+        """Do nothing, because the modules initialise themselves."""
 
     # ---------------------------------------------------------------- loading and saving
 
@@ -88,11 +92,14 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     def from_backbones(
         cls, config: SoundwaveConfig, *, dtype: torch.dtype = torch.float32, language_model: bool = True
     ) -> "SoundwaveForConditionalGeneration":
-        """A model with fresh adapters on frozen pretrained backbones, in evaluation mode.
+        """A model with new adapters on frozen pretrained backbones, in evaluation mode.
 
         Args:
-            dtype: of the backbones; the trained parts stay float32.
-            language_model: False loads the language model's output embedding only (stage I).
+            dtype: dtype of the backbones; the trained parts stay float32.
+            language_model: False loads only the language model's output embedding (stage I).
+
+        Raises:
+            ValueError: the language model has other sizes than the configuration.
         """
         model = cls(config)
         model.audio_tower = load_encoder(config.audio_tower, dtype)
@@ -111,10 +118,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         return model.eval()
 
     def add_lora(self) -> None:
-        """Fresh LoRA matrices on the language model (peft), in float32.
+        """Add new LoRA matrices in float32 to the language model (peft).
 
         Raises:
-            ValueError: the language model has none of a name in `lora_target_modules`; peft would leave it out.
+            ValueError: the language model has no module of a name in `lora_target_modules`; peft would ignore the name.
         """
         from peft import LoraConfig
 
@@ -123,8 +130,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         missing = [name for name in config.lora_target_modules if name not in there]
         if missing:
             raise ValueError(
-                f"lora_target_modules names {missing[0]!r}, which {config.language_model} has not: Soundwave trains "
-                "language models of Llama's layout"
+                f"lora_target_modules names {missing[0]!r}, but {config.language_model} has no such module: Soundwave "
+                "trains language models of Llama's layout"
             )
         self.language_model.add_adapter(
             LoraConfig(
@@ -151,14 +158,14 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         """Load the trained parts of `folder` onto the backbones that its configuration names; in evaluation mode.
 
         Args:
-            folder: what `save_pretrained` wrote: `config.json` and `model.safetensors`.
+            folder: folder that `save_pretrained` wrote, with `config.json` and `model.safetensors`.
             dtype, language_model: as in `from_backbones`.
             config_changes: values that replace those of the saved configuration, e.g. `quantization="nf4"`.
 
         Raises:
             FileNotFoundError: the folder holds no Soundwave model.
-            ValueError: the file's parameters are not exactly those that the configuration calls trained; or
-                `config_changes` names what no configuration has.
+            ValueError: the file is damaged, its parameters are not exactly those that the configuration calls trained,
+                or `config_changes` has an unknown name.
         """
         folder = Path(folder)
         for name in ("config.json", WEIGHTS_FILE):
@@ -189,7 +196,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         return model
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """The parameters that training has changed up to `config.stage`, by name: what a saved model holds."""
+        """The parameters that training has changed up to `config.stage`, by name. A saved model holds these."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -199,10 +206,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write `config.json` and the trained parts (`model.safetensors`) to a folder.
 
-        Trainer passes `state_dict`, `is_main_process` and the like; the state is read from the model itself.
+        Trainer passes `state_dict`, `is_main_process` and others; the state is always read from the model itself.
 
         Raises:
-            ValueError: the model has LoRA matrices by its stage, but was loaded without its language model.
+            ValueError: a model of this stage has LoRA matrices, but it was loaded without its language model.
         """
         if self.config.stage >= 2 and self.language_model is None:
             raise ValueError(
@@ -216,7 +223,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         self.config.save_pretrained(folder)
         state = {name: parameter.detach().cpu().contiguous() for name, parameter in self.trained_state_dict().items()}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / WEIGHTS_FILE).chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
+        (folder / WEIGHTS_FILE).chmod((folder / "config.json").stat().st_mode)  # else the owner's alone
 
     # ---------------------------------------------------------------- parts
 
@@ -231,12 +238,12 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
     @property
     def blank(self) -> int:
-        """Index of the CTC blank: the one extra row after the head's."""
+        """Index of the CTC blank: one extra row after those of the head."""
         return self.config.vocab_size
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The backbones' dtype, in which products run; float32 has no autocast."""
+        """Dtype of the backbones and of the matrix products; with float32 there is no autocast."""
         return self.audio_tower.conv1.weight.dtype
 
     @property
@@ -250,7 +257,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         """Whisper's encoder at the clips' true lengths.
 
         Args:
-            input_features: [A, n_mels, T_mel], log-mel at 100 Hz, padded with anything.
+            input_features: [A, n_mels, T_mel], log-mel at 100 Hz; padding may hold any values.
             feature_lengths: int [A], in mel frames.
 
         Returns:
@@ -266,7 +273,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             )
         mel_mask = eager.length_mask(feature_lengths, input_features.shape[-1])[:, None, :]
         lengths = (feature_lengths + 1) // 2
-        x = input_features.masked_fill(~mel_mask, 0.0).to(self.compute_dtype)  # not a product: padding may be NaN
+        x = input_features.masked_fill(~mel_mask, 0.0).to(self.compute_dtype)  # no product, because padding may be NaN
         x = F.gelu(tower.conv1(x)) * mel_mask
         x = F.gelu(tower.conv2(x)).transpose(1, 2)
         x = x + tower.embed_positions.weight[: x.shape[1]]
@@ -279,9 +286,16 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     def align(
         self, input_features: Tensor, feature_lengths: Tensor | None, ctc_labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, eager.LinearCTCOutput]:
-        """Audio to aligned frames [A, T, D], their lengths [A], and CTC over them (the loss only with labels).
+        """Encode the audio, align its frames to the LLM's embeddings, and run CTC over them.
 
-        Recordings whose `ctc_labels` are all -100 have no transcript and are left out of the loss.
+        Args:
+            input_features: [A, n_mels, T_mel], log-mel at 100 Hz.
+            feature_lengths: int [A], in mel frames; None for T_mel.
+            ctc_labels: int [A, U], padded with -100. Recordings whose labels are all -100 have no transcript and are
+                left out of the loss. Without labels there is no loss.
+
+        Returns:
+            Aligned frames [A, T, D], their lengths int [A], and the result of CTC.
         """
         if feature_lengths is None:
             feature_lengths = torch.full(
@@ -301,8 +315,9 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             return hidden, lengths, self._ctc(hidden, lengths, targets, counts)
         path = torch.full(hidden.shape[:2], -1, device=hidden.device)
         scores = torch.zeros(hidden.shape[:2], device=hidden.device)
-        # Of no transcript 0, and every gradient is there.
-        loss = sum(x.flatten()[:0].sum() for x in (hidden, self.blank_weight, self.blank_bias))
+        # Without any transcript the CTC loss is 0, but it stays connected to the parameters, so each of them still gets
+        # a (zero) gradient.
+        loss = torch.cat([x.flatten()[:0] for x in (hidden, self.blank_weight, self.blank_bias)]).sum()
         for chosen in (transcribed, ~transcribed):
             if chosen.any():
                 labels = (targets[chosen], counts[chosen]) if chosen is transcribed else ()
@@ -314,7 +329,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     def _ctc(
         self, hidden: Tensor, lengths: Tensor, targets: Tensor | None = None, target_lengths: Tensor | None = None
     ) -> eager.LinearCTCOutput:
-        """CTC over the LLM's vocabulary; without targets the path only."""
+        """CTC over the LLM's vocabulary. Without targets only the path is computed."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and targets is not None):
             return self._operations.linear_ctc_loss(
                 hidden,
@@ -325,13 +340,13 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 blank=self.blank,
                 blank_weight=self.blank_weight,
                 blank_bias=self.blank_bias,
-                reduction="mean",  # known beforehand, so that it may weigh what columns are skipped
+                reduction="mean",  # with "none" the skipping bound would have to hold for each utterance alone
                 zero_infinity=True,
                 **({"exact": self.config.exact} if self.config.implementation == "fused" else {}),
             )
 
     def kept_frames(self, ctc: eager.LinearCTCOutput, lengths: Tensor) -> eager.Peaks:
-        """The frames that the language model will read, by `config.keep`, of what `align` gave."""
+        """The frames that the language model reads: `config.keep` chooses them from the result of `align`."""
         if self.config.keep == "frames":
             return eager.every_frame(lengths.to(ctc.path.device), ctc.path.shape[1])
         return self._operations.ctc_peaks(
@@ -340,9 +355,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
     @torch.no_grad()
     def initialise_blank(self, input_features: Tensor, feature_lengths: Tensor) -> float:
-        """Set the blank's bias to the head's mean log-sum-exp over a first batch; returns it.
+        """Set the blank's bias to the head's mean log-sum-exp over a first batch -> the bias.
 
-        Without it blank starts some 14 nats below the vocabulary's sum and is never used (measured: `docs/log.md`).
+        With bias 0 the blank starts some 14 nats below the vocabulary's log-sum-exp and is never used (measured:
+        `docs/log.md`).
         """
         with self._autocast():
             frames, lengths = self.encode(input_features, feature_lengths)
@@ -362,10 +378,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         labels: Tensor | None,
         padding_side: str,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Kept frames, shrunk, among the text embeddings: embeddings, mask, labels, bounds of the kept frames."""
+        """Splice the shrunk kept frames into the text -> embeddings, mask, labels, cu_seqlens of the kept frames."""
         placeholder = input_ids == self.config.audio_placeholder_id
         embeddings = self.language_model.get_input_embeddings()(input_ids.masked_fill(placeholder, 0))
-        if hidden is None:
+        if hidden is None or lengths is None or ctc is None:
             speech, cu_seqlens = (
                 embeddings.new_zeros(0, embeddings.shape[-1]),
                 torch.zeros(1, dtype=torch.int32),
@@ -399,16 +415,17 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         """One step of any stage.
 
         Args:
-            input_ids, attention_mask: int [B, L]; the audio placeholder once in each row that has a recording.
-                Stage I needs neither.
+            input_ids, attention_mask: int [B, L]. Each row with a recording has the audio placeholder once. Stage I
+                needs neither of the two.
             input_features: [A, n_mels, T_mel], the recordings of those rows, in order; None for text only.
-            feature_lengths: int [A] in mel frames; None: all of T_mel.
-            labels: int [B, L] aligned with `input_ids`, -100 where nothing is to be learned (prompt, padding).
-            ctc_labels: int [A, U] padded with -100: the transcripts' tokens. All -100: no transcript.
+            feature_lengths: int [A], in mel frames; None for T_mel.
+            labels: int [B, L] aligned with `input_ids`, -100 where nothing is learned (prompt, padding).
+            ctc_labels: int [A, U], the transcripts' tokens, padded with -100; all -100 without a transcript.
 
         Returns:
-            `loss` = `lm_loss` + `ctc_weight` · `ctc_loss`, or the one that was asked for. `lm_loss` is the mean over
-            answer tokens. While training on labels only the answers are projected on the vocabulary; `logits` is None.
+            `loss` = `lm_loss` + `ctc_weight` · `ctc_loss`, or the one of them that was computed. `lm_loss` is the mean
+            over answer tokens. In training with labels only the answers are projected on the vocabulary, so `logits`
+            is None.
         """
         with self._autocast():
             hidden = lengths = ctc = None
@@ -437,10 +454,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 answered = labels[:, 1:] != eager.IGNORE_INDEX
                 rows, wanted = states[:, :-1][answered], labels[:, 1:][answered]
                 summed = self._operations.linear_cross_entropy(rows, self.head_weight, wanted, reduction="sum")
-                out.lm_loss = summed / max(wanted.numel(), 1)  # without any answer 0, not the mean of nothing
-                out.loss = out.lm_loss
+                lm_loss = summed / max(wanted.numel(), 1)  # 0 without any answer, where a mean would be NaN
+                out.loss = out.lm_loss = lm_loss
                 if out.ctc_loss is not None:
-                    out.loss = out.lm_loss + self.config.ctc_weight * out.ctc_loss
+                    out.loss = lm_loss + self.config.ctc_weight * out.ctc_loss
             return out
 
     @torch.no_grad()
@@ -452,7 +469,11 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         feature_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """New tokens [B, L_new] by the language model's `generate`, which takes `kwargs`; inputs as in `forward`."""
+        """New tokens int64 [B, L_new] of the language model's `generate`, which gets `kwargs`; inputs as in `forward`.
+
+        Raises:
+            ValueError: the model was loaded without its language model.
+        """
         if self.language_model is None:
             raise ValueError("generate needs the language model, but this model was loaded without it")
         if attention_mask is None:
@@ -466,7 +487,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
 
 def trained_prefixes(stage: int) -> tuple[str, ...]:
-    """Prefixes of the parameters outside the language model that are trained by the end of a stage."""
+    """Prefixes of the parameters outside the language model that are trained at the end of a stage."""
     alignment = ("alignment.", "blank_weight", "blank_bias")
     return () if stage < 1 else alignment if stage == 1 else (*alignment, "shrinking.")
 
@@ -477,7 +498,7 @@ def batch_to(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any
 
 
 def freeze_all_but(model: nn.Module, prefixes: Iterable[str]) -> list[str]:
-    """Train exactly the parameters whose name starts with one of `prefixes` ("lora" stands for every LoRA matrix)."""
+    """Let only parameters train whose name starts with one of `prefixes` ("lora": all LoRA matrices) -> their names."""
     prefixes = tuple(prefixes)
     trained = []
     for name, parameter in model.named_parameters():

@@ -1,5 +1,6 @@
-"""Text and audio to the tensors that the model takes: log-mel features, chat prompts with a placeholder, labels."""
+"""Turn text and audio into the model's tensors: log-mel features, chat prompts with a placeholder, labels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ from soundwave.backbones import wheels
 from soundwave.eager import IGNORE_INDEX
 
 AUDIO_TOKEN = "<|soundwave_audio|>"
-MINIMUM_SECONDS = 0.1  # a shorter clip is padded with silence: the first analysis window needs it
+MINIMUM_SECONDS = 0.1  # a shorter clip is padded with silence, because the first analysis window needs it
 
 
 class SoundwaveProcessor(ProcessorMixin):
-    """Whisper's feature extractor and the language model's tokenizer, with one more token for the recording.
+    """Whisper's feature extractor, and the language model's tokenizer with one more token for the recording.
 
     Args:
         feature_extractor: gives log-mel features [n_mels, T_mel] at 100 Hz from 16 kHz audio.
-        tokenizer: needs a chat template; `AUDIO_TOKEN` is added to it.
+        tokenizer: must have a chat template; `AUDIO_TOKEN` is added to its tokens.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
     """
 
     attributes = ["feature_extractor", "tokenizer"]
@@ -33,7 +37,7 @@ class SoundwaveProcessor(ProcessorMixin):
             raise ValueError("the tokenizer has no chat template: use an instruction-tuned language model")
         tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
         self.audio_placeholder_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
-        # Prompts without a padding token are padded with the end token; the attention mask tells them apart.
+        # A tokenizer without a padding token pads with the end token; the attention mask tells the two apart.
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @classmethod
@@ -46,19 +50,23 @@ class SoundwaveProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "SoundwaveProcessor":
-        """The processor of a saved model's folder: that of the backbones its configuration names."""
+        """The processor of a saved model, which is the processor of the backbones that its configuration names."""
         from soundwave.model.configuration import SoundwaveConfig
 
         config = SoundwaveConfig.from_pretrained(folder)
         return cls.from_backbones(config.audio_tower, config.language_model)
 
     def features(self, audio: np.ndarray, sampling_rate: int = 16_000) -> Tensor:
-        """Log-mel features float32 [n_mels, T_mel] of one clip, float32 [samples], at its true length."""
+        """Log-mel features float32 [n_mels, T_mel] of one clip, float32 [samples], at its true length.
+
+        Raises:
+            ValueError: another sampling rate than the feature extractor's, or not one clip.
+        """
         wanted = self.feature_extractor.sampling_rate
         if sampling_rate != wanted:
             raise ValueError(f"sampling_rate = {sampling_rate}, but the feature extractor takes {wanted}")
         if audio.ndim != 1 or not len(audio):
-            raise ValueError(f"audio has shape {list(audio.shape)}, but one clip is [samples], not empty")
+            raise ValueError(f"audio has shape {list(audio.shape)}, but it must be one clip, [samples], and not empty")
         audio = np.pad(audio, (0, max(0, int(MINIMUM_SECONDS * wanted) - len(audio))))
         features = self.feature_extractor(
             audio, sampling_rate=wanted, padding=False, truncation=False, return_tensors="np"
@@ -66,11 +74,11 @@ class SoundwaveProcessor(ProcessorMixin):
         return torch.from_numpy(features["input_features"][0])
 
     def prompt_ids(self, prompt: str, *, has_audio: bool = True) -> list[int]:
-        """Token ids of one user turn up to where the answer starts; the recording's placeholder stands before the text.
+        """Token ids of one user turn up to the start of the answer. The placeholder of the recording precedes the text.
 
         White space around the prompt is dropped.
         """
-        # The user's words are tokenised apart from the template, which alone may hold special tokens.
+        # The user's words are tokenised apart from the template, because only the template may hold special tokens.
         template = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": AUDIO_TOKEN}], tokenize=False, add_generation_prompt=True
         )
@@ -81,28 +89,28 @@ class SoundwaveProcessor(ProcessorMixin):
         return [*before, *content, *after]
 
     def _plain_ids(self, text: str) -> list[int]:
-        """Token ids of text in which nothing is a special token, whatever is written there."""
+        """Token ids of a text; the name of a special token in it is ordinary text."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def answer_ids(self, answer: str) -> list[int]:
-        """Token ids of an answer and the token that ends it."""
+        """Token ids of an answer, with the end token."""
         return [*self._plain_ids(answer), self.tokenizer.eos_token_id]
 
     def ctc_ids(self, text: str) -> list[int]:
-        """Token ids of a transcript as CTC writes it: every word, the first too, with the space before it."""
+        """Token ids of a transcript for CTC: every word, also the first one, has a space before it."""
         return self._plain_ids(" " + text.strip())
 
     def ctc_text(self, path: Tensor, blank: int) -> str:
-        """Greedy CTC reading of one utterance's path, int [T] (-1: padding): repeats merged, blanks left out."""
+        """Text of one utterance's greedy CTC path, int [T] (-1: padding): repeats are merged, blanks dropped."""
         ids = torch.unique_consecutive(path)
         return self.tokenizer.decode(ids[(ids != blank) & (ids >= 0)].tolist(), skip_special_tokens=True).strip()
 
     def __call__(
         self,
-        prompts: list[str],
-        audio: list[np.ndarray | Tensor | None] | None = None,
-        answers: list[str] | None = None,
-        transcripts: list[str | None] | None = None,
+        prompts: Sequence[str],
+        audio: Sequence[np.ndarray | Tensor | None] | None = None,
+        answers: Sequence[str] | None = None,
+        transcripts: Sequence[str | None] | None = None,
         *,
         padding_side: str | None = None,
         **kwargs: Any,
@@ -110,24 +118,28 @@ class SoundwaveProcessor(ProcessorMixin):
         """A batch for the model's `forward` (with `answers`) or `generate` (without).
 
         Args:
-            prompts: the user's words, one a sample.
-            audio: a clip (float32 [samples], 16 kHz), its features (Tensor [n_mels, T_mel]), or None for text only.
-            answers: what the model is to say; everything else is -100 in `labels`.
-            transcripts: CTC targets of the samples that have a recording; None where unknown.
-            padding_side: default "right" with answers, "left" without.
+            prompts: the user's prompts, one per sample.
+            audio: per sample a clip (float32 [samples], 16 kHz), its features (Tensor [n_mels, T_mel]), or None for
+                text only.
+            answers: the answers that the model learns; everything else is -100 in `labels`.
+            transcripts: CTC targets, which are used for samples with a recording; None if a transcript is unknown.
+            padding_side: by default "right" with answers and "left" without.
 
         Returns:
             input_ids, attention_mask int64 [B, L]; with recordings input_features float32 [A, n_mels, T_mel],
-            feature_lengths int64 [A]; labels [B, L] with answers; ctc_labels [A, U] with transcripts.
+            feature_lengths int64 [A]; with answers labels int64 [B, L]; with transcripts ctc_labels int64 [A, U].
+
+        Raises:
+            ValueError: lists of different lengths, or audio of a wrong shape.
         """
-        audio = audio if audio is not None else [None] * len(prompts)
+        recordings: Sequence[np.ndarray | Tensor | None] = [None] * len(prompts) if audio is None else audio
         for name, values in {"audio": audio, "answers": answers, "transcripts": transcripts}.items():
             if values is not None and len(values) != len(prompts):
                 raise ValueError(f"{name} has {len(values)} entries, but prompts has {len(prompts)}")
         padding_side = padding_side or ("left" if answers is None else "right")
         rows, labels = [], []
         for i, prompt in enumerate(prompts):
-            prompt_ids = self.prompt_ids(prompt, has_audio=audio[i] is not None)
+            prompt_ids = self.prompt_ids(prompt, has_audio=recordings[i] is not None)
             answer_ids = [] if answers is None else self.answer_ids(answers[i])
             rows.append(prompt_ids + answer_ids)
             labels.append([IGNORE_INDEX] * len(prompt_ids) + answer_ids)
@@ -137,17 +149,21 @@ class SoundwaveProcessor(ProcessorMixin):
         }
         if answers is not None:
             data["labels"] = pad(labels, IGNORE_INDEX, padding_side)
-        clips = [clip if isinstance(clip, Tensor) else self.features(clip) for clip in audio if clip is not None]
+        clips = [clip if isinstance(clip, Tensor) else self.features(clip) for clip in recordings if clip is not None]
         if clips:
             data |= self.pad_features(clips)
             if transcripts is not None:
                 data["ctc_labels"] = self.ctc_labels(
-                    [text for text, clip in zip(transcripts, audio, strict=True) if clip is not None]
+                    [text for text, clip in zip(transcripts, recordings, strict=True) if clip is not None]
                 )
         return BatchFeature(data)
 
     def pad_features(self, clips: list[Tensor]) -> dict[str, Tensor]:
-        """`input_features` [A, n_mels, T_mel] and `feature_lengths` [A] of clips' features."""
+        """`input_features` [A, n_mels, T_mel] and `feature_lengths` int64 [A] from features [n_mels, T_mel] of clips.
+
+        Raises:
+            ValueError: features of another shape.
+        """
         for clip in clips:
             if clip.ndim != 2:
                 raise ValueError(
@@ -160,13 +176,13 @@ class SoundwaveProcessor(ProcessorMixin):
             row[:, : clip.shape[1]] = clip
         return {"input_features": features, "feature_lengths": lengths}
 
-    def ctc_labels(self, transcripts: list[str | None]) -> Tensor:
-        """int64 [A, U], padded with -100; a row of -100 where there is no transcript."""
+    def ctc_labels(self, transcripts: Sequence[str | None]) -> Tensor:
+        """CTC targets int64 [A, U], padded with -100; without a transcript the whole row is -100."""
         return pad([self.ctc_ids(text) if text and text.strip() else [] for text in transcripts], IGNORE_INDEX, "right")
 
 
 def pad(rows: list[list[int]], value: int, side: str) -> Tensor:
-    """int64 [len(rows), longest]; an all-empty list has width 1."""
+    """Pad rows on one side -> int64 [len(rows), longest]; if all rows are empty the width is 1."""
     width = max([1, *(len(row) for row in rows)])
     filled = [
         [value] * (width - len(row)) + row if side == "left" else row + [value] * (width - len(row)) for row in rows
