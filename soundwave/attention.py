@@ -1,12 +1,12 @@
-"""One door to FlashAttention: packed rows in, packed rows out, and it can be said beforehand what will run.
+"""Attention over packed rows, by FlashAttention where it can run. `choose_attention` tells beforehand what will run.
 
 | name         | what                                                                       | where                  |
 |--------------|----------------------------------------------------------------------------|------------------------|
-| `flash_attn` | `flash_attn.flash_attn_varlen_func`, of the package flash-attn             | CUDA ≥ 8.0, fp16, bf16 |
+| `flash_attn` | `flash_attn.flash_attn_varlen_func` of the package flash-attn              | CUDA ≥ 8.0, fp16, bf16 |
 | `varlen`     | `torch.nn.attention.varlen.varlen_attn`, torch's own FlashAttention        | CUDA ≥ 8.0, fp16, bf16 |
 | `sdpa`       | `F.scaled_dot_product_attention` over rows padded to the longest utterance | any device and dtype   |
 
-`impl="auto"` is the first that can run. A name is a demand: where it cannot run, that is an error.
+`impl="auto"` takes the first of them that can run. It is an error to name one that cannot run.
 Attention is full and scaled by 1/sqrt(E), without dropout. Dimension letters: N and M rows, B utterances, H heads,
 E head size.
 """
@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IMPLEMENTATIONS = ("auto", "flash_attn", "varlen", "sdpa")
-MAX_HEAD_SIZE = 256  # of FlashAttention's kernels
+MAX_HEAD_SIZE = 256  # limit of FlashAttention's kernels
 MIN_CAPABILITY = (8, 0)
 
 
 class Attention(NamedTuple):
-    """Which attention runs, and why in words."""
+    """The attention that runs, and the reason in words."""
 
     name: str
     reason: str
@@ -35,19 +35,19 @@ class Attention(NamedTuple):
 def choose_attention(
     impl: str = "auto", *, device: torch.device, dtype: torch.dtype, head_size: int = 128
 ) -> Attention:
-    """What `attend` runs for tensors on `device`, of `dtype` and with heads of `head_size`.
+    """The attention that `attend` runs for tensors of this device, dtype and head size.
 
     Raises:
-        ValueError: `impl` is no name, or what it names cannot run.
+        ValueError: `impl` is unknown, or the implementation that it names cannot run.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}, but it must be one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "sdpa":
         return Attention("sdpa", "it was asked for")
-    hindrance = _hindrance(device, dtype, head_size)
-    no_package = hindrance or _flash_attn()[1]
-    no_function = hindrance or _varlen_attn()[1]
-    if not no_function and head_size % 8:  # flash-attn fills up to a multiple of 8 by itself
+    reason = _reason_against_flash(device, dtype, head_size)
+    no_package = reason or _flash_attn()[1]
+    no_function = reason or _varlen_attn()[1]
+    if not no_function and head_size % 8:  # flash-attn itself pads heads to a multiple of 8
         no_function = f"torch's own FlashAttention takes multiples of 8, and the head size is {head_size}"
     if impl != "auto":
         missing = {"flash_attn": no_package, "varlen": no_function}[impl]
@@ -58,7 +58,7 @@ def choose_attention(
         return Attention("flash_attn", "flash-attn is installed and takes such tensors")
     if not no_function:
         return Attention("varlen", f"torch's own FlashAttention, as {no_package}")
-    return Attention("sdpa", hindrance or f"{no_package}, and {no_function}")
+    return Attention("sdpa", reason or f"{no_package}, and {no_function}")
 
 
 def attend(
@@ -77,71 +77,57 @@ def attend(
     Args:
         query: [N, H, E]; key, value: [M, H, E], packed.
         cu_seqlens_q, cu_seqlens_k: int [B + 1], the bounds of each utterance in N and M rows, from 0.
-        max_seqlen_q, max_seqlen_k: the longest utterance's rows, on the host.
+        max_seqlen_q, max_seqlen_k: number of rows of the longest utterance.
         impl: one of `IMPLEMENTATIONS`.
 
     Returns:
         [N, H, E]. Queries of an utterance without keys get 0.
 
-    With FlashAttention the backward is bitwise deterministic under `torch.use_deterministic_algorithms` only.
+    Raises:
+        ValueError: tensors do not fit each other, or `impl` cannot run.
+
+    With FlashAttention the backward is bitwise deterministic only under `torch.use_deterministic_algorithms`.
     """
     _check(query, key, value, cu_seqlens_q, cu_seqlens_k)
     chosen = choose_attention(impl, device=query.device, dtype=query.dtype, head_size=query.shape[-1]).name
     bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if chosen == "sdpa" or not max_seqlen_q or not max_seqlen_k:  # FlashAttention refuses to launch for nothing
-        return _padded(query, key, value, *bounds)
+    if chosen == "sdpa" or not max_seqlen_q or not max_seqlen_k:  # FlashAttention does not run without rows
+        return _padded(query, key, value, bounds)
     if chosen == "flash_attn":
-        function, _ = _flash_attn()
-        return function(**flash_attn_arguments(query, key, value, *bounds))
-    function, _ = _varlen_attn()
-    return function(**varlen_attn_arguments(query, key, value, *bounds))
+        function, arguments = _flash_attn()[0], flash_attn_arguments(query, key, value, *bounds)
+    else:
+        function, arguments = _varlen_attn()[0], varlen_attn_arguments(query, key, value, *bounds)
+    assert function is not None  # `choose_attention` has found it
+    return function(**arguments)
 
 
-def flash_attn_arguments(
+def flash_attn_arguments(*arguments: Any) -> dict[str, Any]:
+    """The arguments of `attend`, in its order, as those of `flash_attn.flash_attn_varlen_func`."""
+    names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return _renamed(names, *arguments) | {"deterministic": torch.are_deterministic_algorithms_enabled()}
+
+
+def varlen_attn_arguments(*arguments: Any) -> dict[str, Any]:
+    """The arguments of `attend`, in its order, as those that `varlen_attn` has had in every version of torch."""
+    return _renamed(("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"), *arguments)
+
+
+def _renamed(
+    names: tuple[str, ...],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    *longest: int,
 ) -> dict[str, Any]:
-    """The arguments of `flash_attn.flash_attn_varlen_func`."""
-    return {
-        "q": query,
-        "k": key,
-        "v": value,
-        "cu_seqlens_q": cu_seqlens_q.to(query.device, torch.int32),
-        "cu_seqlens_k": cu_seqlens_k.to(query.device, torch.int32),
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
+    """The arguments of `attend` under other names, with the bounds as int32 on the query's device."""
+    bounds = (cu_seqlens.to(query.device, torch.int32) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
+    return dict(zip(names, (query, key, value, *bounds, *longest), strict=True))
 
 
-def varlen_attn_arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> dict[str, Any]:
-    """The arguments of `torch.nn.attention.varlen.varlen_attn`; the ones it has had in every version."""
-    return {
-        "query": query,
-        "key": key,
-        "value": value,
-        "cu_seq_q": cu_seqlens_q.to(query.device, torch.int32),
-        "cu_seq_k": cu_seqlens_k.to(query.device, torch.int32),
-        "max_q": max_seqlen_q,
-        "max_k": max_seqlen_k,
-    }
-
-
-def _hindrance(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """Why no FlashAttention can take such tensors; empty where one can."""
+def _reason_against_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """The reason why FlashAttention cannot take such tensors; empty if it can."""
     if device.type != "cuda":
         return f"FlashAttention needs CUDA, and the tensors are on {device}"
     capability = torch.cuda.get_device_capability(device)
@@ -156,13 +142,13 @@ def _hindrance(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
 
 @cache
 def _flash_attn() -> tuple[Callable[..., Tensor] | None, str]:
-    """The function of flash-attn; or None, and why not."""
+    """The function of flash-attn, or None and the reason."""
     return _imported("flash_attn", "flash_attn_varlen_func", "flash-attn")
 
 
 @cache
 def _varlen_attn() -> tuple[Callable[..., Tensor] | None, str]:
-    """The function of torch; or None, and why not."""
+    """The function of torch, or None and the reason."""
     return _imported("torch.nn.attention.varlen", "varlen_attn", "torch.nn.attention.varlen")
 
 
@@ -196,33 +182,26 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_s
             raise ValueError(f"{name} has shape {list(bounds.shape)}, but both bounds must be [utterances + 1]")
 
 
-def _places(cu_seqlens: Tensor, longest: int, rows: int) -> Tensor:
-    """Where each packed row stands among the padded ones: int64 [rows]."""
+def _padded_index(cu_seqlens: Tensor, longest: int, rows: int) -> Tensor:
+    """Index of each packed row among the padded rows, int64 [rows]."""
     row = torch.arange(rows, device=cu_seqlens.device)
     utterance = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
     return utterance * longest + row - cu_seqlens[utterance]
 
 
-def _padded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> Tensor:
-    """`attend` over [B, H, longest, E]; views alone where all utterances are equally long."""
+def _padded(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[Tensor, Tensor, int, int]) -> Tensor:
+    """`attend` over padded rows [B, H, longest, E]; nothing is copied if all utterances are equally long."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = bounds
     batch = cu_seqlens_q.numel() - 1
     same = cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
     cu_seqlens_q, cu_seqlens_k = (bounds.to(query.device, torch.int64) for bounds in (cu_seqlens_q, cu_seqlens_k))
     place_q = place_k = mask = None
     if query.shape[0] != batch * max_seqlen_q:
-        place_q = _places(cu_seqlens_q, max_seqlen_q, query.shape[0])
+        place_q = _padded_index(cu_seqlens_q, max_seqlen_q, query.shape[0])
     if key.shape[0] != batch * max_seqlen_k:
-        place_k = place_q if same else _places(cu_seqlens_k, max_seqlen_k, key.shape[0])
+        place_k = place_q if same else _padded_index(cu_seqlens_k, max_seqlen_k, key.shape[0])
         lengths = cu_seqlens_k.diff()[:, None]
-        # An utterance without keys attends to one padded row, of zeros: no NaN, and 0 comes out.
+        # An utterance without keys attends to one padded row of zeros, which gives 0 and not NaN.
         mask = torch.arange(max_seqlen_k, device=query.device) < lengths.clamp(min=1)
 
     def pad(rows: Tensor, longest: int, place: Tensor | None) -> Tensor:

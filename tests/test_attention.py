@@ -1,4 +1,4 @@
-"""The one door to attention: what it computes, which implementation it takes and why, and how it calls the others."""
+"""Attention: its results, which implementation runs and why, and how the implementations are called."""
 
 import inspect
 from inspect import Parameter, Signature
@@ -36,7 +36,7 @@ FLASH_ATTN = (
         "block_table": None,
     },
 )
-# varlen_attn of torch 2.10 from its documentation; the installed one is asked itself.
+# varlen_attn of torch 2.10, from its documentation; the signature of the installed one is inspected.
 VARLEN_ATTN_2_10 = (
     ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"],
     {"is_causal": False, "return_aux": None},
@@ -78,7 +78,7 @@ def draw(lengths_q, lengths_k, heads=2, size=8, dtype=FP32, device="cpu", seed=0
 
 
 def reference(query, key, value, cu_seqlens_q, cu_seqlens_k, *_):
-    """The definition, one utterance after another; 0 for a query without keys."""
+    """The definition, for one utterance after another; a query without keys gets 0."""
     parts = [query[:0] + 0 * (key.sum() + value.sum())]
     for (a, b), (c, d) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
         scores = torch.einsum("qhe,khe->hqk", query[a:b], key[c:d]) * query.shape[-1] ** -0.5
@@ -224,7 +224,7 @@ def test_the_call_fits_the_signature_of_flash_attn():
     assert (given["max_seqlen_q"], given["max_seqlen_k"]) == (3, 5)
     for name, wanted in (("cu_seqlens_q", [0, 3, 4]), ("cu_seqlens_k", [0, 2, 7])):
         assert given[name].dtype == torch.int32 and given[name].tolist() == wanted
-    # Full attention without dropout, scaled by 1/sqrt(head size), and the output alone.
+    # Full attention without dropout, scaled by 1/sqrt(head size), which returns only the output.
     assert (given["dropout_p"], given["softmax_scale"], given["causal"], given["softcap"]) == (0.0, None, False, 0.0)
     assert given["window_size"] == (-1, -1) and given["return_attn_probs"] is False
 
