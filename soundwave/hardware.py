@@ -1,4 +1,4 @@
-"""Which device and dtype run here, and why."""
+"""The device and dtype that this machine uses, with the reasons."""
 
 import time
 from functools import cache
@@ -9,16 +9,16 @@ import torch
 def pick_device() -> tuple[torch.device, str]:
     """The device that training and inference use, and the reason in words."""
     if torch.cuda.is_available():
-        return torch.device("cuda"), f"{torch.cuda.get_device_name()} is there"
-    return torch.device("cpu"), "no CUDA device is there"
+        return torch.device("cuda"), f"{torch.cuda.get_device_name()} was found"
+    return torch.device("cpu"), "no CUDA device was found"
 
 
 @cache
 def pick_dtype(device_type: str) -> tuple[torch.dtype, str]:
     """The backbones' dtype on a device, and the reason in words.
 
-    On a CPU bfloat16 is several times slower than float32 where the instructions are missing and several times faster
-    where they are there, so a short product decides.
+    With bfloat16 instructions a CPU is several times faster in bfloat16 than in float32, without them several times
+    slower. So a short timing decides.
     """
     if device_type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

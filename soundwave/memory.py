@@ -1,20 +1,19 @@
-"""How much GPU memory a training step takes, part by part, by arithmetic: no GPU is asked, nothing is allocated.
+"""Predict by arithmetic how much GPU memory a training step takes, part by part. No GPU is needed.
 
     print(table(predict(2, 16, 30.0)))          a step of stage II on 16 clips of 30 s
-    largest_batch(2, 30.0)                      what fits on a card of 24 GiB, with `TOLERANCE` to spare
+    largest_batch(2, 30.0)                      the batch that fits on a card of 24 GiB, with `TOLERANCE` to spare
 
-A step goes through six phases, each with a peak of its own; the highest is what has to fit:
+A step has six phases, each with its own peak. The highest peak must fit:
 
-    encoder              Whisper without gradient: one layer at a time
-    ctc                  the alignment adapter has run, CTC forms its loss and gradient
-    language model       the LLM's last layer runs, or the loss over its vocabulary is formed
-    backward: LLM        the last layer is run again and differentiated while all others wait
-    backward: adapters   the LLM is done; everything that the adapters kept is still there
-    optimiser            weights, gradients and states, and what AdamW makes on the way
+    encoder              Whisper without gradient, one layer at a time
+    ctc                  the alignment adapter has run, CTC computes its loss and gradient
+    language model       the LLM's last layer runs, or the loss over its vocabulary is computed
+    backward: LLM        the last layer is run again and differentiated; all others still hold their inputs
+    backward: adapters   the LLM is done; everything that the adapters kept for backward is still held
+    optimiser            weights, gradients and states, and a temporary tensor of AdamW
 
-Numbers are bytes. What is counted is what torch's allocator hands out (`torch.cuda.max_memory_allocated`). Gradients
-are there from the first phase on, as they are while they are accumulated. All clips are equally long; padding takes
-what the audio in its place would.
+Sizes are bytes, as torch's allocator counts them (`torch.cuda.max_memory_allocated`). Gradients exist from the first
+phase on, as they do while they are accumulated. All clips are equally long; padding takes as much memory as audio.
 """
 
 import math
@@ -33,16 +32,16 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 BF16, FP32 = 2, 4
-# What the card, its driver and a desktop keep, and the CUDA context: a card of 24 GiB leaves 22.0 GiB to torch.
+# Memory that torch cannot use (card, driver, desktop, CUDA context): a card of 24 GiB leaves 22.0 GiB to torch.
 RESERVED_GIB = 2.0
-# A prediction may be off by this share of itself, so as much is kept free where a batch is said to fit.
+# Largest relative error of a prediction. A batch fits only if this share is kept free.
 TOLERANCE = 0.05
-MOST_GIB = 1024.0  # no card has more
-MOST_CLIPS = 1 << 20  # where `largest_batch` stops looking
-ANSWER_TOKENS = 80  # sub-words that 30 s of speech hold
+MOST_GIB = 1024.0  # no card has more memory
+MOST_CLIPS = 1 << 20  # `largest_batch` tries no more
+ANSWER_TOKENS = 80  # sub-words in 30 s of speech
 # Whisper reads 100 mel frames a second and halves them once.
 MEL_RATE, ENCODER_RATE, STACK = 100, 50, 2
-# NF4 takes half a byte; a block of 64 shares a scale of 8 bits, and 256 of these one of 32 bits (double quantisation).
+# NF4 takes half a byte. 64 weights share an 8-bit scale, and 256 scales share a 32-bit one (double quantisation).
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 CUBLAS_WORKSPACE = 32 << 20  # torch's choice for Hopper; 8 MiB on other cards
 
@@ -78,7 +77,7 @@ class Dims:
 
     @property
     def linear_parameters(self) -> int:
-        """The LLM's products: what is quantised."""
+        """Weights of the LLM's linear layers, which are quantised."""
         attention = 2 * self.width * self.width + 2 * self.width * self.kv_width
         return self.layers * (attention + 3 * self.width * self.mlp)
 
@@ -89,7 +88,7 @@ class Dims:
 
     @property
     def projector_parameters(self) -> int:
-        """Two frames side by side -> the LLM's width."""
+        """A linear layer from two concatenated frames to the LLM's width."""
         return STACK * self.audio_width * self.width + self.width
 
     @property
@@ -105,7 +104,7 @@ class Dims:
         return 4 * self.width * self.width + 4 * self.width + 2 * self.width
 
     def whisper_config(self, **settings: Any) -> "WhisperConfig":
-        """Of a Whisper whose encoder has these sizes; `settings` are added."""
+        """Configuration of a Whisper whose encoder has these sizes; `settings` are added."""
         from transformers import WhisperConfig
 
         return WhisperConfig(
@@ -119,10 +118,10 @@ class Dims:
         )
 
     def llama_config(self, **settings: Any) -> "LlamaConfig":
-        """Of a Llama of these sizes; `settings` are added, or replace."""
+        """Configuration of a Llama of these sizes; `settings` are added or replace a size."""
         from transformers import LlamaConfig
 
-        sizes = {
+        sizes: dict[str, Any] = {
             "hidden_size": self.width,
             "intermediate_size": self.mlp,
             "num_hidden_layers": self.layers,
@@ -133,7 +132,10 @@ class Dims:
         return LlamaConfig(**sizes | settings)
 
     def soundwave_config(self, **settings: Any) -> "SoundwaveConfig":
-        """Of the model over backbones of these sizes, the placeholder behind the vocabulary; `settings` are added."""
+        """Configuration of a model on backbones of these sizes; `settings` are added.
+
+        The placeholder is the first id after the vocabulary.
+        """
         from soundwave.model.configuration import SoundwaveConfig
 
         return SoundwaveConfig(
@@ -154,8 +156,8 @@ LLAMA_8B_WHISPER_LARGE = Dims(
 
 
 @dataclass(frozen=True)
-class Table:
-    """A prediction: for each phase of a step the bytes of each part, and what the card leaves to torch."""
+class Prediction:
+    """The predicted memory of a step: bytes of each part in each phase, and the limit of the card."""
 
     stage: int
     batch: int
@@ -166,16 +168,17 @@ class Table:
 
     @property
     def peaks(self) -> dict[str, int]:
-        """Bytes at the height of each phase."""
+        """Bytes at the peak of each phase."""
         return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
 
     @property
     def peak_phase(self) -> str:
-        return max(self.peaks, key=self.peaks.get)
+        peaks = self.peaks
+        return max(peaks, key=peaks.__getitem__)
 
     @property
     def parts(self) -> dict[str, int]:
-        """What lies there at the highest peak."""
+        """Bytes of each part at the highest peak."""
         return self.phases[self.peak_phase]
 
     @property
@@ -188,8 +191,11 @@ class Table:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak and `TOLERANCE` of it are within what is left to torch."""
+        """Whether the peak, plus `TOLERANCE` of it, is within the limit."""
         return self.peak * (1 + TOLERANCE) <= self.limit
+
+
+Table = Prediction  # its name in version 0.1
 
 
 def predict(
@@ -204,22 +210,24 @@ def predict(
     answer_tokens: int | None = None,
     checkpointing: bool = True,
     dims: Dims = LLAMA_8B_WHISPER_LARGE,
-) -> Table:
-    """Memory of one forward and backward pass with AdamW, bfloat16 products under autocast, the LLM in NF4.
+) -> Prediction:
+    """Memory of one forward and backward pass with AdamW, bfloat16 products under autocast, and the LLM in NF4.
 
     Args:
-        stage: 1 to 3; the third trains LoRA alone.
-        batch: clips a forward pass. seconds: of each, from one mel frame (0.01 s) to what the encoder takes (30 s).
-        gpu_gib: the card's memory in GiB; `RESERVED_GIB` of it are not torch's.
+        stage: 1 to 3; stage 3 trains only LoRA.
+        batch: clips per forward pass.
+        seconds: length of each clip, from one mel frame (0.01 s) to the encoder's limit (30 s).
+        gpu_gib: the card's memory in GiB; torch cannot use `RESERVED_GIB` of it.
         implementation: "fused" or "eager".
-        kept_per_second: frames that the shrinking adapter keeps, 25 at most (nothing is shrunk).
-        text_tokens: prompt, answer and template of a sample; `answer_tokens` of them are learned (`ANSWER_TOKENS`, or
-            all of them where there are fewer), and CTC's transcript is as long.
-        checkpointing: the LLM keeps the inputs of its layers alone and runs each again in backward.
-        dims: of the backbones.
+        kept_per_second: frames that the shrinking adapter keeps, at most 25 (nothing is shrunk).
+        text_tokens: tokens of a sample's prompt, answer and template.
+        answer_tokens: tokens among these that are learned; CTC's transcript has as many. None takes `ANSWER_TOKENS`,
+            or `text_tokens` if that is less.
+        checkpointing: the LLM keeps only the inputs of its layers and runs each layer again in backward.
+        dims: sizes of the backbones.
 
     Raises:
-        ValueError: a stage or implementation that does not exist, or a size that cannot be: "name = value, but …".
+        ValueError: an argument has no possible value. The message begins "name = value, but …".
     """
     if stage not in (1, 2, 3):
         raise ValueError(f"stage = {stage}, but it must be 1, 2 or 3")
@@ -229,12 +237,12 @@ def predict(
         raise ValueError(f"batch = {batch}, but it must be at least 1")
     longest, most_kept = dims.audio_positions / ENCODER_RATE, ENCODER_RATE / STACK
     frame = 1 / MEL_RATE
-    # Each is written so that it refuses nan, too.
+    # These comparisons are also false for NaN.
     if not frame <= seconds <= longest:
         raise ValueError(f"seconds = {seconds:g}, but a clip has {frame:g} (one mel frame) to {longest:g} seconds")
     if not RESERVED_GIB < gpu_gib <= MOST_GIB:
         raise ValueError(
-            f"gpu_gib = {gpu_gib:g}, but it must be above the {RESERVED_GIB:g} GiB that are not torch's "
+            f"gpu_gib = {gpu_gib:g}, but it must be above the {RESERVED_GIB:g} GiB that torch cannot use "
             f"and at most {MOST_GIB:g}"
         )
     if not 0 < kept_per_second <= most_kept:
@@ -246,13 +254,13 @@ def predict(
     if not 1 <= answer_tokens <= text_tokens:
         raise ValueError(f"answer_tokens = {answer_tokens}, but it must be 1 to text_tokens = {text_tokens}")
     step = _Step(stage, batch, seconds, implementation == "fused", kept_per_second, text_tokens, answer_tokens, dims)
-    return Table(stage, batch, seconds, implementation, gpu_gib, step.phases(checkpointing))
+    return Prediction(stage, batch, seconds, implementation, gpu_gib, step.phases(checkpointing))
 
 
 def largest_batch(stage: int, seconds: float, *, gpu_gib: float = 24.0, **kwargs) -> int:
-    """The most clips of `seconds` that fit a forward pass with `TOLERANCE` to spare, 0 if not even one.
+    """The largest number of clips that fit in a forward pass with `TOLERANCE` to spare; 0 if one does not fit.
 
-    At most `MOST_CLIPS`. `kwargs`, and what is raised, are as for `predict`.
+    It is at most `MOST_CLIPS`. The arguments and errors are those of `predict`.
     """
 
     def fits(batch: int) -> bool:
@@ -269,8 +277,8 @@ def largest_batch(stage: int, seconds: float, *, gpu_gib: float = 24.0, **kwargs
     return least
 
 
-def table(prediction: Table) -> rich.table.Table:
-    """The parts at the peak and the peak of each phase, in GiB, for a terminal."""
+def table(prediction: Prediction) -> rich.table.Table:
+    """A table for the terminal: the parts at the highest peak and the peak of each phase, in GiB."""
     p = prediction
     out = rich.table.Table(
         title=f"Stage {p.stage}, {p.batch} clips of {p.seconds:g} s, {p.implementation}: predicted, not measured",
@@ -296,7 +304,7 @@ def table(prediction: Table) -> rich.table.Table:
 
 
 class _Step:
-    """The sizes of one step; every method gives bytes."""
+    """The sizes of one step. Methods return bytes, apart from `trained`, which returns a number of parameters."""
 
     def __init__(self, stage, batch, seconds, fused, kept_per_second, text_tokens, answer_tokens, dims):
         self.stage, self.batch, self.fused, self.dims = stage, batch, fused, dims
@@ -309,7 +317,7 @@ class _Step:
         self.answers = batch * answer_tokens
         self.columns = answer_tokens + 1
 
-    # ---------------------------------------------------------------- what stays
+    # ---------------------------------------------------------------- all phases
 
     def trained(self) -> int:
         d = self.dims
@@ -320,7 +328,7 @@ class _Step:
         }[self.stage]
 
     def standing(self) -> dict[str, int]:
-        """Weights, gradients, states and the batch itself."""
+        """Weights, gradients, optimiser states and the batch, which exist in all phases."""
         d, trained = self.dims, self.trained()
         idle = {1: d.shrinking_parameters, 2: 0, 3: d.alignment_parameters + d.shrinking_parameters}[self.stage]
         vocabulary = d.vocab * d.width
@@ -336,7 +344,7 @@ class _Step:
         parts["trained weights, fp32"] = FP32 * trained
         parts["gradients, fp32"] = FP32 * trained
         parts["AdamW's two states, fp32"] = 2 * FP32 * trained
-        # Log-mel features, and while the encoder and CTC run the copy that SpecAugment made.
+        # Log-mel features. While the encoder and CTC run, SpecAugment's copy of them is there too.
         parts["batch"] = FP32 * self.batch * d.mels * self.mel_frames
         parts["cuBLAS workspace"] = CUBLAS_WORKSPACE
         return parts
@@ -344,28 +352,28 @@ class _Step:
     # ---------------------------------------------------------------- encoder
 
     def encoder(self) -> int:
-        """A layer at its MLP: two residuals in bf16, a LayerNorm in fp32, and the MLP before and after GELU."""
+        """One layer during its MLP: two residuals in bf16, a LayerNorm in fp32, the MLP before and after GELU."""
         d = self.dims
         return self.frames * (2 * BF16 * d.audio_width + FP32 * d.audio_width + 2 * BF16 * d.audio_mlp)
 
     def encoded(self) -> int:
-        """The encoder's last LayerNorm, in fp32 under autocast; held until CTC is done."""
+        """Output of the encoder's last LayerNorm, in fp32 under autocast; it is held until CTC is done."""
         return FP32 * self.frames * self.dims.audio_width
 
     # ---------------------------------------------------------------- alignment adapter
 
     def alignment_saved(self) -> int:
-        """What the adapter keeps for backward, a row; nothing where nothing below the LLM is trained."""
+        """The alignment adapter's tensors for backward; none in stage III, which trains nothing below the LLM."""
         if self.stage == 3:
             return 0
         d = self.dims.width
-        row = STACK * self.dims.audio_width * BF16  # input of the projector
-        row += FP32 * d + BF16 * d  # norm1: its input in fp32, its output as the projections read it
+        row = STACK * self.dims.audio_width * BF16  # bytes of a row; input of the projector
+        row += FP32 * d + BF16 * d  # norm1: its input in fp32, its output for the projections
         row += 3 * BF16 * d + BF16 * d + FP32 * self.dims.heads  # query, key, value; attended rows; log-sum-exp
-        row += d  # dropout's mask, one byte an element
-        row += BF16 * d if self.fused else FP32 * d  # norm2: the sum, of which eager casts a copy
-        row += BF16 * d  # norm2's output, read by the MLP
-        row += 2 * (BF16 * 2 * d) + 2 * d  # MLP: ReLU's output, dropped out, and the mask
+        row += d  # mask of dropout, one byte per element
+        row += BF16 * d if self.fused else FP32 * d  # norm2: the sum; eager keeps an fp32 copy
+        row += BF16 * d  # output of norm2, which the MLP reads
+        row += 2 * (BF16 * 2 * d) + 2 * d  # MLP: output of ReLU, of dropout, and its mask
         row += d  # mask of the MLP's output
         row += FP32 * d  # out_norm: its input in fp32
         return row * self.rows
@@ -375,7 +383,7 @@ class _Step:
         return FP32 * self.rows * self.dims.width
 
     def casts(self, *parts: str) -> int:
-        """bf16 copies of trained weights that autocast keeps, for backward or until the forward pass ends."""
+        """Copies of trained weights in bf16, which autocast keeps for backward or until the forward pass ends."""
         d = self.dims
         sizes = {
             "projector": d.projector_parameters,
@@ -388,7 +396,7 @@ class _Step:
     # ---------------------------------------------------------------- CTC
 
     def chunk(self, rows: int) -> int:
-        """The fused operations' buffer of logits, and the product of P with the head, in fp32."""
+        """The fused operations' buffer for a chunk of logits, and the product of P with the head in fp32."""
         d = self.dims
         if not rows:
             return 0
@@ -397,21 +405,21 @@ class _Step:
         return step * (BF16 * -(-d.vocab // 64) * 64 + 2 * FP32 * d.width)
 
     def ctc(self) -> dict[str, int]:
-        """The height of CTC's forward pass, its gradient included where it is formed at once."""
+        """The peak of CTC's forward pass. The fused one includes the gradient, which it computes at the same time."""
         d, rows = self.dims, self.rows
         if self.fused:
             work = BF16 * rows * d.width + self.chunk(rows)  # packed rows in bf16, a chunk of logits
-            work += 2 * FP32 * rows * self.columns  # labels' logits and log-probabilities
+            work += 2 * FP32 * rows * self.columns  # logits and log-probabilities of the labels
             gradient = 0 if self.stage == 3 else FP32 * rows * d.width
             return {"CTC: a chunk of logits": work, "CTC: gradient of its input, fp32": gradient}
-        # Logits with the blank's column in fp32, and their log-softmax.
+        # Logits and log-softmax in fp32, with a column for the blank.
         return {"CTC: logits and log-softmax, fp32": 2 * FP32 * rows * (d.vocab + 1)}
 
     def ctc_saved(self) -> int:
-        """From CTC's forward to its backward."""
+        """CTC's tensors for backward."""
         if self.stage == 3:
             return 0
-        if self.fused:  # the gradient, formed in advance
+        if self.fused:  # the gradient, which forward has computed
             return FP32 * self.rows * self.dims.width
         lattice = FP32 * self.rows * (2 * (self.columns - 1) + 1)
         return FP32 * self.rows * (self.dims.vocab + 1) + lattice
@@ -419,69 +427,70 @@ class _Step:
     # ---------------------------------------------------------------- shrinking adapter
 
     def shrinking_saved(self) -> int:
+        """The shrinking adapter's tensors for backward."""
         if self.stage != 2:
             return 0
         d = self.dims.width
-        kept = 2 * BF16 * d + FP32 * d  # queries, attended rows, the sum that is normed
+        kept = 2 * BF16 * d + FP32 * d  # queries, attended rows, input of the norm
         row = 2 * BF16 * d  # keys, values
         if not self.fused:
             kept += 2 * BF16 * d  # inputs of the query and of the output product
-            row += 2 * BF16 * d  # autocast's copies of the input, one for keys and one for values
+            row += 2 * BF16 * d  # copies of the input by autocast, one for keys and one for values
         return self.kept * kept + self.rows * row
 
     # ---------------------------------------------------------------- language model
 
     def layer_saved(self) -> int:
-        """What one layer of the LLM keeps for backward."""
+        """Tensors of one LLM layer for backward."""
         d = self.dims
-        token = 2 * FP32 * d.width  # two RMSNorms, each a copy of its input in fp32
-        token += BF16 * d.width  # output of the first, read by LoRA
+        token = 2 * FP32 * d.width  # two RMSNorms, each with a copy of its input in fp32
+        token += BF16 * d.width  # output of the first RMSNorm, which LoRA reads
         token += 2 * BF16 * d.width + 2 * BF16 * d.kv_width + FP32 * d.heads  # attention: q, out, k, v, log-sum-exp
         token += 3 * BF16 * d.mlp  # gate before and after SiLU, up
-        token += 4 * BF16 * d.lora_rank  # between LoRA's two matrices
+        token += 4 * BF16 * d.lora_rank  # rows between LoRA's two matrices
         return token * self.tokens
 
     def layer_forward(self) -> int:
-        """One layer running, at the MLP's product of factors: that, both factors, the residual and its norm."""
+        """One layer in forward, at the product gate · up of its MLP: product, both factors, residual and its norm."""
         d = self.dims
         return self.tokens * (3 * BF16 * d.mlp + 2 * BF16 * d.width)
 
     def layer_backward(self) -> int:
-        """On top of what it keeps, there: gradients of the product, of both factors, and of the residual."""
+        """One layer in backward, beside its saved tensors: gradients of the MLP's product, both factors, residual."""
         d = self.dims
         return self.tokens * (3 * BF16 * d.mlp + BF16 * d.width)
 
-    def written_out(self) -> dict[str, int]:
-        """The MLP's weight, the largest: bitsandbytes writes each out of NF4 for its product, and frees it after that.
+    def dequantised_weight(self) -> dict[str, int]:
+        """An MLP weight in bf16, the largest: bitsandbytes dequantises each weight for its product and then frees it.
 
-        The activations or gradients that follow the product are not there yet: the higher of both moments counts.
+        The result of the product does not exist at the same time, so the higher of the two moments counts.
         """
-        return {"LLM: a weight written out of NF4, bf16": BF16 * self.dims.width * self.dims.mlp}
+        return {"LLM: a dequantised weight, bf16": BF16 * self.dims.width * self.dims.mlp}
 
     def last_layer(self, checkpointing: bool) -> dict[str, int]:
-        """The last layer in forward: at its factors, or one of them before, where `up` is multiplied."""
-        name, weight = "LLM: one layer", self.written_out()
+        """The last layer in forward: at gate · up, or one factor earlier, when the weight of `up` is dequantised."""
+        name, weight = "LLM: one layer", self.dequantised_weight()
         if not checkpointing:
-            return weight  # all else is kept, and counted there
+            return weight  # everything else is kept for backward and counted there
         factor = BF16 * self.tokens * self.dims.mlp
-        return _higher({name: self.layer_forward()}, {name: self.layer_forward() - factor, **weight})
+        return _larger({name: self.layer_forward()}, {name: self.layer_forward() - factor, **weight})
 
     def differentiated_layer(self, checkpointing: bool) -> dict[str, int]:
-        """The same layer in backward: at its factors, or two of their gradients before, where `down` is multiplied."""
-        name, weight = "LLM: one layer, and its gradients", self.written_out()
+        """The same layer in backward: at both factors, or two gradients earlier, when that of `down` is dequantised."""
+        name, weight = "LLM: one layer, and its gradients", self.dequantised_weight()
         size = self.layer_backward() + (self.layer_saved() if checkpointing else 0)
         factor = BF16 * self.tokens * self.dims.mlp
-        return _higher({name: size}, {name: size - 2 * factor, **weight})
+        return _larger({name: size}, {name: size - 2 * factor, **weight})
 
     def kept_layers(self, checkpointing: bool) -> dict[str, int]:
-        """What lies there when the LLM has run forward."""
+        """Tensors that the LLM's layers keep after forward."""
         d = self.dims
         if checkpointing:
             return {"LLM: inputs of its layers, bf16": d.layers * BF16 * d.width * self.tokens}
         return {"LLM: activations of all layers": d.layers * self.layer_saved()}
 
     def loss(self) -> int:
-        """The last norm in fp32 and bf16, and the loss over the answers."""
+        """The last norm in fp32 and bf16, and the loss over the answer tokens."""
         d = self.dims
         norm = self.tokens * (FP32 + 2 * BF16) * d.width
         if self.fused:  # rows and their gradient, a chunk of logits
@@ -511,10 +520,10 @@ class _Step:
             casts = (*casts, "shrinking", "lora") if self.stage == 2 else ("lora",)
             phases["language model"] = standing | below | hidden | {
                 **self.kept_layers(checkpointing),
-                **_higher({"LLM: last norm and loss": self.loss()}, self.last_layer(checkpointing)),
+                **_larger({"LLM: last norm and loss": self.loss()}, self.last_layer(checkpointing)),
                 "weights cast by autocast, bf16": self.casts(*casts),
             }  # fmt: skip
-            # hidden is what the shrinking adapter reads again; in stage III nobody does.
+            # In stage II the shrinking adapter reads `hidden` again.
             kept = hidden if self.stage == 2 else {}
             casts = ("alignment", "shrinking") if self.stage == 2 else ()
             phases["backward: LLM"] = standing | below | kept | {
@@ -524,20 +533,20 @@ class _Step:
             }  # fmt: skip
         if self.stage < 3:
             phases["backward: adapters"] = standing | self.adapters_backward(below)
-        # AdamW takes the root of all second moments at once.
+        # AdamW computes the root of all second moments at once.
         phases["optimiser"] = standing | {"AdamW: roots of the second moments, fp32": FP32 * self.trained()}
         return phases
 
     def adapters_backward(self, below: dict[str, int]) -> dict[str, int]:
-        """Where CTC's gradient and that of the adapter's output meet."""
+        """The moment at which CTC's gradient is added to that of the adapter's output."""
         d = self.dims
-        # CTC's gradient, scaled; in eager those of the log-softmax and of the logits.
+        # The scaled gradient of CTC; eager has gradients of the log-softmax and of the logits.
         gradients = FP32 * self.rows * (d.width if self.fused else 2 * (d.vocab + 1))
         parts = {**below, "gradients between modules": gradients}
         parts["weights cast by autocast, bf16"] = self.casts("alignment")
         return parts
 
 
-def _higher(*moments: dict[str, int]) -> dict[str, int]:
-    """Of some moments of a phase the parts of the one that takes most."""
+def _larger(*moments: dict[str, int]) -> dict[str, int]:
+    """The parts of the moment that takes most memory."""
     return max(moments, key=lambda parts: sum(parts.values()))

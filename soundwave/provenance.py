@@ -1,4 +1,4 @@
-"""Where a figure comes from: the commit of the checkout, the versions of packages, the device."""
+"""The origin of a figure: the commit of the checkout, the versions of packages, the device."""
 
 import importlib.util
 import os
@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DISTRIBUTIONS = {"soundwave": "soundwave-fused"}  # where they differ from the name of the import
-CHANGED = "-changed"  # how the commit of a checkout ends whose files differ from it
+DISTRIBUTIONS = {"soundwave": "soundwave-fused"}  # names of distributions that differ from the name of the import
+CHANGED = "-changed"  # suffix of the commit if the files of the checkout differ from it
 
 
 def refuse_hidden_kernels() -> None:
@@ -33,9 +33,9 @@ def refuse_hidden_kernels() -> None:
 
 
 def commit() -> str | None:
-    """Short commit of the checkout that the package runs from, with `-changed` where its files differ from it.
+    """Short commit of the checkout that the package runs from, with the suffix `-changed` if its files differ from it.
 
-    None if the package runs from no checkout, or without git.
+    None if the package does not run from a checkout, or if there is no git.
     """
     if not (ROOT / ".git").exists():
         return None
@@ -47,16 +47,16 @@ def commit() -> str | None:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of Python and of the installed ones of `packages`, by name."""
+    """Versions by name: Python's, and those of the packages that are installed."""
     found = {"python": platform.python_version()}
     for name in packages:
-        with suppress(PackageNotFoundError):  # triton, for one, is there on Linux only
+        with suppress(PackageNotFoundError):  # triton, for example, exists on Linux only
             found[name] = version(DISTRIBUTIONS.get(name, name))
     return found
 
 
 def device_name() -> str:
-    """The GPU; without one the CPU and the number of its cores."""
+    """Name of the GPU; without a GPU the name of the CPU and its number of cores."""
     import torch
 
     if torch.cuda.is_available():
@@ -67,5 +67,5 @@ def device_name() -> str:
 
 
 def slug(device: str) -> str:
-    """A device's name as the name of a folder: lower case, with hyphens."""
+    """Name of a folder for a device: lower case, with hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")

@@ -1,9 +1,9 @@
-"""soundwave.memory against the real modules: their parameters, and what autograd keeps of them on a GPU.
+"""soundwave.memory against the real modules: their parameters, and the tensors that autograd keeps on a GPU.
 
 The modules are traced at Llama-3.1-8B's sizes on the meta device, whose tensors have shapes, dtypes and lifetimes but
-no memory, with what CUDA does otherwise: its autocast, dropout and attention. Torch's own operations are counted so;
-what happens inside ours, a GPU has to measure: a test compares with bench/results, once there is something. Last comes
-bench/train_24gb.py, which measures it: its search, its clock and its count of operations.
+no memory. Autocast, dropout and attention, which differ on CUDA, are replaced by CUDA's. This counts torch's own
+operations. Only a GPU can measure our own: one test compares with bench/results, if there are any. The last tests are
+for bench/train_24gb.py, which measures it: its search, its clock and its count of operations.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ from soundwave.training.stages import TRAINED
 DIMS = LLAMA_8B_WHISPER_LARGE
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*/train_24gb*.json"))
-CLIPS, ROWS, TOKENS = 2, 750, 150 + 90  # of the traces: clips of 30 s
+CLIPS, ROWS, TOKENS = 2, 750, 150 + 90  # sizes in the traces; clips of 30 s
 
 
 def soundwave_config(**changes) -> SoundwaveConfig:
@@ -127,15 +127,15 @@ META = torch.device("meta")
 
 
 class AsOnCuda(TorchFunctionMode):
-    """Meta tensors behave as CUDA's do under `torch.autocast("cuda", bfloat16)`: what differs, by function."""
+    """Replaces the functions that differ on CUDA under `torch.autocast("cuda", bfloat16)`, for meta tensors."""
 
     def __init__(self):
         super().__init__()
-        self.casts = {}  # of weights, which autocast makes once
+        self.casts = {}  # copies of weights, which autocast makes once
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function == torch.Tensor.is_cuda.__get__:  # a new object at each look
+        if function == torch.Tensor.is_cuda.__get__:  # `is` would fail: each access makes a new object
             return True
         if function is F.linear:
             x, weight, bias = (*args, *kwargs.values(), None)[:3]
@@ -160,7 +160,7 @@ class AsOnCuda(TorchFunctionMode):
 
 @contextlib.contextmanager
 def cuda_autocast():
-    torch.set_autocast_enabled("cuda", True)  # where modules ask for it
+    torch.set_autocast_enabled("cuda", True)  # modules look at this
     try:
         with AsOnCuda():
             yield
@@ -169,7 +169,7 @@ def cuda_autocast():
 
 
 class Allocated(TorchDispatchMode):
-    """Bytes of the tensors made under it that are alive, `now` and at their `peak`; not those of `module`."""
+    """Counts the bytes of living tensors that were made under it, `now` and at the `peak`, without `module`'s own."""
 
     def __init__(self, module):
         super().__init__()
@@ -199,7 +199,7 @@ class Allocated(TorchDispatchMode):
 
 
 def kept_for_backward(function, parameters) -> int:
-    """The bytes that autograd keeps of `function()` beside parameters and their copies by autocast."""
+    """Bytes that autograd keeps for the backward of `function()`, without parameters and their copies by autocast."""
     kept, shapes = {}, {tuple(p.shape) for p in parameters} | {tuple(p.shape[::-1]) for p in parameters}
 
     def pack(tensor):
@@ -218,7 +218,7 @@ def step(stage=2, implementation="fused", batch=CLIPS, kept_per_second=3.0) -> _
 
 
 def alignment_adapter(implementation):
-    """The adapter, and a call of it on encoded clips."""
+    """The adapter, and a function that calls it on encoded clips."""
     module = {"fused": fused, "eager": eager}[implementation]
     with META:
         adapter = module.AlignmentAdapter(soundwave_config()).train()
@@ -228,12 +228,12 @@ def alignment_adapter(implementation):
     if implementation == "eager":
         return adapter, lambda: adapter(frames, lengths)[0]
     adapter.attention = "sdpa"
-    packed = frames.view(CLIPS * ROWS, -1)  # which the module does after it has looked at the lengths
+    packed = frames.view(CLIPS * ROWS, -1)  # the module does this after it has read the lengths
     return adapter, lambda: adapter._layer(packed, bounds, ROWS)
 
 
 def nf4(linear):
-    """A product of the same sizes with its weight in NF4, double quantisation."""
+    """A linear layer of the same sizes whose weight is NF4 with double quantisation."""
     blocks = linear.weight.numel() // 64
     with META:
         scales = QuantState(torch.empty(blocks // 256), code=torch.empty(256), blocksize=256, dtype=torch.float32)
@@ -252,10 +252,10 @@ def nf4(linear):
 
 
 def llama_layer(clips=CLIPS, product=lambda linear: linear):
-    """One layer in bfloat16 with LoRA in float32, and a call of it on new hidden states.
+    """One layer in bfloat16 with LoRA in float32, and a function that calls it on new hidden states.
 
-    LoRA is peft's for 4-bit products; these are plain here, of which autograd keeps as little: the weight. Where
-    `product` is `nf4`, they are quantised.
+    LoRA is peft's for 4-bit layers. By default these are plain linear layers, of which autograd also keeps only the
+    weight. With `product=nf4` they are quantised.
     """
     config, lora = llama_config(attn_implementation="sdpa"), LoraConfig(r=DIMS.lora_rank)
     with META:
@@ -274,7 +274,7 @@ def llama_layer(clips=CLIPS, product=lambda linear: linear):
 
 
 def peak_of_a_step(module, forward) -> int:
-    """Bytes at the height of forward and backward, beside parameters, their gradients and the result."""
+    """Bytes at the peak of forward and backward, without parameters, their gradients and the result."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -301,14 +301,14 @@ def test_what_a_layer_of_the_language_model_keeps():
 def test_what_a_layer_of_the_language_model_takes_in_backward():
     peak = peak_of_a_step(*llama_layer())
     predicted = step().layer_saved() + step().layer_backward()
-    assert peak == pytest.approx(predicted, rel=0.05)  # what a whole prediction may be off
+    assert peak == pytest.approx(predicted, rel=0.05)  # the tolerance of a whole prediction
 
 
 @pytest.mark.parametrize("clips", [1, 2, 8, 9, 20])
 def test_what_a_quantised_layer_of_the_language_model_takes_in_backward(clips):
     peak = peak_of_a_step(*llama_layer(clips, nf4))
     predicted = sum(step(batch=clips).differentiated_layer(checkpointing=True).values())
-    assert peak == pytest.approx(predicted, rel=0.05)  # what a whole prediction may be off
+    assert peak == pytest.approx(predicted, rel=0.05)  # the tolerance of a whole prediction
 
 
 def test_what_a_layer_of_the_language_model_takes_in_forward():
@@ -343,7 +343,7 @@ def test_the_largest_batch_fits_and_one_more_does_not():
     for stage in (1, 2, 3):
         most = largest_batch(stage, 30.0)
         assert predict(stage, most, 30.0).fits and not predict(stage, most + 1, 30.0).fits
-    assert largest_batch(2, 30.0, gpu_gib=12.0) == 0  # the weights alone
+    assert largest_batch(2, 30.0, gpu_gib=12.0) == 0  # the weights already need more
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -359,13 +359,13 @@ def test_the_search_for_the_largest_batch_is_bounded(monkeypatch):
 
 
 def test_a_weight_out_of_nf4_counts_where_it_stands_at_a_peak():
-    part, size = "LLM: a weight written out of NF4, bf16", 2 * 14336 * 4096
+    part, size = "LLM: a dequantised weight, bf16", 2 * 14336 * 4096
     few, many = predict(2, 4, 30.0), predict(2, 16, 30.0)
     assert few.phases["backward: LLM"][part] == many.phases["language model"][part] == size
     assert part not in few.phases["ctc"]
     without = few.peaks["backward: LLM"] - size
     assert without + 2 * (2 * DIMS.mlp) * step(batch=4).tokens < few.peaks["backward: LLM"]
-    # Two gradients of the MLP come after it and are larger here.
+    # Here the two gradients of the MLP, which follow it, are larger.
     assert part not in many.phases["backward: LLM"]
 
 
@@ -472,7 +472,7 @@ def train_24gb():
 
 
 class Card:
-    """Stands for a trial on a GPU where `most` clips fit, and `timed` where several steps are made."""
+    """Replaces a trial on a GPU on which `most` clips fit in one step, and `timed` clips in several steps."""
 
     cuda, stage, seconds, implementation, dims = True, 2, 30.0, "fused", DIMS
     text = {"text_tokens": 150, "answer_tokens": 80}
@@ -505,7 +505,7 @@ def test_the_bench_tells_a_search_that_its_time_has_ended(train_24gb, monkeypatc
 
 @pytest.fixture
 def runs_on(train_24gb, monkeypatch):
-    """The results that `run` writes, one after the other, of a card."""
+    """The successive results that `run` writes for a card."""
 
     def results(card, until):
         monkeypatch.setattr(train_24gb, "Trial", lambda *_: card)
@@ -579,7 +579,9 @@ def test_the_bench_counts_the_operations_of_the_alignment_adapter(train_24gb, tr
         if trained:
             hidden.backward(torch.empty_like(hidden))
     counted = train_24gb.alignment_flops(ROWS, DIMS, trained)
-    assert counted == pytest.approx(counter.get_total_flops(), rel=1e-3)  # it has biases and norms as products
+    assert counted == pytest.approx(
+        counter.get_total_flops(), rel=1e-3
+    )  # alignment_flops also has biases and norms
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
