@@ -1,4 +1,4 @@
-"""Nothing is lost: a run that was killed, interrupted or out of disk goes on, and ends with the same bits."""
+"""A run that was killed, interrupted or out of disk space continues, and ends with the same bits."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def start(small_llm) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(manifest, start, tmp_path_factory) -> SimpleNamespace:
-    """Four steps of stage I that nothing disturbed, with a checkpoint at each; `out` is left as it is."""
+    """An undisturbed run of stage I: four steps with a checkpoint at each. Tests must not change its folder `out`."""
     out = tmp_path_factory.mktemp("whole")
     run = train(1, out, manifest, **start)
     run.out = out
@@ -54,7 +54,7 @@ def whole(manifest, start, tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture
 def until(whole, tmp_path) -> Callable[[int], Path]:
-    """A folder as the run left it right after a step."""
+    """Copies the run's folder as it was right after a step."""
 
     def until(step: int) -> Path:
         out = tmp_path / "out"
@@ -90,11 +90,11 @@ def change_step(file: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"global_step": 1}))
 
 
-def with_a_field_of_another_version(file: Path) -> None:
+def add_a_field_of_another_version(file: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"nobody_knows": 1}))
 
 
-def with_its_step_alone(file: Path) -> None:
+def keep_the_step_only(file: Path) -> None:
     file.write_text(json.dumps({"global_step": json.loads(file.read_text())["global_step"]}))
 
 
@@ -104,10 +104,10 @@ def with_its_step_alone(file: Path) -> None:
         ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
         ("trainer_state.json", Path.unlink, "trainer_state.json is missing"),
         ("trainer_state.json", truncate, "trainer_state.json is damaged"),
-        ("trainer_state.json", with_a_field_of_another_version, "trainer_state.json is damaged, or of another version"),
-        ("trainer_state.json", with_its_step_alone, "trainer_state.json is not whole"),
+        ("trainer_state.json", add_a_field_of_another_version, "trainer_state.json is damaged, or of another version"),
+        ("trainer_state.json", keep_the_step_only, "trainer_state.json is incomplete"),
         ("config.json", truncate, "config.json is damaged"),
-        ("trainer_state.json", change_step, "trainer_state.json is that of step 1"),
+        ("trainer_state.json", change_step, "trainer_state.json belongs to step 1"),
         (WEIGHTS_FILE, truncate, f"{WEIGHTS_FILE} is damaged"),
         (WEIGHTS_FILE, lambda file: truncate(file, 0), f"{WEIGHTS_FILE} is damaged"),
         ("optimizer.pt", truncate, "optimizer.pt is damaged"),
@@ -127,13 +127,13 @@ def with_its_step_alone(file: Path) -> None:
     ]
     + ["half-an-optimizer", "a-flipped-bit", "empty-rng"],
 )
-def test_a_torn_checkpoint_is_named_passed_over_and_left_alone(until, name, damage, message):
+def test_a_torn_checkpoint_is_named_skipped_and_left_alone(until, name, damage, message):
     out = until(3)
     damage(out / "checkpoint-3" / name)
     before, said = contents(out / "checkpoint-3"), []
     assert newest_checkpoint(out, said.append) == out / "checkpoint-2"
     (line,) = said
-    assert line.startswith(f"{out / 'checkpoint-3'} is passed over: {message}")
+    assert line.startswith(f"{out / 'checkpoint-3'} is skipped: {message}")
     assert contents(out / "checkpoint-3") == before
 
 
@@ -167,7 +167,7 @@ def test_no_more_checkpoints_are_kept_than_wanted(until, manifest, start):
 
 def test_a_run_goes_on_by_itself_says_from_where_and_ends_with_the_same_bits(until, whole, manifest, start, capsys):
     out = until(2)
-    (out / ".writing" / "checkpoint-3").mkdir(parents=True)  # as a kill inside the writing leaves it
+    (out / ".writing" / "checkpoint-3").mkdir(parents=True)  # a kill during the writing leaves this
     resumed = train(1, out, manifest, **start)
     assert f"going on from {out / 'checkpoint-2'}, step 2 of 4\n" in capsys.readouterr().err
     assert same_bits(resumed.state, whole.state)
@@ -177,7 +177,7 @@ def test_a_run_goes_on_by_itself_says_from_where_and_ends_with_the_same_bits(unt
 def test_the_log_of_a_resumed_run_has_every_step_once_and_time_goes_on(until, whole, manifest, start):
     out = until(2)
     with open(out / "log.jsonl", "a") as file:
-        file.write('{"step": 5, "sec')  # as a kill leaves it
+        file.write('{"step": 5, "sec')  # a kill leaves this
     resumed = train(1, out, manifest, **start)
     assert [entry["step"] for entry in resumed.entries] == [1, 2, 3, 4]
     assert resumed.entries[:2] == whole.entries[:2]
@@ -197,7 +197,7 @@ def test_a_run_killed_before_its_model_was_written_only_writes_it(until, whole, 
 
 def test_another_setting_is_refused_by_name_unless_resume_is_asked_for(until, manifest, start):
     out = until(3)
-    with pytest.raises(ConfigError, match=r"holds checkpoints of a run with learning_rate = 0\.001 then, 0\.01 now; "):
+    with pytest.raises(ConfigError, match=r"holds checkpoints of a run with learning_rate = 0\.001 \(now 0\.01\); "):
         train(1, out, manifest, **start | {"learning_rate": 0.01})
     assert train(1, out, manifest, **start | {"learning_rate": 0.01, "resume": True}).log[-1]["learning_rate"] == 0.01
 
@@ -208,7 +208,7 @@ def test_other_samples_are_refused(until, manifest, start, tmp_path):
     fewer.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
         shutil.copy(manifest.parent / row["audio_filepath"], tmp_path)
-    with pytest.raises(ConfigError, match=r"samples = {'transcribe': 5} then, {'transcribe': 4} now"):
+    with pytest.raises(ConfigError, match=r"samples = {'transcribe': 5} \(now {'transcribe': 4}\)"):
         train(1, until(3), fewer, **start)
 
 
@@ -219,7 +219,7 @@ def test_as_many_samples_in_another_order_or_with_other_texts_are_refused(until,
     try:
         manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(
-            ConfigError, match=r"holds checkpoints of a run with data = '\w+' then, '\w+' now; go on all"
+            ConfigError, match=r"holds checkpoints of a run with data = '\w+' \(now '\w+'\); continue anyway"
         ):
             train(1, out, manifest, **start)
     finally:
@@ -232,7 +232,7 @@ def test_as_many_samples_in_another_order_or_with_other_texts_are_refused(until,
 def test_checkpoints_whose_settings_are_lost_are_refused_unless_resume_is_asked_for(until, manifest, start, damage):
     out = until(3)
     damage(out / "run.json")
-    with pytest.raises(ConfigError, match="holds checkpoint-3, but run.json, which tells its settings, is missing or"):
+    with pytest.raises(ConfigError, match="holds checkpoint-3, but run.json, which has its settings, is missing or"):
         train(1, out, manifest, **start)
     train(1, out, manifest, **start, resume=True)
     assert json.loads((out / "run.json").read_text())["config"]["steps"] == 4
@@ -242,7 +242,7 @@ def test_checkpoints_whose_settings_are_lost_are_refused_unless_resume_is_asked_
 def test_what_does_not_fit_the_checkpoint_is_refused_whatever_is_asked_for(until, manifest, start, change):
     out = until(3)
     before = (out / "run.json").read_bytes()
-    with pytest.raises(ConfigError, match=f"a run with {next(iter(change))} = .* then, .* now; name another folder$"):
+    with pytest.raises(ConfigError, match=rf"a run with {next(iter(change))} = .* \(now .*\); name another folder$"):
         train(1, out, manifest, **start | change | {"resume": True})
     assert (out / "run.json").read_bytes() == before
 
@@ -259,11 +259,11 @@ def test_without_a_whole_checkpoint_a_run_starts_anew_and_says_so_unless_resume_
 ):
     out = until(1)
     truncate(out / "checkpoint-1" / WEIGHTS_FILE)
-    with pytest.raises(ConfigError, match="holds no whole checkpoint, but resume = True; leave it out"):
+    with pytest.raises(ConfigError, match="holds no complete checkpoint, but resume = True; leave it out"):
         train(1, out, manifest, **start, resume=True)
     capsys.readouterr()
     assert same_bits(train(1, out, manifest, **start).state, whole.state)
-    assert f"{out} holds no whole checkpoint: starting at step 0\n" in capsys.readouterr().err
+    assert f"{out} holds no complete checkpoint: starting at step 0\n" in capsys.readouterr().err
 
 
 def test_a_link_to_a_checkpoint_that_is_gone_is_moved_out_of_the_way(until, whole, manifest, start):
@@ -275,13 +275,13 @@ def test_a_link_to_a_checkpoint_that_is_gone_is_moved_out_of_the_way(until, whol
 
 def test_two_trainings_in_one_folder_are_refused(until, manifest, start):
     out = until(2)
-    with FileLock(out / ".lock"), pytest.raises(ConfigError, match="is that of a training that still runs; wait"):
+    with FileLock(out / ".lock"), pytest.raises(ConfigError, match="is in use by a training that still runs; wait"):
         train(1, out, manifest, **start)
     train(1, out, manifest, **start)
 
 
 def test_a_seed_decides_the_weights_however_the_dtype_was_found(whole, manifest, start, tmp_path):
-    """The short timing behind dtype=auto has happened in the other run, or in no run of the process."""
+    """Whether the short timing behind dtype=auto ran in this process before must not matter."""
     pick_dtype.cache_clear()
     one = train(1, tmp_path / "1", manifest, **start, dtype="auto")
     two = train(1, tmp_path / "2", manifest, **start, dtype="auto")
@@ -310,7 +310,7 @@ def test_a_checkpoint_past_the_last_step_is_refused(until, manifest, start):
 
 
 def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tiny_corpus, small_llm):
-    # In stages I and III inside a checkpoint's writing, in stage II between steps; the script does many more.
+    # In stages I and III the kill comes while a checkpoint is written, in stage II between steps.
     words = ["--stages", 1, 2, 3, "--kills", 1, "--workers", 1, "--accumulation", 2, "--steps", 4, "--batch-size", 2]
     words += ["--language-model", small_llm, "--corpus", tiny_corpus]
     done = subprocess.run(
@@ -323,7 +323,7 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tiny_corpus, sm
 
 
 def when_logged(out: Path, step: int, act: Callable[[], None]) -> threading.Thread:
-    """Acts, in a thread of its own, when a run has logged a step."""
+    """Calls `act` in another thread when a run has logged `step` steps."""
 
     def watch() -> None:
         while not (out / "log.jsonl").is_file() or (out / "log.jsonl").read_bytes().count(b"\n") < step:
@@ -346,8 +346,8 @@ def test_a_signal_saves_and_tells_how_to_go_on(whole, manifest, start, tmp_path,
     assert signal.getsignal(number) == before
 
 
-def test_the_same_wish_sent_twice_is_one_and_a_later_signal_stops_at_once():
-    """A parent, or what ends a service, may send it beside the terminal."""
+def test_the_same_signal_twice_is_one_request_and_a_later_one_stops_at_once():
+    """The terminal and a parent process, or a service manager, may send the same request twice."""
     with StopOnSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -376,12 +376,12 @@ def test_a_signal_to_all_processes_ends_the_command_with_status_130(manifest, sm
         text=True,
         start_new_session=True,
     )
-    # A terminal's Ctrl-C, and what ends a service, reach the data workers, too.
+    # Ctrl-C in a terminal, and the signal of a service manager, reach the data workers too.
     when_logged(tmp_path / "out", 2, lambda: os.killpg(process.pid, number))
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (130, "")
     asked, told = [line for line in err.splitlines() if line]
-    assert asked == "stopping: the step at hand is finished and saved; once more to stop at once"
+    assert asked == "stopping after the current step, which is saved; press or send it again to stop at once"
     assert told.startswith("stopped after step ") and "the same command goes on from there" in told
 
 
@@ -390,7 +390,7 @@ def test_a_signal_to_all_processes_ends_the_command_with_status_130(manifest, sm
 
 @pytest.fixture
 def file_size_limit():
-    """Sets the most bytes that a file may have, as a full disk would; back to what it was after the test."""
+    """Limits the size of files in bytes, which acts like a full disk, until the test ends."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -407,7 +407,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(
         train(1, out, manifest, **start)
     message = str(caught.value)
     assert message.startswith(f"{out / 'checkpoint-3'} cannot be written (") and message.splitlines() == [message]
-    assert message.endswith("checkpoint-2 is whole: make room, then start the same command again")
+    assert message.endswith("checkpoint-2 is complete: make room, then start the same command again")
     assert contents(out / "checkpoint-2") == before
     assert not (out / ".writing").exists() and not (out / "checkpoint-3").exists()
     file_size_limit(resource.RLIM_INFINITY)
@@ -424,9 +424,8 @@ def test_a_full_disk_that_the_log_meets_first_is_one_line_that_says_what_is_safe
 
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
     when_logged(out, 3, fill)
-    full = (
-        "log.jsonl cannot be written (No space left on device); checkpoint-2 is whole: make room, then start the same"
-    )
+    full = "log.jsonl cannot be written (No space left on device); checkpoint-2 is complete: make room, then start the "
+    full += "same"
     with pytest.raises(WriteError, match=re.escape(full)):
         train(1, out, manifest, **start | {"save_steps": 100})
 

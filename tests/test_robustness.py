@@ -1,4 +1,4 @@
-"""Bad numbers and bad data: each one clear line; training goes on without them where that is safe, and tells."""
+"""Bad numbers and bad data: each gives one clear line, and training goes on without them where that is safe."""
 
 import json
 import math
@@ -20,13 +20,12 @@ from soundwave.data.audio import AudioError, load_audio, seconds_of
 from soundwave.data.collate import CheckedCollator, LeftOut
 from soundwave.data.manifest import ManifestError, Sample, read_manifest
 from soundwave.data.selection import SampleError
-from soundwave.model.configuration import SoundwaveConfig
-from soundwave.model.modeling import WEIGHTS_FILE, SoundwaveForConditionalGeneration, freeze_all_but
+from soundwave.model.modeling import WEIGHTS_FILE, freeze_all_but
 from soundwave.model.processing import SoundwaveProcessor
 from soundwave.training.settings import ConfigError, make_config
 from soundwave.training.stages import TRAINED, _arguments, build_model, build_sampler
 from soundwave.training.trainer import SoundwaveTrainer
-from tests.short_runs import SETTINGS, copy_recordings, lines, manifest_of, same_bits, train
+from tests.short_runs import SETTINGS, copy_recordings, lines, manifest_of, same_bits, save_still_model, train
 
 SCRIPT = Path(sys.executable).with_name("soundwave")
 RATE = 16_000
@@ -59,15 +58,7 @@ def start(small_llm) -> dict:
 @pytest.fixture(scope="module")
 def still(small_llm, tmp_path_factory) -> Path:
     """A model of stage I without dropout."""
-    config = SoundwaveConfig.from_backbones(
-        backbones.WHISPER, str(small_llm), lora_rank=4, adapter_dropout=0.0, stage=1
-    )
-    torch.manual_seed(0)
-    model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=False)
-    with torch.no_grad():
-        model.blank_bias.fill_(14.0)
-    model.save_pretrained(folder := tmp_path_factory.mktemp("still"))
-    return folder
+    return save_still_model(small_llm, tmp_path_factory.mktemp("still"))
 
 
 def noise(seconds: float, rate: int = RATE, channels: int = 1) -> np.ndarray:
@@ -85,7 +76,7 @@ GOOD = {
     "new\nline": (noise(1.0), RATE, "PCM_16"),
 }
 BAD = {
-    "missing": "does not exist; correct it, seen from the manifest's folder",
+    "missing": "does not exist; correct the path, relative to the manifest's folder",
     "empty": "is an empty file; record it again, or leave this line out",
     "text-called-wav": "cannot be decoded (Format not recognised); get a whole copy, or convert it",
     "3-hours": "duration = 10800, but at most 30 s can be trained on; cut it, or give offset and duration",
@@ -100,7 +91,7 @@ BAD = {
 
 
 def write_bad(kind: str, path: Path) -> None:
-    """A file with the fault of that name, or none."""
+    """Writes a file with the fault of that name; no file for "missing"."""
     samples = noise(1.0)
     if kind == "missing":
         return
@@ -126,7 +117,7 @@ def write_bad(kind: str, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def mixed(data, rows, start, tmp_path_factory):
-    """One epoch of the command on good and bad recordings: the lines on stderr, and the run's folder."""
+    """The command trains one epoch on good and bad recordings: its stderr, and the run's folder."""
     folder = Path(shutil.copytree(data, tmp_path_factory.mktemp("mixed") / "data"))
     added = []
     for kind, (samples, rate, subtype) in GOOD.items():
@@ -169,7 +160,9 @@ def test_the_end_says_how_many_were_left_out_and_why(mixed):
     err, out = mixed
     last = err.splitlines()[-1]
     total = 4 + len(GOOD) + len(BAD)
-    assert last.startswith(f"left out {len(BAD)} of {total} samples, all in {out / 'left_out.jsonl'}: 2 × is truncated")
+    assert last.startswith(
+        f"left out {len(BAD)} of {total} samples, listed in {out / 'left_out.jsonl'}: 2 × is truncated"
+    )
 
 
 def test_without_a_terminal_progress_is_one_plain_line_a_logging_step(mixed):
@@ -229,7 +222,7 @@ def test_a_run_in_which_no_sample_can_be_read_any_more_stops(folder, rows, start
 def test_a_transcript_that_needs_more_frames_than_there_are_is_left_out_where_ctc_is_trained(
     processor, folder, rows, stage
 ):
-    # 1 s are 100 mel frames, 25 of CTC; each repeated word needs a blank before it.
+    # 1 s has 100 mel frames and 25 CTC frames; each repeated word needs a blank before it.
     soundfile.write(folder / "x.wav", noise(1.0), RATE)
     rows = [{"audio_filepath": "x.wav", "text": "no " * count} for count in (13, 14)]
     batch = CheckedCollator(processor, stage)(read_manifest(manifest_of(folder, rows)))
@@ -249,7 +242,7 @@ def test_one_nan_recording_leaves_the_weights_as_without_it(folder, rows, start,
     samples = noise(9.0)
     samples[70_000] = np.nan
     soundfile.write(folder / "x.wav", samples, RATE, subtype="FLOAT")
-    bad = {"audio_filepath": "x.wav", "text": "yes", "duration": 9.0}  # the last of its batch, which is by length
+    bad = {"audio_filepath": "x.wav", "text": "yes", "duration": 9.0}  # the longest, so the last of its batch
     with_it = train(1, tmp_path / "with", manifest_of(folder, [*rows, bad]), **start, batch_size=5)
     without = train(1, tmp_path / "without", folder / "good.jsonl", **start, batch_size=5)
     assert same_bits(with_it.state, without.state)
@@ -288,7 +281,7 @@ def test_a_model_of_a_newer_version_is_one_line_that_names_it(still, folder, tmp
 
 
 class Poisoned(CheckedCollator):
-    """Breaks the features of one sample."""
+    """A collator that makes the features of one sample NaN."""
 
     victim = ""
 
@@ -298,7 +291,7 @@ class Poisoned(CheckedCollator):
 
 
 def poisoned_trainer(still, manifest, processor, out: Path, **changes) -> SoundwaveTrainer:
-    """A trainer whose first sample is broken."""
+    """A trainer whose first sample has NaN features."""
     values = {name: value for name, value in SETTINGS.items() if name != "lora_rank"} | {"batch_size": 1} | changes
     config = make_config(1, train=manifest, out=out, model=still, spec_augment=False, **values)
     samples = read_manifest(manifest)

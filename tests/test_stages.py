@@ -12,7 +12,6 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from soundwave import backbones
 from soundwave.data.collate import Collator
 from soundwave.data.manifest import ManifestError, Sample, read_manifest, write_manifest
 from soundwave.model.configuration import SoundwaveConfig
@@ -21,6 +20,7 @@ from soundwave.training.checkpoints import newest_checkpoint
 from soundwave.training.settings import ConfigError, StageConfig, load_config, make_config
 from soundwave.training.stages import _arguments, build_model, build_sampler, train_stage
 from soundwave.training.trainer import SoundwaveTrainer
+from tests.short_runs import save_still_model
 
 CPU = torch.device("cpu")
 COMMON = {"dtype": "float32", "accumulation": 1, "log_steps": 1, "warmup_steps": 0, "scheduler": "constant_with_warmup"}
@@ -28,7 +28,7 @@ COMMON = {"dtype": "float32", "accumulation": 1, "log_steps": 1, "warmup_steps":
 
 @pytest.fixture(scope="module")
 def data(tiny_corpus, tmp_path_factory) -> Path:
-    """A folder of the corpus's eight shortest recordings: stage1.jsonl, and four with two questions, stage2.jsonl."""
+    """The corpus's eight shortest recordings: stage1.jsonl has all, stage2.jsonl four and two questions in text."""
     folder = tmp_path_factory.mktemp("data")
     rows = [json.loads(line) for line in (tiny_corpus / "stage1.jsonl").read_text().splitlines()]
     rows = sorted(rows, key=lambda row: row["duration"])[:8]
@@ -44,7 +44,7 @@ def data(tiny_corpus, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data, small_llm):
-    """Trains a stage for a few steps on the small model; gives the model's folder and the log."""
+    """Trains a stage for a few steps on the small model; returns the model's folder, log, seconds and weights."""
 
     def run(stage: int, out: Path, manifest: str | None = None, **settings) -> SimpleNamespace:
         settings = COMMON | {"train": data / (manifest or f"stage{min(stage, 2)}.jsonl"), "out": out} | settings
@@ -69,16 +69,8 @@ def chain(run, tmp_path_factory) -> dict[int, SimpleNamespace]:
 
 @pytest.fixture(scope="module")
 def still(data, small_llm, tmp_path_factory) -> Path:
-    """A model of stage I without dropout, so that two ways to the same loss can be compared."""
-    config = SoundwaveConfig.from_backbones(
-        backbones.WHISPER, str(small_llm), lora_rank=4, adapter_dropout=0.0, stage=1
-    )
-    torch.manual_seed(0)
-    model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=False)
-    with torch.no_grad():
-        model.blank_bias.fill_(14.0)
-    model.save_pretrained(folder := tmp_path_factory.mktemp("still"))
-    return folder
+    """A model of stage I without dropout, so that two ways to compute the same loss can be compared."""
+    return save_still_model(small_llm, tmp_path_factory.mktemp("still"))
 
 
 def changed(before: dict, after: dict) -> set[str]:
@@ -99,7 +91,7 @@ def test_a_stage_leaves_a_model_logs_and_a_checkpoint(chain, stage):
     assert chain[stage].seconds > 0
 
 
-def test_stage_two_goes_on_from_stage_one_and_trains_both_adapters_and_lora(chain, small_llm):
+def test_stage_two_starts_from_stage_one_and_trains_both_adapters_and_lora(chain, small_llm):
     config = make_config(2, train="t", out="o", model=chain[1].folder, dtype="float32")
     start = build_model(config, CPU).trained_state_dict()
     assert not changed(chain[1].state, start)
@@ -272,7 +264,7 @@ def test_logged_figures_are_those_of_the_batch(run, still, data, processor, tmp_
 def test_audio_per_second_is_audio_over_time(run, data, tmp_path):
     result = run(1, tmp_path, steps=3, batch_size=4, log_steps=3)
     seconds = sum(soundfile.info(sample.audio).duration for sample in read_manifest(data / "stage1.jsonl")) * 12 / 8
-    # The step-1 log ends the first stretch; the rest is about two thirds of the audio, in less than the whole time.
+    # The log at step 1 ends the first interval; the rest is about two thirds of the audio, in less than the whole time.
     assert [entry["step"] for entry in result.log] == [1, 3]
     assert result.log[1]["audio_per_second"] * result.seconds > 0.5 * seconds * 2 / 3
     assert result.log[1]["audio_per_second"] < 1000
@@ -314,14 +306,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run, still, 
 
 
 def test_stage_three_without_a_model_is_refused(run, tmp_path, small_llm):
-    with pytest.raises(ConfigError, match="setting 'model' is missing; stage 3 goes on from a model of stage 2"):
+    with pytest.raises(ConfigError, match="setting 'model' is missing; stage 3 starts from a model of stage 2"):
         build_model(make_config(3, train="t", out="o", language_model=str(small_llm)), CPU)
 
 
 @pytest.mark.parametrize(("stage", "of"), [(1, 2), (3, 1)], ids=["back-to-one", "two-left-out"])
 def test_a_model_of_the_wrong_stage_is_refused(chain, stage, of):
     config = make_config(stage, train="t", out="o", model=chain[of].folder)
-    with pytest.raises(ConfigError, match=f"has seen stage {of}, but stage {stage} goes on from one of stage "):
+    with pytest.raises(ConfigError, match=f"has seen stage {of}, but stage {stage} starts from one of stage "):
         build_model(config, CPU)
 
 
@@ -481,7 +473,7 @@ def test_words_win_over_the_file_and_the_file_over_the_paper(tmp_path):
     ("text", "message"),
     [
         ("- a\n- b\n", "holds a list; write one `key: value` a line"),
-        ("a: [1\n", "not YAML ("),
+        ("a: [1\n", "is not YAML ("),
         ("lr: 1\n", "unknown setting 'lr'"),
     ],
     ids=["list", "broken", "unknown"],

@@ -1,4 +1,4 @@
-"""What comes from somebody else is read, never run: model folders, checkpoints, and the paths that manifests name."""
+"""Files from somebody else are read, never executed: model folders, checkpoints, and the paths in manifests."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ from tests.short_runs import copy_recordings, manifest_of, same_bits, train
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -40,13 +40,13 @@ def write_archive(payload: Payload, file: Path) -> None:
 
 @pytest.fixture
 def mark(tmp_path) -> Path:
-    """A file that only a payload makes."""
+    """The file that a payload makes; nothing else makes it."""
     return tmp_path / "mark"
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_corpus, small_llm, tmp_path_factory) -> SimpleNamespace:
-    """Two steps of stage I with a checkpoint at each."""
+    """A run of stage I: two steps with a checkpoint at each."""
     folder = tmp_path_factory.mktemp("data")
     manifest = manifest_of(folder, copy_recordings(tiny_corpus, folder, 3))
     settings = {"language_model": str(small_llm), "save_steps": 1}
@@ -75,7 +75,7 @@ def test_the_payload_of_these_tests_would_work(mark, tmp_path, write):
 
 @pytest.mark.parametrize("write", [write_pickle, write_archive])
 @pytest.mark.parametrize("name", [*TENSOR_FILES, "scaler.pt"])
-def test_a_pickle_in_a_checkpoint_is_not_run_and_the_checkpoint_is_passed_over(out, mark, name, write):
+def test_a_pickle_in_a_checkpoint_is_not_run_and_the_checkpoint_is_skipped(out, mark, name, write):
     write(Payload(mark), out / "checkpoint-2" / name)
     assert newest_checkpoint(out) == out / "checkpoint-1"
     assert fault_of(out / "checkpoint-2").startswith(f"{name} ")
@@ -144,7 +144,7 @@ def test_a_language_model_that_brings_its_own_code_is_refused(small_llm, tmp_pat
 
 @pytest.fixture
 def outside(tmp_path) -> Path:
-    """A manifest's folder `data`, and a recording beside it."""
+    """A folder `data` for manifests, and a recording outside it."""
     (tmp_path / "data").mkdir()
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "a.wav").write_bytes(b"RIFF")
@@ -183,7 +183,7 @@ def test_a_folder_that_is_itself_a_link_is_fine(outside):
 
 
 def calls() -> list[tuple[str, str, dict[str, object]]]:
-    """Every call in the package: file and line, the function's name, its constant keywords."""
+    """Every call in the package: file and line, name of the function, keyword arguments."""
     found = []
     for file in sorted(Path(soundwave.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""What happens beside the steps: progress for people, TensorBoard's files, signals, the clock."""
+"""Callbacks of the trainer: progress on the terminal, TensorBoard's log, signals, and the time that training takes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from soundwave.training.journal import Journal, say, write_text
 
 
 class ProgressBar(TrainerCallback):
-    """A bar on the terminal: time left, losses, audio-seconds per second and memory."""
+    """A progress bar on the terminal: time left, losses, seconds of audio per second, memory."""
 
     def __init__(self, title: str):
         self.title = title
@@ -30,20 +30,21 @@ class ProgressBar(TrainerCallback):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, *_: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if "loss" in logs:
+        if self.bar is not None and "loss" in logs:
             self.bar.set_postfix(shown_figures(logs))
 
     def close(self) -> None:
-        """Leave the bar's line, however training ended."""
+        """Close the bar, so that the next output begins on a line of its own."""
         if self.bar is not None:
             self.bar.close()
 
 
 class ProgressLines(TrainerCallback):
-    """The same without a terminal: one plain line a logging step."""
+    """The same figures without a terminal: one plain line per logging step."""
 
     def __init__(self, title: str):
         self.title = title
@@ -62,11 +63,11 @@ class ProgressLines(TrainerCallback):
         say(f"{self.title} | step {state.global_step}/{state.max_steps} | {figures} | {left} left")
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there is no bar to close."""
 
 
 def shown_figures(logs: dict[str, float]) -> dict[str, str]:
-    """What a person wants to see of a log entry while it trains."""
+    """The figures of a log entry that are shown during training, as text by name."""
     figures = {name: f"{logs[name]:.3f}" for name in ("ctc_loss", "lm_loss") if name in logs}
     if "blank_share" in logs:
         figures["blank"] = f"{logs['blank_share']:.0%}"
@@ -76,7 +77,7 @@ def shown_figures(logs: dict[str, float]) -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Most bytes that were in use so far: of the GPU if there is one, else of this process."""
+    """Peak memory so far in bytes: that of the GPU if there is one, else that of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource  # not on Windows
@@ -85,21 +86,24 @@ def peak_memory() -> int:
 
 
 class Interrupted(RuntimeError):
-    """Training was asked to stop, and has saved a checkpoint. One line: where it stopped and how to go on."""
+    """Training was asked to stop and has saved a checkpoint. The message says where it stopped and how to continue."""
 
 
 class StopOnSignal(TrainerCallback):
-    """Within `with`: Ctrl-C or SIGTERM lets the step at hand end and saves a checkpoint; a second one acts at once."""
+    """Within its `with` block, Ctrl-C or SIGTERM ends training after the current step, with a checkpoint.
+
+    A second signal has its usual effect at once.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
-    ONE_REQUEST = 1.0  # s; a service's end, or a parent beside the terminal, may send the same wish twice
+    ONE_REQUEST = 1.0  # s; within this time a repeated signal is the same request, sent by terminal and parent process
 
     def __init__(self) -> None:
         self.asked, self._asked_at = False, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers in no other thread
             self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
         return self
 
@@ -115,8 +119,8 @@ class StopOnSignal(TrainerCallback):
                 os.kill(os.getpid(), number)
             return
         self.asked, self._asked_at = True, time.monotonic()
-        # Not `say`: what the signal interrupts may hold its lock.
-        os.write(2, b"\nstopping: the step at hand is finished and saved; once more to stop at once\n")
+        # Not `say`: the code that the signal interrupted may hold its lock.
+        os.write(2, b"\nstopping after the current step, which is saved; press or send it again to stop at once\n")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.asked:
@@ -124,13 +128,13 @@ class StopOnSignal(TrainerCallback):
 
 
 def ignore_interrupts(worker: int) -> None:
-    """In a data worker: a signal may reach every process of a group, but the trainer alone decides when to end."""
+    """Make a data worker ignore the signals: all processes of a group get them, but the trainer decides when to end."""
     for number in StopOnSignal.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Board(TensorBoardCallback):
-    """TensorBoard's, without which training goes on where its files cannot be written."""
+    """TensorBoard's callback. Training goes on without it where its files cannot be written."""
 
     off = False
 
@@ -153,10 +157,10 @@ class Board(TensorBoardCallback):
 
 
 class Clock(TrainerCallback):
-    """Notes the run once its checkpoint is loaded, has the settings of this run hold, and times it.
+    """Writes `run.json` when the checkpoint is loaded, applies this run's settings to it, and measures the time.
 
     Args:
-        note: what `run.json` tells.
+        note: content of `run.json`.
     """
 
     def __init__(self, journal: Journal, note: dict[str, Any]):
@@ -171,23 +175,23 @@ class Clock(TrainerCallback):
         lr_scheduler: LambdaLR,
         **kwargs: Any,
     ) -> None:
-        # A resumed run would log, save and step as the one before did, whatever its own settings are.
+        # The loaded state has the intervals and the learning rate of the run before: replace them by this run's.
         state.compute_steps(args, state.max_steps)
         if set(lr_scheduler.base_lrs) != {args.learning_rate}:
             lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
             for group, share in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
                 group["lr"] = args.learning_rate * share(lr_scheduler.last_epoch)
-            lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
-        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # the other group has biases and norms: none
+            lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # this is what Trainer logs
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # the other group, biases and norms, has none
         self.write_note()
         self.journal.start_clock()
 
     def write_note(self) -> None:
-        """Write `run.json`; that of the run before stays until what it describes is loaded."""
+        """Write `run.json`. The file of the run before stays in place until its checkpoint is loaded."""
         write_text(self.journal.out / "run.json", json.dumps(self.note, indent=2) + "\n")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_log |= state.global_step >= state.max_steps  # what is said of a run is how it ended
+        control.should_log |= state.global_step >= state.max_steps  # the summary of a run is its last log entry
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.journal.stop_clock()

@@ -1,8 +1,8 @@
-"""What a run's folder tells about the run: settings in `run.json`, and JSON lines that grow while it trains.
+"""The files in a run's folder that record the run: JSON lines, which grow during training.
 
-log.jsonl            one entry a logging step: losses, rates, what was drawn
-left_out.jsonl       one line a sample that is not trained on: step, sample, file, reason
-skipped_steps.jsonl  one line a step that changed nothing: step, reason, samples
+log.jsonl            one entry per logging step: losses, rates, samples of each task
+left_out.jsonl       one line per sample that is not trained on: step, sample, file, reason
+skipped_steps.jsonl  one line per step that changed nothing: step, reason, samples
 """
 
 import json
@@ -19,21 +19,24 @@ from soundwave.data.collate import LeftOut
 from soundwave.training.checkpoints import WriteError
 
 FILES = ("log.jsonl", "left_out.jsonl", "skipped_steps.jsonl")
-NAMED = 20  # samples left out that are shown; the file has them all
+NAMED = 20  # so many left-out samples are shown; the file has all of them
 
 
 def say(line: str) -> None:
-    """A line on stderr, above a progress bar if one is drawn there."""
+    """Print a line on stderr, above the progress bar if there is one."""
     tqdm.write(line, file=sys.stderr)
 
 
 class Journal:
-    """The JSON lines of a run.
+    """Writes the JSON lines of a run.
+
+    Args:
+        out: folder of the run.
 
     Attributes:
-        left_out: samples left out so far, in the order they were found.
-        skipped: steps skipped so far.
-        skipped_in_a_row: steps skipped since the last one that was not.
+        left_out: reason by (sample, file) for the samples left out so far, in the order in which they were found.
+        skipped: number of steps skipped so far.
+        skipped_in_a_row: number of steps skipped since the last step that was not.
     """
 
     def __init__(self, out: Path):
@@ -43,8 +46,11 @@ class Journal:
         self._seconds, self._start = 0.0, None
 
     def begin(self, step: int) -> None:
-        """Go on after `step`: what a killed run wrote about later ones is dropped, and about step 0 is found anew."""
-        kept = {name: [row for row in _rows(self.out / name) if 0 < row["step"] <= step] for name in FILES}
+        """Continue after `step`: drop the lines of later steps, which a killed run wrote.
+
+        Lines of step 0 are dropped too: they name samples left out before training, which are found again.
+        """
+        kept = {name: [row for row in _complete_rows(self.out / name) if 0 < row["step"] <= step] for name in FILES}
         for name, rows in kept.items():
             self._replace(name, rows)
         self._seconds = max((row["seconds"] for row in kept["log.jsonl"]), default=0.0)
@@ -55,26 +61,26 @@ class Journal:
             self.skipped_in_a_row += 1
 
     def start_clock(self) -> None:
-        """Training begins now; `seconds` go on from those of the run that is resumed."""
+        """Start counting `seconds`. A resumed run continues from the seconds of the run before."""
         self._start = time.perf_counter()
 
     def stop_clock(self) -> None:
-        """Training has ended."""
+        """Stop counting `seconds`."""
         self._seconds, self._start = self.seconds, None
 
     @property
     def seconds(self) -> float:
-        """That training took so far, without loading and evaluation; with those of the run that is resumed."""
+        """Seconds of training so far, without loading and evaluation; those before an interruption are included."""
         return self._seconds + (time.perf_counter() - self._start if self._start is not None else 0.0)
 
     def log(self, entry: dict[str, Any]) -> None:
-        """One entry of log.jsonl; a value that is not finite becomes null."""
+        """Write one entry of log.jsonl; a value that is not finite becomes null."""
         entry = entry | {"seconds": round(self.seconds, 3)}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._append("log.jsonl", finite)
 
     def leave_out(self, step: int, left: LeftOut) -> None:
-        """Note a sample that is not trained on, and say so the first time."""
+        """Record a sample that is not trained on, and print it the first time."""
         if (left.sample, left.file) in self.left_out:
             return
         self.left_out[left.sample, left.file] = left.reason
@@ -82,17 +88,17 @@ class Journal:
         if len(self.left_out) <= NAMED:
             say(f"left out: {left}")
         elif len(self.left_out) == NAMED + 1:
-            say(f"left out: further samples, named in {self.out / 'left_out.jsonl'}")
+            say(f"left out: more samples, which are listed in {self.out / 'left_out.jsonl'}")
 
     def skip(self, step: int, reason: str, samples: list[str]) -> None:
-        """Note a step that changes neither weights nor optimiser, and say so."""
+        """Record a step that changes neither weights nor optimiser, and print it."""
         self.skipped += 1
         self.skipped_in_a_row += 1
         self._append("skipped_steps.jsonl", {"step": step, "reason": reason, "samples": samples})
         say(f"step {step} is skipped: {reason}; its samples are {', '.join(samples)}")
 
     def sync(self) -> None:
-        """Have the files on disk, not in the system's memory."""
+        """Force the files from the system's memory to the disk."""
         for name in FILES:
             with open(self.out / name, "rb") as file:
                 os.fsync(file.fileno())
@@ -109,21 +115,25 @@ class Journal:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it; WriteError if that fails."""
+    """Write a file aside and rename it.
+
+    Raises:
+        WriteError: writing failed.
+    """
     aside = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the name without the text
+            os.fsync(file.fileno())  # without this a power cut may leave the name without the text
         os.replace(aside, path)
     except OSError as error:
         raise WriteError(f"{path} cannot be written ({error.strerror})") from error
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; a killed run may have left half of one."""
+def _complete_rows(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file; a killed run may have left half of a line at the end."""
     rows = []
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:

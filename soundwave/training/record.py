@@ -1,4 +1,4 @@
-"""One run in one folder: who may write there, what it goes on from, and what `run.json` tells of it."""
+"""One run in one folder: its lock, the checkpoint that it continues from, and the content of `run.json`."""
 
 import errno
 import hashlib
@@ -21,14 +21,14 @@ from soundwave.training.checkpoints import WriteError, newest_checkpoint, step_o
 from soundwave.training.journal import say
 from soundwave.training.settings import ConfigError, StageConfig
 
-# Settings that may differ between a run and the one that goes on from its checkpoint: they decide no weight.
+# Settings that may change when a run continues from a checkpoint, because no weight depends on them.
 FREE = ("out", "log_steps", "save_steps", "save_total_limit", "workers", "resume", "allow_outside")
 FREE += ("strict", "max_skipped", "quiet")
-# Those that decide what is trained, and the optimiser's state of it.
+# Settings that must not change, because they decide which weights are trained and the form of the optimiser's state.
 BOUND = ("stage", "optimizer", "train_shrinking")
-# And those of the model that decide the shapes of its weights.
+# Values of the model's configuration that must not change, because they decide the shapes of its weights.
 SHAPING = ("audio_hidden_size", "hidden_size", "vocab_size", "semantics", "frame_stack", "keys", "lora_rank")
-# A file system without locks, as some of a network are.
+# Errors of a file system without locks, as some network file systems are.
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 LOCK = ".lock"
 VERSIONS_OF = ("soundwave", "torch", "triton", "transformers", "peft", "numpy")
@@ -36,7 +36,14 @@ VERSIONS_OF = ("soundwave", "torch", "triton", "transformers", "peft", "numpy")
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Two trainings in one folder would tear each other's checkpoints. The lock ends with its process, even killed."""
+    """Lock a run's folder, because two trainings in one folder would damage each other's checkpoints.
+
+    The system releases the lock when the process ends, even when it is killed.
+
+    Raises:
+        ConfigError: another training uses the folder.
+        WriteError: the folder cannot be written.
+    """
     lock = FileLock(out / LOCK, timeout=0)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -45,10 +52,10 @@ def alone_in(out: Path) -> Iterator[None]:
         except OSError as error:
             if isinstance(error, Timeout) or error.errno not in NO_LOCKS:
                 raise
-            say(f"{out} cannot be locked ({error.strerror}): see to it that no other training uses it")
+            say(f"{out} cannot be locked ({error.strerror}): make sure that no other training uses it")
     except Timeout:
         raise ConfigError(
-            f"out = {str(out)!r} is that of a training that still runs; wait for its end, or name another folder"
+            f"out = {str(out)!r} is in use by a training that still runs; wait for its end, or name another folder"
         ) from None
     except OSError as error:
         raise WriteError(f"{out} cannot be written ({error.strerror}); name another folder") from None
@@ -59,34 +66,44 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def checkpoint_of(config: StageConfig) -> Path | None:
-    """What the run goes on from; a setting that forbids it is an error."""
-    passed_over: list[str] = []
-    found = newest_checkpoint(config.out, passed_over.append)
-    for line in passed_over:
+    """The checkpoint that a run continues from; None if it starts at step 0.
+
+    Raises:
+        ConfigError: the checkpoint contradicts `resume` or `steps`.
+    """
+    skipped: list[str] = []
+    found = newest_checkpoint(config.out, skipped.append)
+    for line in skipped:
         say(line)
-    if found is None and passed_over and config.resume:
+    if found is None and skipped and config.resume:
         raise ConfigError(
-            f"out = {str(config.out)!r} holds no whole checkpoint, but resume = True; leave it out to start at step 0"
+            f"out = {str(config.out)!r} holds no complete checkpoint, but resume = True; "
+            "leave it out to start at step 0"
         )
     if found is None:
-        if passed_over:
-            say(f"{config.out} holds no whole checkpoint: starting at step 0")
+        if skipped:
+            say(f"{config.out} holds no complete checkpoint: starting at step 0")
         return None
     if config.resume is False:
         raise ConfigError(
             f"out = {str(config.out)!r} holds {found.name} of an earlier run, but resume = False; name another folder, "
             "or delete its checkpoints"
         )
-    if step_of(found) > config.steps:
+    step = step_of(found) or 0
+    if step > config.steps:
         raise ConfigError(
             f"out = {str(config.out)!r} holds {found.name}, but steps = {config.steps}; name another folder"
         )
-    say(f"going on from {found}, step {step_of(found)} of {config.steps}")
+    say(f"going on from {found}, step {step} of {config.steps}")
     return found
 
 
 def earlier_note(config: StageConfig, checkpoint: Path | None) -> dict[str, Any] | None:
-    """`run.json` of the run that is gone on with; None where none is, or none can be read and `resume` is asked for."""
+    """`run.json` of the run that wrote the checkpoint; None without a checkpoint, or without the file with `resume`.
+
+    Raises:
+        ConfigError: the file is missing or damaged, and `resume` is None.
+    """
     if checkpoint is None:
         return None
     try:
@@ -97,8 +114,8 @@ def earlier_note(config: StageConfig, checkpoint: Path | None) -> dict[str, Any]
         pass
     if config.resume is None:
         raise ConfigError(
-            f"out = {str(config.out)!r} holds {checkpoint.name}, but run.json, which tells its settings, is missing or "
-            "damaged; go on all the same with resume=true, or name another folder"
+            f"out = {str(config.out)!r} holds {checkpoint.name}, but run.json, which has its settings, is missing or "
+            "damaged; continue anyway with resume=true, or name another folder"
         )
     return None
 
@@ -106,11 +123,18 @@ def earlier_note(config: StageConfig, checkpoint: Path | None) -> dict[str, Any]
 def note_of(
     config: StageConfig, samples: list[Sample], device: torch.device, earlier: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What `run.json` tells of a run. One that goes on by itself must have the settings and samples of the earlier."""
+    """Content of `run.json`: settings, versions, device, commit and samples of a run.
+
+    Args:
+        earlier: the content that the run before wrote, if this one continues it.
+
+    Raises:
+        ConfigError: settings or samples differ from those of the run before. With `resume` only `BOUND` must agree.
+    """
     settings = config.model_dump(mode="json")
     settings |= {"train": [str(path.resolve()) for path in config.train], "out": str(config.out.resolve())}
     settings |= {"model": None if config.model is None else str(config.model.resolve())}
-    if config.dtype == "auto":  # decided by a short timing on CPUs, which may end otherwise the next time
+    if config.dtype == "auto":  # a CPU decides by a short timing, which may have another result the next time
         found = str(pick_dtype(device.type)[0]).removeprefix("torch.")
         settings["dtype"] = earlier["config"].get("dtype", found) if earlier else found
     tasks = dict(Counter(sample.task for sample in samples))
@@ -119,7 +143,7 @@ def note_of(
         old = earlier["config"] | {"samples": earlier["tasks"], "data": earlier.get("data", data)}
         new = settings | {"samples": tasks, "data": data}
         changed = [name for name in new if name not in FREE and old.get(name, new[name]) != new[name]]
-        if config.resume:  # the checkpoint does not fit, whatever is asked for
+        if config.resume:  # where these differ the checkpoint does not fit
             changed = [name for name in changed if name in BOUND]
         _refuse(config, {name: (old[name], new[name]) for name in changed})
     return {
@@ -134,7 +158,11 @@ def note_of(
 
 
 def refuse_misfit(config: StageConfig, checkpoint: Path, model: SoundwaveConfig) -> None:
-    """ConfigError if a checkpoint's weights are not those of the model that was built."""
+    """Compare a checkpoint with the model that was built.
+
+    Raises:
+        ConfigError: the weights have other shapes.
+    """
     saved = SoundwaveConfig.from_pretrained(checkpoint)
     found = {name: (getattr(saved, name), getattr(model, name)) for name in SHAPING}
     _refuse(config, {name: pair for name, pair in found.items() if pair[0] != pair[1]})
@@ -142,15 +170,15 @@ def refuse_misfit(config: StageConfig, checkpoint: Path, model: SoundwaveConfig)
 
 def _refuse(config: StageConfig, changed: dict[str, tuple[Any, Any]]) -> None:
     if changed:
-        found = "; ".join(f"{name} = {old!r} then, {new!r} now" for name, (old, new) in changed.items())
-        all_the_same = "" if config.resume else "go on all the same with resume=true, or "
+        found = "; ".join(f"{name} = {old!r} (now {new!r})" for name, (old, new) in changed.items())
+        anyway = "" if config.resume else "continue anyway with resume=true, or "
         raise ConfigError(
-            f"out = {str(config.out)!r} holds checkpoints of a run with {found}; {all_the_same}name another folder"
+            f"out = {str(config.out)!r} holds checkpoints of a run with {found}; {anyway}name another folder"
         )
 
 
 def _digest(samples: list[Sample]) -> str:
-    """Of everything that the samples tell, in their order."""
+    """Hash of the samples and their order."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(sample.model_dump_json().encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Settings of a stage: the paper's, over them a file's, over those the ones given in words."""
+"""Settings of a stage: the paper's, overridden by a YAML file's, overridden by `key=value` words."""
 
 import difflib
 from contextlib import suppress
@@ -14,71 +14,93 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class StageConfig(BaseModel):
-    """Settings of one stage; the defaults that differ between stages are the paper's, in `PAPER`."""
+    """Settings of one stage. Defaults that differ between the stages are the paper's and stand in `PAPER`."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    stage: Literal[1, 2, 3] = Field(description="1 alignment, 2 shrinking, 3 instruction tuning")
-    train: list[Path] = Field(min_length=1, description="manifests to train on")
-    out: Path = Field(description="folder for checkpoints, logs and the model")
-    model: Path | None = Field(None, description="model of the stage before; None starts from the backbones")
-    audio_tower: str = Field(backbones.WHISPER, description="Whisper: Hub id, folder or embedded name")
-    language_model: str = Field(backbones.LANGUAGE_MODEL, description="causal LM: Hub id, folder or embedded name")
-    semantics: Literal["paper", "released"] = Field(
-        "paper", description="attention across frames and CTC peaks; or as the authors' inference code has it"
+    stage: Literal[1, 2, 3] = Field(description="Training stage: 1 alignment, 2 shrinking, 3 instruction tuning")
+    train: list[Path] = Field(min_length=1, description="Manifests to train on")
+    out: Path = Field(description="Folder for checkpoints, logs and the model")
+    model: Path | None = Field(None, description="Model of the stage before; None starts from the backbones")
+    audio_tower: str = Field(backbones.WHISPER, description="Whisper model: Hub id, folder or embedded name")
+    language_model: str = Field(
+        backbones.LANGUAGE_MODEL, description="Causal language model: Hub id, folder or embedded name"
     )
-    frame_stack: Positive = Field(2, description="encoder frames (50 a second) to a frame of the adapters")
+    semantics: Literal["paper", "released"] = Field(
+        "paper", description="paper: attention across frames, CTC peaks; released: the authors' inference code"
+    )
+    frame_stack: Positive = Field(2, description="Encoder frames (50 per second) that make one frame of the adapters")
     keep: Literal["peaks", "runs", "frames"] | None = Field(
         None,
-        description="what the LLM reads: CTC's peaks, the first frame of each run, or all; None: by semantics or model",
+        description="Frames that the LLM reads: CTC's peaks, the first frame of each run, or all frames; "
+        "None: decided by semantics or model",
     )
     keys: Literal["all", "kept", "none"] | None = Field(
         None,
-        description="what a kept frame attends to: all frames, kept ones, or nothing; None: by semantics or model",
+        description="Frames that a kept frame attends to: all, the kept ones, or none; "
+        "None: decided by semantics or model",
     )
 
-    steps: Positive = Field(description="optimiser steps")
-    batch_size: Positive = Field(description="samples a device and forward pass")
-    accumulation: Positive = Field(description="forward passes an optimiser step")
-    learning_rate: float = Field(gt=0, description="at its height")
-    warmup_steps: int = Field(0, ge=0, description="over which the learning rate rises from 0")
+    steps: Positive = Field(description="Number of optimiser steps")
+    batch_size: Positive = Field(description="Samples per device and forward pass")
+    accumulation: Positive = Field(description="Forward passes per optimiser step (gradient accumulation)")
+    learning_rate: float = Field(gt=0, description="Peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0")
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = Field(
-        "cosine", description="how the learning rate falls afterwards"
+        "cosine", description="Learning-rate schedule after the warm-up"
     )
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down to this norm")
-    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="8 bits: states of a quarter of the size")
-    ctc_weight: float = Field(0.3, ge=0, description="of the CTC loss in stage II")
-    train_shrinking: bool = Field(False, description="stage III trains the shrinking adapter beside LoRA")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="Maximum norm of the gradient; a larger gradient is scaled down to it"
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="Optimiser; adamw_8bit: states of a quarter of the size"
+    )
+    ctc_weight: float = Field(0.3, ge=0, description="Weight of the CTC loss in stage II")
+    train_shrinking: bool = Field(False, description="Whether stage III trains the shrinking adapter beside LoRA")
     temperature: bool = Field(
-        True, description="stage II draws tasks at T = 1 + 5·epoch; else every sample once an epoch"
+        True, description="Whether stage II draws tasks at T = 1 + 5·epoch; if not, an epoch has every sample once"
     )
-    lora_rank: Positive = Field(64, description="of the matrices on the LLM's attention")
-    lora_alpha: Positive = Field(16, description="LoRA is scaled by lora_alpha / lora_rank")
-    quantization: Literal["auto", "nf4", "none"] = Field("auto", description="auto: nf4 on CUDA, none on the CPU")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="of the frozen backbones")
-    spec_augment: bool = Field(True, description="mask parts of the recordings in time and frequency")
-    adapter_dropout: float | None = Field(None, ge=0, lt=1, description="None: 0.1, or that of the model given")
-    implementation: Literal["fused", "eager"] = Field("fused", description="eager: plain PyTorch")
-    exact: bool = Field(False, description="the fused CTC skips no column of its gradient")
+    lora_rank: Positive = Field(64, description="Rank of the LoRA matrices on the LLM's attention")
+    lora_alpha: Positive = Field(
+        16, description="LoRA alpha: the matrices' product is scaled by lora_alpha / lora_rank"
+    )
+    quantization: Literal["auto", "nf4", "none"] = Field(
+        "auto", description="Quantisation of the LLM; auto: nf4 on CUDA, none on the CPU"
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="Dtype of the frozen backbones; auto: the faster one"
+    )
+    spec_augment: bool = Field(True, description="Whether parts of the recordings are masked in time and frequency")
+    adapter_dropout: float | None = Field(
+        None, ge=0, lt=1, description="Dropout in the alignment adapter; None: 0.1, or that of the model given"
+    )
+    implementation: Literal["fused", "eager"] = Field("fused", description="Fused operations, or eager: plain PyTorch")
+    exact: bool = Field(False, description="Whether the fused CTC computes all columns of its gradient")
     gradient_checkpointing: bool | None = Field(
-        None, description="the LLM runs each layer again in backward, for a tenth of the memory; None: on CUDA"
+        None,
+        description="Whether the LLM computes each layer again in backward, which takes a tenth of the memory; "
+        "None: on CUDA only",
     )
 
-    seed: int = Field(0, description="of fresh weights, dropout and the order of the samples")
-    log_steps: Positive = Field(10, description="steps between log entries")
-    save_steps: Positive = Field(500, description="steps between checkpoints")
-    save_total_limit: Positive = Field(2, description="checkpoints that are kept")
-    workers: int = Field(0, ge=0, description="processes that load data")
+    seed: int = Field(0, description="Seed for fresh weights, dropout and the order of the samples")
+    log_steps: Positive = Field(10, description="Steps between log entries")
+    save_steps: Positive = Field(500, description="Steps between checkpoints")
+    save_total_limit: Positive = Field(2, description="Number of checkpoints that are kept")
+    workers: int = Field(0, ge=0, description="Number of processes that load data")
     resume: bool | None = Field(
         None,
-        description="None: go on from the newest checkpoint in out, if its run had the same settings and data; "
-        "true: with other ones too; false: out must hold none",
+        description="None: continue from the newest checkpoint in out if its run had the same settings and data; "
+        "true: even if they differ; false: out must hold no checkpoint",
     )
-    allow_outside: bool = Field(False, description="manifests may name audio outside their folder")
-    strict: bool = Field(False, description="a sample that cannot be trained on stops the run; else it is left out")
-    max_skipped: Positive = Field(10, description="steps in a row that may be skipped, their loss not being finite")
-    quiet: bool = Field(False, description="no progress is shown")
+    allow_outside: bool = Field(False, description="Whether manifests may name audio outside their folder")
+    strict: bool = Field(
+        False, description="Whether a sample that cannot be used stops the run; if not, it is left out"
+    )
+    max_skipped: Positive = Field(
+        10, description="Consecutive steps without a finite loss and gradient after which the run stops"
+    )
+    quiet: bool = Field(False, description="Whether the progress is hidden")
 
 
 PAPER: dict[int, dict[str, Any]] = {
@@ -87,21 +109,26 @@ PAPER: dict[int, dict[str, Any]] = {
     3: {"steps": 4000, "batch_size": 8, "accumulation": 4, "learning_rate": 3e-5, "warmup_steps": 200},
 }
 PATHS = ("train", "out", "model")
-# What other trainers call a setting of ours.
+# The names of our settings in other trainers.
 OTHER_NAMES = {"lr": "learning_rate", "batch": "batch_size", "gradient_accumulation_steps": "accumulation"}
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be used. One line a fault: key, value found, value wanted."""
+    """Settings that cannot be used. The message is one line with key, value found and value wanted of each."""
 
 
 def load_config(
     stage: int, file: Path | None = None, overrides: list[str] | None = None, *, to_show: bool = False
 ) -> StageConfig:
-    """Settings of a stage: the paper's, then a YAML file's, then `key=value` words.
+    """Settings of a stage: the paper's, overridden by a YAML file's, overridden by `key=value` words.
 
-    Paths in the file are relative to its folder, those in words to the working directory. With `to_show` those that
-    have no default need not be given.
+    Paths in the file are relative to its folder, paths in words to the working directory.
+
+    Args:
+        to_show: settings without a default may be missing.
+
+    Raises:
+        ConfigError: a file or word that cannot be read, or a setting that is unknown, missing or out of range.
     """
     values: dict[str, Any] = {}
     if file is not None:
@@ -111,10 +138,10 @@ def load_config(
             raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a YAML file of settings") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             detail = str(error).replace("\n", " ")
-            raise ConfigError(f"{file}: not YAML ({detail}); write one `key: value` a line") from error
+            raise ConfigError(f"{file}: is not YAML ({detail}); write one `key: value` a line") from error
         if not isinstance(loaded, dict):
             raise ConfigError(f"{file}: holds a {type(loaded).__name__}; write one `key: value` a line")
-        values = {key: _beside(Path(file).parent, key, value) for key, value in loaded.items()}
+        values = {key: _resolve_path(Path(file).parent, key, value) for key, value in loaded.items()}
     for word in overrides or []:
         key, equals, value = word.partition("=")
         if not equals:
@@ -129,7 +156,11 @@ def load_config(
 
 
 def make_config(stage: int, /, **values: Any) -> StageConfig:
-    """A checked `StageConfig`: the paper's settings of the stage, changed by `values`."""
+    """The checked settings of a stage: the paper's, overridden by `values`.
+
+    Raises:
+        ConfigError: a setting that is unknown, missing or out of range.
+    """
     if values.get("stage", stage) != stage:
         raise ConfigError(f"stage = {values['stage']}, but stage {stage} was asked for")
     values["stage"] = stage
@@ -141,24 +172,24 @@ def make_config(stage: int, /, **values: Any) -> StageConfig:
             raise ConfigError(f"unknown setting {key!r}; {hint}")
     if isinstance(values.get("train"), str | Path):
         values["train"] = [values["train"]]
-    for key in PATHS:  # a shell leaves the ~ in `train=~/data` alone
+    for key in PATHS:  # a shell does not expand the ~ in `train=~/data`
         if isinstance(values.get(key), list):
             values[key] = [Path(item).expanduser() if isinstance(item, str) else item for item in values[key]]
         elif isinstance(values.get(key), str):
             values[key] = Path(values[key]).expanduser()
     for key in ("audio_tower", "language_model"):
-        # The saved model names its backbones, and is used from other working directories.
+        # A saved model names its backbones and is used from other working directories.
         if key in values and Path(str(values[key])).is_dir():
             values[key] = str(Path(values[key]).resolve())
     for key, value in values.items():
-        # YAML 1.1 reads 1e-4 as a word, people write it as a number.
+        # YAML 1.1 reads 1e-4 as a string, but people mean a number.
         if isinstance(value, str) and StageConfig.model_fields[key].annotation is float:
             try:
                 values[key] = float(value)
             except ValueError:
                 raise ConfigError(f"{key} = {value!r}, but a number is wanted") from None
         if isinstance(value, str) and StageConfig.model_fields[key].annotation is int:
-            with suppress(ValueError):  # else pydantic says what is wrong with it
+            with suppress(ValueError):  # otherwise pydantic says what is wrong with it
                 values[key] = float(value)
     try:
         return StageConfig(**(PAPER[stage] | values))
@@ -173,8 +204,8 @@ def make_config(stage: int, /, **values: Any) -> StageConfig:
         raise ConfigError("; ".join(faults)) from None
 
 
-def _beside(folder: Path, key: str, value: Any) -> Any:
-    """A file's path settings, relative to the folder the file is in."""
+def _resolve_path(folder: Path, key: str, value: Any) -> Any:
+    """A setting of a file in `folder`: a relative path becomes one below that folder."""
     if key in PATHS and isinstance(value, str):
         return folder / Path(value).expanduser()
     if key == "train" and isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The three stages of Soundwave's training (arXiv 2502.12900, §3): what each one trains, on which loss, at which rate.
+"""The three stages of Soundwave's training (arXiv 2502.12900, §3): what each one trains, and on which loss.
 
 I    alignment adapter and blank row    CTC; of the language model only its output embedding is loaded
 II   both adapters and LoRA             next token + 0.3 CTC; tasks drawn at a temperature that rises with the epochs
@@ -31,7 +31,7 @@ from soundwave.training.record import alone_in, checkpoint_of, earlier_note, not
 from soundwave.training.settings import ConfigError, StageConfig
 from soundwave.training.trainer import SoundwaveTrainer
 
-OF_STAGE_2 = ("keep", "keys", "lora_rank", "lora_alpha")  # not decided by a model of stage I
+OF_STAGE_2 = ("keep", "keys", "lora_rank", "lora_alpha")  # settings that stage II may still change
 TRAINED = {
     1: ("alignment.", "blank_"),
     2: ("alignment.", "blank_", "shrinking.", "lora"),
@@ -40,18 +40,18 @@ TRAINED = {
 
 
 def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], float]:
-    """Run one stage, or go on with it from its newest checkpoint; settings and log are in `out` (`Journal`).
+    """Run one stage, or continue it from its newest checkpoint; `out` gets the settings and the log (`Journal`).
 
     Returns:
-        The model's folder (`out/model`), the log (one dict a logging step, see `SoundwaveTrainer`), and the seconds
-        that training took, with those before it was interrupted.
+        The model's folder (`out/model`), the log (one dict per logging step, see `SoundwaveTrainer`), and the seconds
+        of training, those before an interruption included.
 
     Raises:
-        ManifestError: a manifest that cannot be used. SampleError: a sample that cannot, with `strict`.
-        FileNotFoundError, ValueError: a model that does not fit.
-        ConfigError: settings that contradict the data, the model or what `out` holds.
-        FloatingPointError: `max_skipped` steps in a row were not finite. WriteError: the disk is full or read-only.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+        ManifestError: a manifest cannot be used. SampleError: with `strict`, a sample cannot be used.
+        FileNotFoundError, ValueError: the model does not fit.
+        ConfigError: settings contradict the data, the model or the content of `out`.
+        FloatingPointError: `max_skipped` consecutive steps were not finite. WriteError: the disk is full or read-only.
+        Interrupted: Ctrl-C or SIGTERM ended training; a checkpoint was saved.
     """
     with alone_in(config.out):
         return _train_stage(config)
@@ -59,7 +59,7 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
 
 def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], float]:
     checkpoint = checkpoint_of(config)
-    step = step_of(checkpoint) if checkpoint else 0
+    step = (step_of(checkpoint) or 0) if checkpoint else 0
     set_seed(config.seed)
     device, _ = pick_device()
     left_out: list[LeftOut] = []
@@ -99,13 +99,13 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
     progress = (ProgressBar if sys.stderr.isatty() else ProgressLines)(f"stage {'I' * config.stage}")
     if not config.quiet:
         trainer.add_callback(progress)
-    if step == config.steps:  # killed before its model was written
+    if checkpoint and step == config.steps:  # the run was killed after its last step, before the model was written
         trainer.go_to(checkpoint)
         clock.write_note()
     else:
         with stop, closing(progress):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _tell_left_out(journal, len(samples) + len(left_out))
+    _summarise_left_out(journal, len(samples) + len(left_out))
     if trainer.state.global_step < config.steps:
         raise Interrupted(
             f"stopped after step {trainer.state.global_step} of {config.steps}, which is saved in {config.out}; "
@@ -114,16 +114,16 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
     folder = config.out / "model"
     with written_aside(folder) as aside:
         model.save_pretrained(aside)
-    if stop.asked:  # in its last step: what comes after a stage, in a demonstration, is not to begin
+    if stop.asked:  # in the last step: what follows a stage, as in the demonstration, must not begin
         raise Interrupted(f"stopped at the end of stage {'I' * config.stage}, whose model is in {folder}")
     return folder, [entry for entry in trainer.state.log_history if "loss" in entry], journal.seconds
 
 
 def _first_clips(collator: CheckedCollator, samples: list[Sample], count: int) -> list[torch.Tensor]:
-    """Features of the first samples that have any."""
+    """Features [n_mels, T_mel] of the first `count` samples that have audio."""
     clips: list[torch.Tensor] = []
     for sample in samples:
-        with suppress(AudioError):  # left out, and said so, when its batch comes
+        with suppress(AudioError):  # such a sample is left out, with a message, when its batch is made
             clip = collator.clip(sample)
             clips += [] if clip is None else [clip]
         if len(clips) == count:
@@ -131,30 +131,33 @@ def _first_clips(collator: CheckedCollator, samples: list[Sample], count: int) -
     return clips
 
 
-def _tell_left_out(journal: Journal, total: int) -> None:
+def _summarise_left_out(journal: Journal, total: int) -> None:
     if not journal.left_out:
         return
-    # Figures differ from sample to sample where the fault is the same.
+    # The same fault has other figures in each sample: without them equal faults can be counted.
     faults = Counter(re.sub(r"\d[\d.]*", "…", reason.split(";")[0]) for reason in journal.left_out.values())
     shown = ", ".join(f"{count} × {fault}" for fault, count in faults.most_common(5))
-    say(f"left out {len(journal.left_out)} of {total} samples, all in {journal.out / 'left_out.jsonl'}: {shown}")
+    say(f"left out {len(journal.left_out)} of {total} samples, listed in {journal.out / 'left_out.jsonl'}: {shown}")
 
 
 def build_model(config: StageConfig, device: torch.device) -> SoundwaveForConditionalGeneration:
-    """The model that a stage starts from: fresh on its backbones, or the one of the stage before."""
+    """The model that a stage starts from: the model of the stage before, or new adapters on the backbones."""
     dtype = pick_dtype(device.type)[0] if config.dtype == "auto" else getattr(torch, config.dtype)
     quantization = {"auto": "nf4" if device.type == "cuda" else None, "nf4": "nf4", "none": None}[config.quantization]
     changes: dict[str, Any] = {"quantization": quantization, "ctc_weight": config.ctc_weight}
     changes |= {"implementation": config.implementation, "exact": config.exact}
     if config.adapter_dropout is not None:
         changes["adapter_dropout"] = config.adapter_dropout
-    for masks in ("spec_augment_time_masks", "spec_augment_mel_masks"):  # a model keeps those of its last stage
+    for masks in (
+        "spec_augment_time_masks",
+        "spec_augment_mel_masks",
+    ):  # otherwise a model would keep those of its last stage
         changes[masks] = getattr(SoundwaveConfig(), masks) if config.spec_augment else 0
     if config.stage == 1:
         changes["quantization"] = None
     if config.model is None:
         if config.stage == 3:
-            raise ConfigError("setting 'model' is missing; stage 3 goes on from a model of stage 2: give model=…")
+            raise ConfigError("setting 'model' is missing; stage 3 starts from a model of stage 2: give model=…")
         changes |= {
             "semantics": config.semantics,
             "frame_stack": config.frame_stack,
@@ -168,28 +171,29 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
             soundwave_config, dtype=dtype, language_model=config.stage > 1
         )
     else:
-        changes |= _adopted(config)
+        changes |= _config_changes(config, config.model)
         model = SoundwaveForConditionalGeneration.from_pretrained(
             config.model, dtype=dtype, language_model=config.stage > 1, **changes
         )
     model.config.stage = max(model.config.stage, config.stage)
     if device.type == "cpu" and model.language_model is not None:
-        # Torch's flash attention on the CPU takes ten times as long backward over a few dozen tokens (docs/log.md).
+        # On the CPU torch's flash attention takes ten times as long in backward over a few dozen tokens (docs/log.md).
         model.language_model.set_attn_implementation("eager")
     on_cuda = device.type == "cuda"
     if model.language_model is not None and (
         on_cuda if config.gradient_checkpointing is None else config.gradient_checkpointing
     ):
         model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        # The call above makes the embeddings want a gradient, which only the reentrant kind needs.
+        # The call above makes the embeddings require a gradient, which only reentrant checkpointing needs.
         model.language_model.disable_input_require_grads()
     return model
 
 
 def build_sampler(config: StageConfig, samples: list[Sample]) -> BucketBatchSampler:
-    """The batches of a stage: of similar length, and in stage II drawn at a temperature.
+    """The batches of a stage: samples of similar length, which stage II draws at a temperature.
 
-    Stage I pads frames. The others also pad what the language model reads, prompts and answers with the kept frames.
+    The length is what a stage pads: frames in stage I, and in the others also the language model's input (prompts,
+    answers and kept frames).
     """
     if config.stage == 1:
         lengths = [None if sample.audio is None else sample.duration or 0.0 for sample in samples]
@@ -204,19 +208,21 @@ def build_sampler(config: StageConfig, samples: list[Sample]) -> BucketBatchSamp
     )
 
 
-def _adopted(config: StageConfig) -> dict[str, Any]:
-    """Changes to the configuration of the model that a stage goes on from; a setting that comes too late is refused."""
-    if not (config.model / "config.json").is_file():
-        raise ConfigError(
-            f"model = {str(config.model)!r} holds no model; name the folder that the stage before printed"
-        )
+def _config_changes(config: StageConfig, model: Path) -> dict[str, Any]:
+    """Changes to the configuration of the model that a stage starts from.
+
+    Raises:
+        ConfigError: the model is missing or of another stage, or a setting contradicts what it has decided.
+    """
+    if not (model / "config.json").is_file():
+        raise ConfigError(f"model = {str(model)!r} holds no model; name the folder that the stage before printed")
     try:
-        saved = SoundwaveConfig.from_pretrained(config.model)
+        saved = SoundwaveConfig.from_pretrained(model)
     except ValueError as error:
-        raise ConfigError(f"model = {str(config.model)!r}: {error}") from None
+        raise ConfigError(f"model = {str(model)!r}: {error}") from None
     if config.stage < saved.stage or config.stage > saved.stage + 1:
         raise ConfigError(
-            f"model = {str(config.model)!r} has seen stage {saved.stage}, but stage {config.stage} goes on from one "
+            f"model = {str(model)!r} has seen stage {saved.stage}, but stage {config.stage} starts from one "
             f"of stage {max(config.stage - 1, 1)}" + (f" or {config.stage}" if config.stage > 1 else "")
         )
     changes = {}
@@ -225,22 +231,22 @@ def _adopted(config: StageConfig) -> dict[str, Any]:
         if name not in config.model_fields_set or wanted in (None, found):
             continue
         if saved.stage >= 2 or name not in OF_STAGE_2:
-            raise ConfigError(f"{name} = {wanted!r}, but the model in {config.model} has {found!r}: leave it out")
+            raise ConfigError(f"{name} = {wanted!r}, but the model in {model} has {found!r}: leave it out")
         changes[name] = wanted
     return changes
 
 
 def _select(config: StageConfig, left_out: list[LeftOut]) -> list[Sample]:
-    """The samples that this stage trains on; `left_out` gets those that cannot be used.
+    """The samples that this stage trains on. Samples that cannot be used are added to `left_out`.
 
     Raises:
-        SampleError: such a sample, with `strict`. ConfigError: no sample is left.
+        SampleError: with `strict`, a sample cannot be used. ConfigError: no sample is left.
     """
     chosen = select_samples(
         config.train, left_out, stage=config.stage, allow_outside=config.allow_outside, strict=config.strict
     )
     if chosen.unfit:
-        say(f"{chosen.unfit} of {chosen.read} samples have no recording with a text: not for stage 1")
+        say(f"{chosen.unfit} of {chosen.read} samples have no recording with a text, which stage 1 needs")
     if not chosen.samples:
         needed = "recordings with a text" if config.stage == 1 else "samples"
         why = f"; {len(left_out)} were left out, the first: {left_out[0]}" if left_out else ""
@@ -270,7 +276,7 @@ def _arguments(config: StageConfig, device: torch.device) -> TrainingArguments:
         seed=config.seed,
         use_cpu=device.type == "cpu",
         dataloader_num_workers=config.workers,
-        report_to=[],  # TensorBoard is `Board`
+        report_to=[],  # `Board` writes TensorBoard's log
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,

@@ -1,4 +1,4 @@
-"""transformers' Trainer with our batches, and with what tells a user whether alignment works in its logs."""
+"""transformers' Trainer with our batches, and with logs that show whether alignment works."""
 
 import json
 import time
@@ -18,30 +18,32 @@ from soundwave.data.collate import LeftOut
 from soundwave.data.sampling import BucketBatchSampler
 from soundwave.data.selection import SampleError
 from soundwave.eager import IGNORE_INDEX
-from soundwave.model.modeling import SoundwaveOutput
+from soundwave.model.modeling import SoundwaveForConditionalGeneration, SoundwaveOutput
 from soundwave.training.callbacks import ignore_interrupts
 from soundwave.training.checkpoints import STATE_FILE, WriteError, clear_place, newest_checkpoint, rotate, written_aside
 from soundwave.training.journal import Journal, say, write_text
 
 MEL_FRAMES_A_SECOND = 100
-BAD_BATCH = "bad-batch"  # .json and .safetensors
+BAD_BATCH = "bad-batch"  # name of two files, .json and .safetensors
 
 
 class SoundwaveTrainer(Trainer):
-    """Trainer over a `BucketBatchSampler`; skips steps that are not finite, and logs what was trained on.
+    """Trainer that gets its batches from a `BucketBatchSampler` and skips steps whose loss or gradient is not finite.
 
-    Logged beside Trainer's own, each over the steps since the last log:
+    It adds these figures to Trainer's log, each over the steps since the last log:
         loss: mean over the batches that could be trained on.  ctc_loss, lm_loss: its parts.
-        blank_share: of all frames, those whose most probable id is blank.
-        kept_per_second, kept_per_label: kept frames over audio seconds, and over transcript tokens.
-        compression: adapter frames per kept frame.  audio_per_second: audio seconds trained on per second.
-        batch_samples: samples a step.
+        blank_share: share of the frames whose most probable id is blank.
+        kept_per_second, kept_per_label: kept frames per second of audio, and per transcript token.
+        compression: adapter frames per kept frame.  audio_per_second: seconds of audio trained on per second.
+        batch_samples: samples per step.
 
     Args:
-        journal: gets the log, the samples left out and the steps skipped; None writes to `args.output_dir`.
-        strict: a sample left out raises SampleError.
-        max_skipped: steps that may be skipped in a row; the last of them raises FloatingPointError.
+        journal: records the log, the samples left out and the steps skipped; None makes one for `args.output_dir`.
+        strict: raise SampleError for a sample that is left out.
+        max_skipped: FloatingPointError is raised after so many skipped steps in a row.
     """
+
+    model: SoundwaveForConditionalGeneration
 
     def __init__(
         self,
@@ -55,22 +57,27 @@ class SoundwaveTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.batch_sampler, self.strict = batch_sampler, strict
         if journal is None:
-            journal = Journal(Path(self.args.output_dir))
+            journal = Journal(self.out)
             journal.begin(0)
         self.journal = journal
         self.max_skipped = min(max_skipped, self.args.max_steps)
         self._sums: dict[str, float | Tensor] = {}
         self._tasks: Counter[str] = Counter()
         self._since = time.perf_counter()
-        self._batches: list[dict[str, Any]] = []  # of the step at hand
-        self._faults: list[str] = []  # of the step at hand
+        self._batches: list[dict[str, Any]] = []  # those of the current step
+        self._faults: list[str] = []  # those of the current step
         self._empty_in_a_row = 0
         self._aside: Path | None = None
+
+    @property
+    def out(self) -> Path:
+        """Folder of the run."""
+        return Path(str(self.args.output_dir))
 
     # ---------------------------------------------------------------- batches
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches as the sampler makes them; Trainer sets the sampler's epoch, also when it resumes."""
+        """The loader of the sampler's batches. Trainer sets the sampler's epoch, also when it resumes."""
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=self.batch_sampler,
@@ -84,13 +91,13 @@ class SoundwaveTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
-        """Trainer's, and remembers the batches of the step."""
+        """As in Trainer; the batches of the step are remembered too."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batches, self._faults = batches, []
         return batches, items
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's, without the samples' names; a batch of which nothing is left gives loss 0 and no gradient."""
+        """As in Trainer, without the names of the samples. A batch without any sample gives loss 0 and no gradient."""
         for left in inputs.get("left_out", ()):
             if self.strict:
                 raise SampleError(str(left))
@@ -99,18 +106,18 @@ class SoundwaveTrainer(Trainer):
         if not tensors:
             return torch.zeros((), device=self.args.device)
         self._tasks.update(inputs.get("tasks", ()))
-        # Trainer counts the empty batches of the step too, and divides by it.
+        # Trainer would count the empty batches too, and divide the loss by their number.
         self.current_gradient_accumulation_steps = sum(1 for batch in self._batches if tensors_of(batch))
         return super().training_step(model, tensors, num_items_in_batch)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, SoundwaveOutput]:
-        """The model's own loss. One that is not finite is noted, and stands for 0: its step will be skipped."""
+        """The model's loss. A loss that is not finite is recorded and becomes 0, because its step will be skipped."""
         outputs = model(**inputs)
         loss = outputs.loss
         if model.training and torch.isfinite(loss):
-            self._observe(outputs, inputs)
+            self._observe(loss, outputs, inputs)
         elif model.training:
             parts = {"ctc_loss": outputs.ctc_loss, "lm_loss": outputs.lm_loss}
             found = ", ".join(f"{name} = {value.item():g}" for name, value in parts.items() if value is not None)
@@ -121,7 +128,7 @@ class SoundwaveTrainer(Trainer):
     # ---------------------------------------------------------------- steps that are skipped
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
-        """Trainer's. Where loss or gradient is not finite no gradient is left, and the optimiser changes nothing."""
+        """As in Trainer. If loss or gradient is not finite, the gradients are dropped, so that no weight changes."""
         norm = super()._clip_grad_norm(model)
         if not self._faults and not torch.isfinite(norm):
             self._faults.append(f"the gradient is not finite (norm {norm.item():g})")
@@ -131,7 +138,7 @@ class SoundwaveTrainer(Trainer):
         elif any(tensors_of(batch) for batch in self._batches):
             self.journal.skipped_in_a_row = self._empty_in_a_row = 0
         else:
-            self._pass_over()
+            self._count_empty_step()
         return norm
 
     def _skip(self, fault: str) -> None:
@@ -148,7 +155,7 @@ class SoundwaveTrainer(Trainer):
         raise FloatingPointError(f"{first}{more}; {where}, or lower learning_rate")
 
     def _save_bad_batch(self, step: int, samples: list[str]) -> str:
-        """Returns where to look for what is wrong."""
+        """Save the batches of the step for inspection -> what the user should look at."""
         tensors = {
             f"{i}.{name}": value.detach().cpu().contiguous()
             for i, batch in enumerate(self._batches)
@@ -158,13 +165,16 @@ class SoundwaveTrainer(Trainer):
         try:
             write_text(self.journal.out / f"{BAD_BATCH}.json", json.dumps(found, indent=2) + "\n")
             save_file(tensors, self.journal.out / f"{BAD_BATCH}.safetensors")
-        except (OSError, SafetensorError) as error:  # what is wrong with the step matters more
+        except (OSError, SafetensorError) as error:  # the error of the step matters more than this one
             say(f"the batch could not be saved: {error}")
             return f"its samples are {', '.join(samples)}: look at them"
         return f"the last batch is in {self.journal.out / BAD_BATCH}.json and .safetensors: look at its samples"
 
-    def _pass_over(self) -> None:
-        """A step of which nothing is left changes nothing, too; many in a row tell of a disk that is gone."""
+    def _count_empty_step(self) -> None:
+        """Every sample of this step was left out, so the weights stay as they are.
+
+        Many such steps in a row usually mean that the audio folder is no longer mounted: raise.
+        """
         self._empty_in_a_row += 1
         if self._empty_in_a_row >= self.max_skipped:
             last: LeftOut = next(left for batch in self._batches for left in batch["left_out"])
@@ -179,8 +189,8 @@ class SoundwaveTrainer(Trainer):
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Trainer's, but written aside, synced to disk and renamed, before an older one is deleted."""
-        out, step = Path(self.args.output_dir), self.state.global_step
+        """As in Trainer, but written aside, synced to disk and renamed before an older checkpoint is deleted."""
+        out, step = self.out, self.state.global_step
         target = out / f"checkpoint-{step}"
         try:
             with written_aside(target) as folder:
@@ -188,33 +198,34 @@ class SoundwaveTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.journal.sync()
                 clear_place(target)
-            rotate(out, step, self.args.save_total_limit)
+            if self.args.save_total_limit is not None:
+                rotate(out, step, self.args.save_total_limit)
         except WriteError as error:
-            raise self._with_what_is_safe(error) from error
+            raise self._with_safe_checkpoint(error) from error
         finally:
             self._aside = None
 
-    def _with_what_is_safe(self, error: WriteError) -> WriteError:
-        last = newest_checkpoint(Path(self.args.output_dir))
-        safe = f"{last.name} is whole" if last else "no checkpoint was saved before"
+    def _with_safe_checkpoint(self, error: WriteError) -> WriteError:
+        last = newest_checkpoint(self.out)
+        safe = f"{last.name} is complete" if last else "no checkpoint was saved before"
         return WriteError(f"{error}; {safe}: make room, then start the same command again")
 
     def go_to(self, checkpoint: Path) -> None:
-        """Weights and state of a checkpoint, without training on."""
+        """Load weights and state of a checkpoint without training."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 
     # ---------------------------------------------------------------- logs
 
     @torch.no_grad()
-    def _observe(self, outputs: SoundwaveOutput, inputs: dict[str, Tensor]) -> None:
+    def _observe(self, loss: Tensor, outputs: SoundwaveOutput, inputs: dict[str, Tensor]) -> None:
         def add(name: str, value: float | Tensor) -> None:
             self._sums[name] = self._sums.get(name, 0.0) + value
 
         batch = inputs["input_ids"] if "input_ids" in inputs else inputs["input_features"]
         self._sums.setdefault("first_step", self.state.global_step)
         add("samples", batch.shape[0])
-        add("loss", outputs.loss.detach())
+        add("loss", loss.detach())
         add("batches", 1)
         if outputs.lm_loss is not None:
             add("lm_loss", outputs.lm_loss.detach())
@@ -222,7 +233,7 @@ class SoundwaveTrainer(Trainer):
         if outputs.ctc_loss is not None:
             add("ctc_loss", outputs.ctc_loss.detach())
             add("ctc_batches", 1)
-        if outputs.path is not None:
+        if outputs.path is not None and outputs.path_lengths is not None:
             path, blank = outputs.path, self.model.blank
             add("frames", outputs.path_lengths.sum())
             add("blank_frames", (path == blank).sum())
@@ -235,24 +246,24 @@ class SoundwaveTrainer(Trainer):
 
     @staticmethod
     def _kept(path: Tensor, blank: int) -> Tensor:
-        """Peaks of a path [A, T] (-1: padding): the first frames of its runs of a non-blank id."""
+        """Number of peaks in a path [A, T] (-1: padding): each run of a non-blank id has one."""
         first = torch.ones_like(path, dtype=torch.bool)
         first[:, 1:] = path[:, 1:] != path[:, :-1]
         return (first & (path != blank) & (path >= 0)).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log with what was observed since the last one; the journal gets the same, and the tasks drawn."""
+        """As in Trainer, with our figures since the last log. The journal also gets the sample count of each task."""
         if "loss" not in logs:
             super().log(logs, start_time)
             return
         logs = logs | (self._observed() if self._sums else {"loss": float("nan")})
         logs |= {"skipped_steps": self.journal.skipped, "left_out": len(self.journal.left_out)}
         try:
-            # Before the callbacks: TensorBoard's thread would meet a full disk with a traceback of its own.
+            # The journal writes before the callbacks: on a full disk TensorBoard's thread would print a traceback.
             entry = {"step": self.state.global_step, "epoch": self.state.epoch} | logs
             self.journal.log(entry | {"tasks": dict(self._tasks)})
         except WriteError as error:
-            raise self._with_what_is_safe(error) from error
+            raise self._with_safe_checkpoint(error) from error
         self._tasks.clear()
         super().log(logs, start_time)
 
@@ -279,5 +290,5 @@ class SoundwaveTrainer(Trainer):
 
 
 def tensors_of(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """What the model takes of a batch; the rest are names."""
+    """The tensors of a batch, which the model takes. The other entries are names."""
     return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
