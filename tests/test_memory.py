@@ -579,9 +579,7 @@ def test_the_bench_counts_the_operations_of_the_alignment_adapter(train_24gb, tr
         if trained:
             hidden.backward(torch.empty_like(hidden))
     counted = train_24gb.alignment_flops(ROWS, DIMS, trained)
-    assert counted == pytest.approx(
-        counter.get_total_flops(), rel=1e-3
-    )  # alignment_flops also has biases and norms
+    assert counted == pytest.approx(counter.get_total_flops(), rel=1e-3)  # alignment_flops also has biases and norms
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -172,9 +172,7 @@ def test_speaker_with_one_word_cannot_make_strings(tmp_path):
     soundfile.write(tmp_path / "x.wav", np.zeros(800), RATE)
     row = {"audio_filepath": "x.wav", "text": "one", "speaker": "anna", "split": "train"}
     write_manifest(tmp_path / "index.jsonl", [row])
-    with pytest.raises(
-        ValueError, match="anna.*only.*one.*, but strings need two words; exclude this speaker"
-    ):
+    with pytest.raises(ValueError, match="anna.*only.*one.*, but strings need two words; exclude this speaker"):
         splice_strings(tmp_path / "index.jsonl", tmp_path / "out", split="train", count=5)
 
 
