@@ -76,17 +76,18 @@ def _bounds(CU_SEQLENS, b, B, ROWS, MAX):
 
 @triton.jit
 def _place(CU_Q, CU_K, B, H, ROWS_Q, ROWS_K, MAX_Q, MAX_K, MAX, BLOCK: tl.constexpr):
-    """What one program works on: the first row of its tile, its head, the bounds of its utterance, and their validity.
+    """What one program works on: the first row and the rows of its tile, its head, and the bounds of its utterance.
 
-    MAX of the tiled rows and BLOCK give the number of tiles. Programs are numbered by tile, then head, then utterance,
-    so that those that share keys are neighbours.
+    The tiled rows are at most MAX, in tiles of BLOCK. Programs are numbered by tile, then head, then utterance, so that
+    those that share keys are neighbours.
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(MAX, BLOCK)
     first, head, b = pid % tiles * BLOCK, (pid // tiles % H).to(tl.int64), (pid // tiles // H).to(tl.int64)
+    row = first + tl.arange(0, BLOCK)
     q_start, q_size, q_right = _bounds(CU_Q, b, B, ROWS_Q, MAX_Q)
     k_start, k_size, k_right = _bounds(CU_K, b, B, ROWS_K, MAX_K)
-    return first, head, q_start, q_size, k_start, k_size, q_right & k_right
+    return first, row, head, q_start, q_size, k_start, k_size, q_right, k_right
 
 
 @triton.jit
@@ -126,12 +127,11 @@ def _shrink_attention_fwd_kernel(
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O and the log-sum-exp of one tile of queries of one head."""
-    first, head, q_start, q_size, k_start, k_size, right = _place(
+    first, m, head, q_start, q_size, k_start, k_size, q_right, k_right = _place(
         CU_Q, CU_K, B, H, ROWS_Q, ROWS_K, MAX_Q, MAX_K, MAX_Q, BLOCK_M
     )
     if first >= q_size:
         return
-    m = first + tl.arange(0, BLOCK_M)
     q = _rows(Q + head * Q_HEAD, q_start, m, q_size, Q_ROW, E, BLOCK_E)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -149,7 +149,7 @@ def _shrink_attention_fwd_kernel(
         v = _rows(V + head * V_HEAD, k_start, n, k_size, V_ROW, E, BLOCK_E)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     total = tl.where(k_size == 0, 1.0, total)
-    out = tl.where(right, out / total[:, None], float("nan"))  # invalid bounds must be seen
+    out = tl.where(q_right & k_right, out / total[:, None], float("nan"))  # invalid bounds must be seen
     _store_rows(OUT + head * E, out, q_start, m, q_size, H * E, E, BLOCK_E)
     tl.store(LSE + head * ROWS_Q + q_start + m, highest + tl.log2(total), mask=m < q_size)
 
@@ -161,12 +161,11 @@ def _shrink_attention_dq_kernel(
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries, and D of its rows for the other kernel."""
-    first, head, q_start, q_size, k_start, k_size, _ = _place(
+    first, m, head, q_start, q_size, k_start, k_size, _, _ = _place(
         CU_Q, CU_K, B, H, ROWS_Q, ROWS_K, MAX_Q, MAX_K, MAX_Q, BLOCK_M
     )
     if first >= q_size:
         return
-    m = first + tl.arange(0, BLOCK_M)
     q = _rows(Q + head * Q_HEAD, q_start, m, q_size, Q_ROW, E, BLOCK_E)
     dout = _rows(DOUT + head * E, q_start, m, q_size, H * E, E, BLOCK_E)
     out = _rows(OUT + head * E, q_start, m, q_size, H * E, E, BLOCK_E)
@@ -193,12 +192,11 @@ def _shrink_attention_dkv_kernel(
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys, summed over all queries of its utterance. The tiles of S are transposed."""
-    first, head, q_start, q_size, k_start, k_size, _ = _place(
+    first, n, head, q_start, q_size, k_start, k_size, _, _ = _place(
         CU_Q, CU_K, B, H, ROWS_Q, ROWS_K, MAX_Q, MAX_K, MAX_K, BLOCK_N
     )
     if first >= k_size:
         return
-    n = first + tl.arange(0, BLOCK_N)
     k = _rows(K + head * K_HEAD, k_start, n, k_size, K_ROW, E, BLOCK_E)
     v = _rows(V + head * V_HEAD, k_start, n, k_size, V_ROW, E, BLOCK_E)
     dk = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)
