@@ -1,8 +1,9 @@
 """The alignment adapter: Whisper's frames [B, 2·T, E] -> hidden states [B, T, D], and the gradients of its parameters.
 
-Ours packs the rows and attends through `soundwave.attention`: through flash-attn where that is installed, else through
-torch's own FlashAttention; "ours-flash-attn", "ours-varlen" and "ours-sdpa" name theirs. What a frame of padding is
-made into does not count. The definition's operations are counted over valid frames: padding shows as time, not as work.
+Ours packs the rows and attends through `soundwave.attention`: with flash-attn if that is installed, else with torch's
+own FlashAttention. "ours-flash-attn", "ours-varlen" and "ours-sdpa" use the attention that they name. The results for
+frames of padding are not compared. The operations of the definition are counted over valid frames, so padding costs
+time but does not count as work.
 """
 
 import pytest
@@ -23,7 +24,7 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
     makers, parameters = {}, {}
 
     def add(name, make):
-        """`make` wraps a module that has the reference's parameters."""
+        """Add a contender. `make` returns a function whose parameters are the reference's."""
         makers[name], parameters[name] = make, list(reference.parameters())
 
     def fused_adapter(**options):
@@ -51,9 +52,9 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
 
     rows = shapes.lengths(case.B, case.T, case.lengths).double()
     weights = sum(p.numel() for name, p in reference.named_parameters() if p.dim() == 2)
-    # Two operations a weight and row; scores and their product with the values over all pairs of frames.
+    # Two operations for each weight and row; for each pair of frames the score and its product with the value.
     forward = float(2 * rows.sum() * weights + 4 * (rows**2).sum() * case.D)
-    first = float(2 * rows.sum() * 2 * case.E * case.D)  # of the projection: no gradient for the encoder's frames
+    first = float(2 * rows.sum() * 2 * case.E * case.D)  # The frozen encoder's frames need no gradient.
     moved = case.dtype.itemsize * (weights + float(rows.sum()) * (2 * case.E + case.D))
     return Problem(
         inputs,

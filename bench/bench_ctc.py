@@ -1,9 +1,8 @@
 """CTC over given log-probabilities: [T, B, V] -> the loss, and its gradient.
 
-Eager is torch's native kernels. Peers: cuDNN's (int32 targets and lengths on the CPU, clips of equal length) and
-FlagGems' Triton CTC. Torch's gradients take a log-softmax before them for granted, ours are those of the
-log-probabilities as given, so only the losses are held to each other here. The roof is the copy: log-probabilities are
-read once and their gradient is written once.
+Eager is torch's native kernels. The peers are cuDNN's CTC (int32 targets and lengths on the CPU) and FlagGems' Triton
+CTC. Only the losses are compared: torch's gradient is right only behind a log-softmax, while ours is the gradient of
+the given log-probabilities. The roof is the copy: log-probabilities are read once and their gradient is written once.
 """
 
 import pytest
@@ -32,7 +31,7 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
         return F.ctc_loss(log_probs, placed, frames, labels, blank)
 
     def cudnn():
-        if case.U > 255:  # else torch takes its own kernels, without a word
+        if case.U > 255:  # With more torch silently uses its own kernels.
             raise Absent(f"cuDNN's CTC takes at most 255 labels, and U = {case.U}")
         of_cudnn = targets.flatten().int(), frames.int(), labels.int()
 

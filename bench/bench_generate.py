@@ -1,7 +1,7 @@
-"""Answers to recordings: encoder, adapters and `generate` for a fixed number of new tokens, greedily.
+"""Answers to recordings: encoder, adapters and greedy `generate` of a fixed number of new tokens.
 
-"released-padding" is eager with each clip padded to the longest, and all of it treated as audio. Compiled adapters are
-measured in `bench_stages.py`.
+"released-padding" is eager with each clip padded to the longest, where the padding is treated as audio. Compiled
+adapters are measured in `bench_stages.py`.
 """
 
 import gc
@@ -31,7 +31,7 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
 
     def released_padding():
         if case.lengths == "equal":
-            raise Absent("all clips are as long as that")
+            raise Absent("all clips have the same length: nothing is padded")
         batch = batch_of(case, device, padded=True)
         return lambda *_: answer(models["eager"])(*batch.values())
 

@@ -1,8 +1,8 @@
-"""The next-token loss: hidden [N, D], a head [V, D] and targets [N] -> the loss, and the gradient of hidden, with
-"trained head" of the head, too.
+"""The next-token loss: hidden [N, D], a head [V, D] and targets [N] -> the loss and the gradient of hidden; in the case
+"trained head" also the gradient of the head.
 
-Peers: torch's own chunked `F.linear_cross_entropy` (from torch 2.13 on), Liger, cut-cross-entropy. The definition needs
-two products over the vocabulary, three where the head is trained.
+The peers are torch's own chunked `F.linear_cross_entropy` (since torch 2.13), Liger and cut-cross-entropy. The
+definition needs two products over the vocabulary, or three if the head is trained.
 """
 
 import pytest
@@ -32,8 +32,8 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
 
     def torch_chunked():
         if not hasattr(F, "linear_cross_entropy"):
-            raise Absent(f"torch {torch.__version__} has none")
-        # What torch takes by default on a CPU in float32 it calls 20 to 50 times slower itself.
+            raise Absent(f"torch {torch.__version__} has no F.linear_cross_entropy")
+        # By torch's own words its default is 20 to 50 times slower on a CPU in float32.
         chunked = {"acc_policy": "accurate", "chunking_method": "aspect_ratio"} if device.type == "cpu" else {}
         options = torch.nn.LinearCrossEntropyOptions(**chunked)
         return lambda hidden, target: F.linear_cross_entropy(hidden, weight, target, options=options)

@@ -1,9 +1,9 @@
 """CTC over the vocabulary of an LLM: hidden [B, T, D] and a frozen head [V, D] -> the loss, and d loss / d hidden.
 
-Ours is run as it is by default, skipping the columns that carry next to nothing, and with `exact=True`. There is no
-peer that does this without the logits. The definition needs two products, 2·N·V·D operations each over the N valid
-frames; where columns are skipped, ours needs less and may pass the roof. "two-products" is those two and nothing else,
-one in forward and one in backward.
+Ours runs with its default, which skips columns of negligible probability, and with `exact=True`. No peer computes this
+loss without storing the logits. The definition needs two products of 2·N·V·D operations each, over the N valid frames.
+Ours needs fewer operations where it skips columns, so its share of the roof may exceed 100 %. "two-products" computes
+these two products and nothing else, one in forward and one in backward.
 """
 
 import functools
@@ -18,13 +18,13 @@ from soundwave import eager
 from soundwave.fused import functional
 
 
-@functools.lru_cache(maxsize=1)  # cases with one head follow each other
+@functools.lru_cache(maxsize=1)  # One is enough: cases with the same head follow each other.
 def head(vocabulary: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return shapes.make_head(vocabulary, width, dtype, device)
 
 
 class TwoProducts(torch.autograd.Function):
-    """The logits in forward, a product of their size in backward."""
+    """The logits in forward, and in backward a product of the same size."""
 
     @staticmethod
     def forward(ctx, rows, weight):
@@ -69,7 +69,7 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
 
     rows = int(shapes.lengths(case.B, case.T, case.lengths).sum())
     product = 2.0 * rows * case.V * case.D
-    moved = case.dtype.itemsize * (case.V * case.D + 2.0 * rows * case.D)  # the head, the states, and their gradient
+    moved = case.dtype.itemsize * (case.V * case.D + 2.0 * rows * case.D)  # the head, hidden, its gradient
     return Problem(
         inputs,
         {
@@ -83,7 +83,7 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
         flops={"both": 2 * product},
         bytes={"both": moved},
         different=("two-products",),
-        agreement=0.05,  # skipping may leave out that much; `tests` hold it to its own, smaller bound
+        agreement=0.05,  # Skipping columns may change the gradient by so much; the tests check its smaller bound.
     )
 
 

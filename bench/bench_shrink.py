@@ -1,12 +1,12 @@
 """The shrinking adapter, and its attention alone.
 
-The attention: packed queries of the kept frames against packed keys of each clip's frames. Eager is
-`scaled_dot_product_attention` over rows that are padded already, with a mask; peers are flash-attn and torch's own
-FlashAttention, both packed.
+In the attention, packed queries of the kept frames attend to packed keys of each clip's frames. Eager is
+`scaled_dot_product_attention` with a mask over rows that are padded beforehand. The peers are flash-attn and torch's
+own FlashAttention, both packed.
 
-The module has another peer where the kept frames are the only keys: the released code's way, written here from its
-description. It takes one utterance after the other, pads its kept frames with zeros to all frames of 30 s, projects and
-attends over them with the padding masked, and keeps the rows that were there.
+Where the kept frames are the only keys, the module has one more peer: the method of the released code, written here
+from its description. It handles one utterance after the other, pads its kept frames with zeros to the number of all
+frames of 30 s, projects and attends over them with the padding masked, and keeps the rows of the kept frames.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def attention_problem(case: shapes.Case, device: torch.device) -> Problem:
 
         return rows(kept.sum()), rows(keys.sum()), rows(keys.sum())
 
-    # Padded once, beforehand: eager does not pay for its layout here, and its inputs do not rotate.
+    # Padded once, outside the timing: eager does not pay for its layout, and its inputs are the same in every round.
     mask = eager.length_mask(keys, longest_k).to(device)[:, None, None, :]
     padded = [
         torch.randn(case.B, case.H, longest, size, generator=torch.Generator().manual_seed(0))
@@ -82,12 +82,13 @@ def attention_problem(case: shapes.Case, device: torch.device) -> Problem:
         parameters={"eager": padded, "compiled": padded},
         flops={"forward": 4 * pairs, "backward": 8 * pairs, "both": 12 * pairs},
         bytes={"forward": moved, "backward": 2 * moved, "both": 3 * moved},
-        different=("flash-attn", "varlen", "ours-torch", "ours-triton"),  # packed, and of other numbers than eager's
+        # Their inputs are packed, and other than eager's.
+        different=("flash-attn", "varlen", "ours-torch", "ours-triton"),
     )
 
 
 def released_loop(adapter: eager.ShrinkingAdapter, hidden: Tensor, peaks: eager.Peaks, frames: int) -> Tensor:
-    """The kept frames of one utterance after the other, padded to `frames`; keys are the kept frames -> [K, D]."""
+    """The shrunk frames [K, D], one utterance after the other; its kept frames, padded to `frames`, are the keys."""
     width, heads = hidden.shape[2], adapter.num_heads
     rows, out = hidden.reshape(-1, width), []
     for start, end in zip(peaks.cu_seqlens[:-1].tolist(), peaks.cu_seqlens[1:].tolist(), strict=True):
@@ -128,7 +129,7 @@ def module_problem(case: shapes.Case, device: torch.device) -> Problem:
 
     def loop():
         if case.keys != "kept":
-            raise Absent("its keys are the kept frames only; see the case with these keys")
+            raise Absent("it knows the kept frames only as keys; see the case with these keys")
         return lambda hidden: released_loop(reference, hidden, peaks, case.T)
 
     makers = {

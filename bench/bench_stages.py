@@ -1,9 +1,9 @@
-"""One training step of each stage, forward and backward without the optimiser, at equal batch.
+"""One training step of each stage, forward and backward without the optimiser, with the same batch for all contenders.
 
-Beside the whole step stand its two frozen parts alone, in the same rounds: the encoder, and the language model over as
-many tokens, without its head and loss. They are the same for all contenders, so their share of eager's time (1 over
-`x eager`) sets the ceiling of what the fused modules can win. In the mixture there is also eager as the released code
-feeds it: each clip padded to the longest, and all of it treated as audio.
+Two frozen parts of the step are timed alone in the same rounds: the encoder, and the language model over as many
+tokens, without its head and loss. They are the same for all contenders, so their share of eager's time (1 / `x eager`)
+limits what the fused modules can gain. For the mixture there is also eager with the input of the released code: each
+clip is padded to the longest, and the padding is treated as audio.
 """
 
 import gc
@@ -34,7 +34,7 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
 
     def released_padding():
         if case.lengths == "equal":
-            raise Absent("all clips are as long as that")
+            raise Absent("all clips have the same length: nothing is padded")
         batch = batch_of(case, device, padded=True)
         return lambda *_: step(models["eager"])(*batch.values())
 
@@ -45,13 +45,13 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
             batch = dict(zip(names, tensors, strict=True))
             with torch.no_grad(), models["eager"]._autocast():
                 frames, _ = models["eager"].encode(batch["input_features"], batch["feature_lengths"])
-            return scale * frames[0, 0, 0]  # a number to differentiate
+            return scale * frames[0, 0, 0]  # a scalar that depends on a parameter, for backward
 
         return run
 
     def language_model_alone():
         if case.stage == 1:
-            raise Absent("stage I has none")
+            raise Absent("stage I runs no language model")
         model = models["eager"]
         tokens = shapes.kept_frames(shapes.lengths(case.B, case.T, case.lengths)) + PROMPT - 1 + ANSWER
         mask = eager.length_mask(tokens, int(tokens.max())).to(device)

@@ -1,11 +1,12 @@
 """`pytest bench/`: every operation and stage beside its eager reference and its peers.
 
-A bench is `@pytest.mark.operation(OPERATION)` over a function that takes `race` and calls it. Each contender is a test,
-so that pytest-benchmark's table has one row for it; the first test of a group times the whole group in alternating
-rounds (`bench.race`), and every test hands its contender's rounds to pytest-benchmark. What that table has no columns
-for is printed after it, and all of it is written to `RESULTS/<device>/<date>-<commit>.json`, anew after every group.
+A bench is a function with the mark `@pytest.mark.operation(OPERATION)` that takes the fixture `race` and calls it. Each
+contender is a test, so pytest-benchmark's table has one row for each. The first test of a group times the whole group
+in alternating rounds (`bench.race`); every test then passes its contender's rounds on to pytest-benchmark. Further
+tables hold what pytest-benchmark has no columns for. All results are written to
+`RESULTS/<device>/<date>-<commit>.json`, again after every group.
 
-Keeps the checkout's root off `sys.path`: its folder `kernels/` would shadow the package of that name.
+The checkout's root is taken off `sys.path`, because its folder `kernels/` would shadow the package of that name.
 """
 
 import gc
@@ -24,15 +25,13 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 def pytest_addoption(parser):
     group = parser.getgroup("soundwave")
     group.addoption("--results", type=Path, default=ROOT / "bench" / "results", help="Folder for the results.")
-    group.addoption(
-        "--size", choices=("cuda", "cpu", "tiny"), help="Size of the shapes; without it that of the device."
-    )
-    group.addoption("--batch", type=int, help="Utterances of every case that has some, in place of its own number.")
+    group.addoption("--size", choices=("cuda", "cpu", "tiny"), help="Size of the shapes. Default: that of the device.")
+    group.addoption("--batch", type=int, help="Number of utterances in every case, instead of its own.")
     group.addoption(
         "--compare",
         action="store_true",
-        help="Fail where a ratio of ours to eager is worse than in the earlier runs on this device by more than its "
-        "spread, or memory is more. A group that looks worse is timed once more.",
+        help="Fail if ours is slower beside eager than in earlier runs on this device, by more than the spread, or "
+        "needs more memory. A group that looks worse is timed once more.",
     )
 
 
@@ -68,7 +67,7 @@ def pytest_generate_tests(metafunc):
 
 
 class Replay:
-    """A clock that stands still but for the seconds that it is told to pass: how rounds reach pytest-benchmark."""
+    """A clock that only `advance` moves. With it pytest-benchmark measures rounds that were timed before."""
 
     def __init__(self):
         self.now = 0.0
@@ -89,12 +88,12 @@ def pytest_itemcollected(item):
 
 
 def pytest_collection_modifyitems(items):
-    """The points of the growth curves come last: a run that is cut short has the rest."""
+    """Put the points of the growth curves last, so that a run that is cut short has everything else."""
     items.sort(key=lambda item: bool(item.callspec.params["case"].over) if hasattr(item, "callspec") else False)
 
 
 def pytest_collection_finish(session):
-    """What `-k` leaves of a group is what runs, and eager, to which the others are compared."""
+    """Note which contenders of each group were selected. Eager always runs, because the others are compared with it."""
     mine, selected = session.config.stash[SESSION], session.config.stash[SESSION].selected
     option = session.config.option
     restricted = (
@@ -113,7 +112,7 @@ def pytest_collection_finish(session):
 
 @pytest.fixture
 def race(request, benchmark, operation, case, part, contender):
-    """A function that times this test's group, unless that is done, and reports this contender's part."""
+    """A function that times the group of this test, unless that is done, and passes on this contender's seconds."""
 
     def run() -> None:
         session = request.config.stash[SESSION]
@@ -134,7 +133,7 @@ def race(request, benchmark, operation, case, part, contender):
 
 
 class Session:
-    """What one call of pytest has measured."""
+    """The measurements of one call of pytest."""
 
     def __init__(self, config, device, size: str):
         self.config, self.device, self.size = config, device, size
@@ -146,7 +145,7 @@ class Session:
         self.skipped[operation.name, reason] = [*self.skipped.get((operation.name, reason), []), case.name]
 
     def result(self, operation, case):
-        """The group of a case; timed at its first call. One is kept: tests of a group follow each other."""
+        """The results of a case's group, timed at the first call. Only the last group's are kept: its tests follow."""
         import torch
 
         from bench import race
@@ -170,14 +169,14 @@ class Session:
             self.write()
             if self.config.getoption("compare") and self.compare(self.entries[recorded:])[0]:
                 self.roofs[str(case.dtype).removeprefix("torch.")].pop()
-                del self.entries[recorded:]  # slower code shows again, a slow minute does not
+                del self.entries[recorded:]  # Slower code is slower again; a slow minute of the machine is over.
                 self.last = race.race(problem, names, case.dtype, self.size, self.device)
                 self._record(operation, case, self.last)
                 self.write()
         return self.last
 
     def compare(self, entries) -> tuple[list[str], int]:
-        """As `history.compare` has it, of some entries of this run."""
+        """`history.compare` of some entries of this run with the earlier runs."""
         from bench import history
 
         earlier = [run for run in history.load(self.config.getoption("results")) if run.date < self.run.date]
@@ -216,7 +215,7 @@ class Session:
                 )
 
     def write(self) -> None:
-        """The results so far, to the folder of this device and to $OUT."""
+        """Write the results so far into the folder of this device, and into $OUT."""
         import torch
 
         from bench import history
@@ -234,7 +233,7 @@ class Session:
                 roofs={},
                 entries=[],
                 skipped=[],
-                whole=False,  # until the end
+                whole=False,  # set at the end
             )
         self.run.entries = self.entries
         self.run.skipped = [
@@ -274,7 +273,7 @@ def pytest_terminal_summary(terminalreporter, config):
     mine = config.stash[SESSION]
     if mine.run is None:
         return
-    terminalreporter.section("beside eager, and beside the roofs of this run")
+    terminalreporter.section("compared with eager and with the roofs of this run")
     terminalreporter.ensure_newline()
     Console(file=sys.stdout, width=150).print(*history.tables(mine.run))
     terminalreporter.write_line(f"written to {mine.path}")
@@ -282,7 +281,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"{mine.compared} figures compared with earlier runs on {mine.run.device}")
         if not mine.compared:
             terminalreporter.write_line(
-                "there is none of a clean checkout with these threads and this torch", yellow=True
+                "no earlier run is of a clean checkout with this number of threads and this torch", yellow=True
             )
         for line in mine.run.worse:
             terminalreporter.write_line(line, red=True)

@@ -1,4 +1,4 @@
-"""What several benches make of a reference: its compiled form."""
+"""Makers of contenders that several benches share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def compiled(function: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
-    """A maker of `torch.compile(function)`, for the shapes of its first call."""
+    """A maker of `torch.compile(function)` for fixed shapes, those of its first call."""
 
     def make() -> Callable[..., Any]:
         torch.compiler.reset()
@@ -17,5 +17,5 @@ def compiled(function: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
 
 
 def plain(function: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
-    """A maker of the function itself."""
+    """A maker that returns the function itself."""
     return lambda: function

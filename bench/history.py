@@ -1,10 +1,10 @@
-"""What `pytest bench/` writes, and what is made of it: results, their comparison with earlier ones, docs/benchmarks.md.
+"""The results of `pytest bench/`: their files, their comparison with earlier ones, and the page docs/benchmarks.md.
 
-A run is one JSON file, `<results>/<device>/<date>-<commit>.json`. A ratio is eager's time over the contender's, the
-median of the rounds in which both ran: above 1 is faster than eager. A spread is an interquartile range.
+A run is one JSON file, `<results>/<device>/<date>-<commit>.json`. A ratio is eager's time divided by the contender's,
+the median over the rounds, so above 1 is faster than eager. A spread is an interquartile range.
 
-A run counts, in the report and for later comparisons, if it is of a clean checkout, was not restricted to some
-contenders or cases, and was not found worse than those before it.
+A run counts, on the page and for later comparisons, if its checkout was clean, if it was not restricted to some
+contenders or cases, and if it was not found worse than earlier runs.
 """
 
 import argparse
@@ -34,22 +34,25 @@ PACKAGES = (
     "cut-cross-entropy",
     "flag-gems",
 )
-OURS = "ours"  # how the names of this library's contenders begin
-DRIFT = 0.1  # of a ratio: what lies between two runs of the same code, beside the spread within each
-MORE_MEMORY = 1.05  # times as much as before is worse; an allocator's peak hardly varies
+OURS = "ours"  # The names of this library's contenders begin with it.
+DRIFT = 0.1  # relative difference of a ratio between two runs of the same code, beyond the spread within each
+MORE_MEMORY = 1.05  # More than so many times the earlier peak is worse; an allocator's peak hardly varies.
 
 
 class Entry(BaseModel):
-    """One contender on one part of one case.
+    """One part of one case, run by one contender.
 
     Attributes:
-        operation, case, shape, over, dtype: what was run; `over` is the letter of a growth curve, or empty.
-        part: "forward", "backward", or "both" of a training step.
-        seconds, spread: median and interquartile range of `rounds` rounds.
-        ratio, ratio_spread: eager's time over this one's, round by round; None without eager.
-        peak_bytes: the most held beyond what was there before.
-        flops, bytes: that the definition needs for the part; None where they say nothing.
-        roof_flops, roof_bytes: operations and bytes a second of the large product and copy timed in the same rounds.
+        operation, case, shape, dtype, contender: what was run.
+        over: the dimension letter of the growth curve to which the case belongs, or "".
+        part: "forward", "backward", or "both": the whole training step.
+        rounds: number of rounds.
+        seconds, spread: median and interquartile range of the rounds' times.
+        ratio, ratio_spread: the same of eager's time divided by this contender's in the same round; None without eager.
+        peak_bytes: most memory held at a time beyond what was held before the run.
+        flops, bytes: operations and bytes that the definition needs for the part; None where this is not stated.
+        roof_flops, roof_bytes: operations and bytes per second of the large product and the large copy that were timed
+            in the same rounds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,7 +77,7 @@ class Entry(BaseModel):
 
     @classmethod
     def from_rounds(cls, seconds: Sequence[float], eager: Sequence[float] | None, **what: Any) -> "Entry":
-        """An entry from the seconds of each round, and eager's in the same rounds."""
+        """An entry from the seconds of each round and eager's seconds in the same rounds; `what`: the other fields."""
         ratios = [theirs / own for theirs, own in zip(eager, seconds, strict=True)] if eager else []
         return cls(
             rounds=len(seconds),
@@ -87,7 +90,7 @@ class Entry(BaseModel):
 
     @property
     def share(self) -> float | None:
-        """Of the roof: the least time that the roofs allow for `flops` and `bytes`, over the time taken."""
+        """Share of the roof: the least time that the roofs allow for `flops` and `bytes`, divided by the time taken."""
         bounds = [
             amount / roof
             for amount, roof in ((self.flops, self.roof_flops), (self.bytes, self.roof_bytes))
@@ -97,14 +100,14 @@ class Entry(BaseModel):
 
     @property
     def key(self) -> tuple:
-        """What is comparable between runs."""
+        """Entries of two runs with the same key can be compared."""
         return (
             self.operation, self.case, tuple(sorted(self.shape.items())), self.dtype, self.part, self.contender,
         )  # fmt: skip
 
 
 class Roof(BaseModel):
-    """Medians over the groups of a run and their spreads: a large product, and a large copy (read and written)."""
+    """Speed of a large product and a large copy (bytes read and written): medians over the groups of a run, spreads."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -115,7 +118,7 @@ class Roof(BaseModel):
 
     @classmethod
     def of_groups(cls, measured: Sequence[tuple[float, float]]) -> "Roof":
-        """From pairs of operations and bytes a second, one of each group."""
+        """From the operations and bytes per second of each group."""
         tflops, gigabytes = [flops / 1e12 for flops, _ in measured], [moved / 1e9 for _, moved in measured]
         return cls(
             tflops=statistics.median(tflops),
@@ -130,7 +133,7 @@ class Roof(BaseModel):
 
 
 class Skipped(BaseModel):
-    """Contenders that did not run, and why."""
+    """A reason why a contender did not run, and the cases to which it applies."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -143,11 +146,12 @@ class BenchRun(BaseModel):
     """One call of `pytest bench/`.
 
     Attributes:
-        size: which of the shapes ran.
-        roofs: by dtype.
-        whole: it came to its end, without a choice of contenders or cases (`-k`, a test by its name); operations may
-            have been chosen.
-        worse: what `compare` found.
+        kind: type of the device.
+        size: size of the shapes.
+        roofs: dtype -> roof.
+        whole: the run came to its end and was not restricted to some contenders or cases, by `-k` or a test's name. It
+            may be restricted to some operations.
+        worse: lines that `compare` found.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -168,7 +172,7 @@ class BenchRun(BaseModel):
 
     @property
     def counts(self) -> bool:
-        """Whether others are held to it, and the report shows it."""
+        """Whether later runs are compared with it and the page shows it."""
         return self.whole and not self.worse and not self.commit.endswith(CHANGED)
 
     @property
@@ -176,7 +180,7 @@ class BenchRun(BaseModel):
         return f"{self.date:%Y-%m-%d-%H%M%S}-{self.commit}"
 
     def save(self, results: Path) -> Path:
-        """Write the run below a folder of results; a reader never sees half of it."""
+        """Write the run below a folder of results. It is renamed at the end, so no reader sees an incomplete file."""
         path = results / slug(self.device) / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".part")
@@ -185,7 +189,7 @@ class BenchRun(BaseModel):
 
 
 def spread(values: Sequence[float]) -> float:
-    """Interquartile range; 0 of a single value."""
+    """Interquartile range; 0 for a single value."""
     if len(values) < 2:
         return 0.0
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -193,7 +197,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def installed() -> dict[str, str]:
-    """Versions of Python, CUDA and the packages that decide a figure; absent ones are left out."""
+    """Versions of Python, CUDA and the packages that influence the figures; absent packages are left out."""
     import torch
 
     found = versions(PACKAGES)
@@ -201,7 +205,7 @@ def installed() -> dict[str, str]:
 
 
 def load(results: Path) -> list[BenchRun]:
-    """All runs below a folder, oldest first. Files of other benches, whose names begin with no date, are left alone."""
+    """All runs below a folder, oldest first. Files whose names begin with no date belong to other benches."""
     runs = [
         BenchRun.model_validate_json(path.read_text(encoding="utf-8"))
         for path in results.glob("*/[0-9][0-9][0-9][0-9]-*.json")
@@ -210,11 +214,15 @@ def load(results: Path) -> list[BenchRun]:
 
 
 def compare(now: BenchRun, earlier: Sequence[BenchRun]) -> tuple[list[str], int]:
-    """Where ours has become slower beside eager, or takes more memory; and how many figures could be compared.
+    """Compare our contenders with earlier runs.
 
-    Each is held to the median over all earlier runs that count, of the same device, threads, torch, case, shape, dtype
-    and part. A ratio is worse where it is lower by more than DRIFT and its spread: that before, or a larger one now up
-    to DRIFT again, lest what has become unsteady excuses itself.
+    Each entry is compared with the median over all earlier runs that count and have the same device, threads, torch,
+    case, shape, dtype and part. A ratio is worse if it has fallen by more than DRIFT plus the spread. The spread is
+    that of the earlier runs, or that of this run if it is larger, but then at most DRIFT: a contender that has become
+    unsteady must not pass for that reason.
+
+    Returns:
+        A line for each ratio that is worse and each memory that is larger, and the number of compared figures.
     """
     before: dict[tuple, list[Entry]] = {}
     for run in earlier:
@@ -227,14 +235,14 @@ def compare(now: BenchRun, earlier: Sequence[BenchRun]) -> tuple[list[str], int]
         if not old or not entry.contender.startswith(OURS):
             continue
         name = f"{entry.operation} · {entry.case} · {entry.part} · {entry.contender}"
-        runs = f"in {len(old)} run{'s' if len(old) > 1 else ''} before"
+        runs = f"in {len(old)} earlier run{'s' if len(old) > 1 else ''}"
         if ratios := [one.ratio for one in old if one.ratio is not None]:
             compared += 1
             usual = statistics.median(ratios)
             before_it = statistics.median(one.ratio_spread for one in old if one.ratio is not None)
             allowed = DRIFT * usual + max(before_it, min(entry.ratio_spread or 0.0, DRIFT * usual))
             if entry.ratio is None:
-                worse.append(f"{name}: it has no ratio to eager, but {usual:.2f} x {runs}")
+                worse.append(f"{name}: it has no ratio to eager, but had {usual:.2f} x {runs}")
             elif entry.ratio < usual - allowed:
                 worse.append(f"{name}: {entry.ratio:.2f} x eager, but {usual:.2f} x {runs}, {allowed:.2f} allowed")
         if peaks := [one.peak_bytes for one in old if one.peak_bytes is not None]:
@@ -247,7 +255,7 @@ def compare(now: BenchRun, earlier: Sequence[BenchRun]) -> tuple[list[str], int]
 
 
 def _machine(run: BenchRun) -> tuple:
-    """What must be the same for figures to be comparable."""
+    """What must be the same in two runs whose figures are compared."""
     return run.device, run.size, run.threads, run.versions.get("torch")
 
 
@@ -255,7 +263,7 @@ def _machine(run: BenchRun) -> tuple:
 
 
 class Row(NamedTuple):
-    """One contender on one case, its three parts side by side."""
+    """One contender on one case: the entries of its parts."""
 
     case: str
     contender: str
@@ -263,7 +271,7 @@ class Row(NamedTuple):
 
     @property
     def whole(self) -> Entry:
-        """What compares: the training step, or forward where there is no backward."""
+        """The entry that is compared: the training step, or forward if there is no backward."""
         return self.parts.get("both") or self.parts["forward"]
 
 
@@ -319,7 +327,7 @@ def _by_operation(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 def tables(run: BenchRun) -> "Iterator[Table]":
-    """A table an operation for the terminal, without the points of the growth curves."""
+    """A table for each operation, for the terminal, without the points of the growth curves."""
     from rich.table import Table
 
     for operation, entries in _by_operation([entry for entry in run.entries if not entry.over]).items():
@@ -333,29 +341,35 @@ def tables(run: BenchRun) -> "Iterator[Table]":
         yield table
 
 
-# ---------------------------------------------------------------- report
+# ---------------------------------------------------------------- page
 
 INTRODUCTION = """# Benchmarks
 
-Written by `python bench/history.py` from the files in `bench/results/`; `pytest bench/` adds one. The contenders of a
-case run in alternating rounds on inputs that are drawn alike, and their results are held to eager's. Times are
-milliseconds, median ± half the interquartile range.
-`x eager` is eager's time over the contender's, the median of the rounds' own ratios: above 1 is faster. `memory` is the
-most held beyond what was there before: on CUDA by the caching allocator, on a CPU by the events of torch's allocator in
-its profiler (scratch inside the libraries below is not seen). TFLOP/s and GB/s count what the definition needs, so work
-that is left out shows as speed, even beyond the roof. The roof is a large product and a large copy (bytes read and
-written), timed in the same rounds. `forward` keeps what backward needs: an operation that has its gradient ready by
-then shows its cost there, and `both` is what compares. The shapes and generators are in
-[bench/shapes.py](../bench/shapes.py).
+`python bench/history.py` writes this page from the files in `bench/results/`; each `pytest bench/` adds a file. The
+contenders of a case run in alternating rounds on inputs of the same distribution, and their results are compared with
+eager's. The columns:
+
+- `forward`, `backward`, `both`: milliseconds, median ± half the interquartile range. `forward` keeps all that backward
+  needs. Some operations compute their gradient in it already, so compare `both`.
+- `x eager`: eager's time divided by the contender's, the median over the rounds. Above 1 is faster than eager.
+- `memory`: the most memory held at a time beyond what was held before the run. On CUDA it is read from the caching
+  allocator, on a CPU from the events of torch's allocator in the profiler, which does not see the scratch memory of the
+  libraries below torch.
+- `TFLOP/s`, `GB/s`: the operations and bytes that the definition needs, divided by the time. Work that is left out thus
+  shows as speed, even beyond the roof.
+- `of the roof`: the least time that the roofs allow, divided by the time. The roofs are a large product and a large
+  copy (bytes read and written), timed in the same rounds.
+
+The shapes and the generators of the inputs are in [bench/shapes.py](../bench/shapes.py).
 """
 
 
 def write_page(results: Path, out: Path) -> Path:
-    """Write the tables and plots of all runs below `results` to the Markdown file `out`; returns it.
+    """Write the tables and plots of all runs below `results` to the Markdown file `out`, and return `out`.
 
-    Plots go into a folder beside it, named like it without its suffix. Each operation of a device shows its newest
-    figures, and beside them the ratios of the run before. Runs that do not count are shown only of a device that has
-    no other.
+    The plots are put into a folder beside it with the same name without the suffix. For each operation on a device the
+    page shows the newest figures, and next to them the ratios of the run before. Runs that do not count are shown only
+    if their device has no others.
 
     Raises:
         FileNotFoundError: there are no results.
@@ -373,7 +387,7 @@ def write_page(results: Path, out: Path) -> Path:
     sections = [INTRODUCTION]
     if not any(run.kind == "cuda" for run in runs):
         sections.append("**Nothing here was measured on a GPU yet.**\n")
-    for device, found in by_device.items():  # found: newest first
+    for device, found in by_device.items():  # the newest run first
         sections += _device_section(device, found, folder, out.parent)
     out.write_text("\n".join(sections), encoding="utf-8")
     return out
@@ -416,9 +430,9 @@ def _label(run: BenchRun) -> str:
 
 
 def _table(run: BenchRun, entries: list[Entry], older: list[BenchRun]) -> Iterator[str]:
-    """Markdown of an operation's newest figures, with the ratio of the run before where there is one."""
+    """The newest figures of an operation in Markdown, with the ratio of the run before if there is one."""
     before: dict[tuple, tuple[BenchRun, Entry]] = {}
-    for other in older:  # newest first: what is found first stays
+    for other in older:  # from the newest to the oldest; the first one that is found stays
         for entry in other.entries:
             before.setdefault(entry.key, (other, entry))
     rows = _rows(entries)
@@ -458,7 +472,7 @@ def _colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def _plot_growth(operation: str, entries: list[Entry], path: Path) -> None:
-    """Time above and memory below, a column for each letter."""
+    """Plot time (above) and memory (below), with a column for each dimension letter."""
     plt = _pyplot()
     from matplotlib.ticker import LogFormatter
 
@@ -483,7 +497,7 @@ def _plot_growth(operation: str, entries: list[Entry], path: Path) -> None:
         for row in range(2):
             axes[row, column].set(xscale="log", yscale="log")
             axes[row, column].grid(True, which="major", alpha=0.3)
-            for place in ("major", "minor"):  # 200 instead of 2 x 10^2; minor ones where there is room
+            for place in ("major", "minor"):  # 200 instead of 2 x 10^2; minor labels if there is room
                 formatter = LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5))
                 getattr(axes[row, column].yaxis, f"set_{place}_formatter")(formatter)
         ticks = sorted({entry.shape[letter] for entry in entries if entry.over == letter})
@@ -503,7 +517,7 @@ def _plot_growth(operation: str, entries: list[Entry], path: Path) -> None:
 
 
 def _plot_roofline(newest: dict[str, tuple[BenchRun, list[Entry]]], path: Path) -> bool:
-    """Reached against possible, over operations a byte; False where no entry counts both."""
+    """Plot the speed reached and the roof over the operations per byte. False: no entry states both."""
     plt = _pyplot()
     points = [
         (run, entry)
@@ -536,8 +550,8 @@ def _plot_roofline(newest: dict[str, tuple[BenchRun, list[Entry]]], path: Path) 
     ]
     handles += [plt.Line2D([], [], color=colour, linewidth=6, label=name) for name, colour in colours.items()]
     axis.set(
-        xscale="log", yscale="log", xlabel="operations the definition needs, for each byte it moves",
-        ylabel="TFLOP/s reached (definition's operations over time)",
+        xscale="log", yscale="log", xlabel="operations per byte, both as the definition needs",
+        ylabel="TFLOP/s reached (operations of the definition / time)",
     )  # fmt: skip
     axis.grid(True, which="major", alpha=0.3)
     first = axis.legend(loc="upper left", fontsize=8)
@@ -551,11 +565,16 @@ def _plot_roofline(newest: dict[str, tuple[BenchRun, list[Entry]]], path: Path) 
 def main() -> None:
     """`python bench/history.py [RESULTS] [--out FILE]`."""
     parser = argparse.ArgumentParser(description="Turn all results of the benches into tables and plots.")
-    parser.add_argument("results", nargs="?", type=Path, default=ROOT / "bench/results", help="folder of results")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks.md", help="Markdown file; plots go beside")
+    parser.add_argument("results", nargs="?", type=Path, default=ROOT / "bench/results", help="folder of the results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "docs/benchmarks.md",
+        help="Markdown file; plots go beside it",
+    )
     arguments = parser.parse_args()
     try:
-        print(f"report {write_page(arguments.results, arguments.out)}")
+        print(f"page {write_page(arguments.results, arguments.out)}")
     except FileNotFoundError as error:
         parser.error(str(error))
 

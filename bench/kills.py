@@ -1,11 +1,11 @@
-"""Kill training with kill -9 at random moments, let it go on, and compare its model with that of a run left alone.
+"""Kill training with kill -9 at random moments, start it again, and compare its model with that of a run without kills.
 
-    .venv/bin/python bench/kills.py --kills 20            # of each stage, half an hour to an hour on two cores
+    .venv/bin/python bench/kills.py --kills 20            # 20 kills of each stage: half an hour to an hour on two cores
     .venv/bin/python bench/kills.py --stages 1 --kills 4 --workers 1 --accumulation 2
 
-Each stage is trained with every number of data workers and of accumulated batches that is asked for, its kills shared
-out among them. Every second kill waits until a checkpoint is being written. Stages II and III go on from the model of
-the stage before. Exit status 1 if a model differs in one bit.
+Each stage is trained with every combination of the given numbers of data workers and accumulated batches; its kills are
+divided among them. Every second kill waits until a checkpoint is being written. Stages II and III start from the model
+of the stage before. The exit status is 1 if a model differs in a single bit.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from soundwave.demo.corpus import build_corpus
 
 SCRIPT = Path(sys.executable).with_name("soundwave")
 MANIFESTS = {1: "stage1.jsonl", 2: "stage2.jsonl", 3: "stage3.jsonl"}
-PATIENCE = 1800  # seconds without a step until a run counts as hung
+PATIENCE = 1800  # After so many seconds of waiting a run counts as hung.
 
 
 def command(stage: int, out: Path, corpus: Path, start: list[str], arguments: argparse.Namespace, variant: tuple):
-    """The console script and its words, with a checkpoint every second step."""
+    """The command line of a training with a checkpoint after every second step."""
     workers, accumulation = variant
     settings = [f"train={corpus / MANIFESTS[stage]}", f"out={out}", f"steps={arguments.steps}", "warmup_steps=2"]
     settings += [f"batch_size={arguments.batch_size}", f"accumulation={accumulation}", f"workers={workers}"]
@@ -35,14 +35,14 @@ def command(stage: int, out: Path, corpus: Path, start: list[str], arguments: ar
 
 
 def steps_done(out: Path) -> int:
-    """The last step that a run has logged."""
+    """The last step that a run has logged, or 0."""
     log = out / "log.jsonl"
     lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
     return json.loads(lines[-1])["step"] if lines and lines[-1].endswith(b"\n") else 0
 
 
 def wait_until(process: subprocess.Popen, condition, pause: float) -> bool:
-    """Whether `condition` came true before the process ended."""
+    """Wait for a condition. False: the process ended before it became true."""
     patience = time.monotonic() + PATIENCE
     while process.poll() is None:
         if condition():
@@ -55,7 +55,11 @@ def wait_until(process: subprocess.Popen, condition, pause: float) -> bool:
 
 
 def run_and_kill(words: list[str], out: Path, kills: range, steps: int, rng: random.Random, log: Path) -> list[str]:
-    """Train to the end, killed on the way, by odd numbers inside a checkpoint's writing; gives where each kill hit."""
+    """Train to the end and kill on the way, with odd numbers while a checkpoint is written.
+
+    Returns:
+        Where each kill hit.
+    """
     hits = []
     aside = out / ".writing"
     for number, target in zip(kills, sorted(rng.randrange(1, steps) for _ in kills), strict=True):
@@ -77,24 +81,24 @@ def run_and_kill(words: list[str], out: Path, kills: range, steps: int, rng: ran
 
 
 def train(words: list[str], log: Path) -> None:
-    """Run the command to its end, its output to a file."""
+    """Run a command to its end, with its output into a file."""
     with open(log, "ab") as output:
         if subprocess.run(words, stdout=output, stderr=output).returncode:
             raise SystemExit(log.read_text())
 
 
 def main() -> None:
-    """Kill, compare, tell."""
+    """Kill, compare and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--kills", type=int, default=20, help="of each stage")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--language-model", help="folder or Hub id instead of the embedded one")
-    parser.add_argument("--corpus", type=Path, help="folder that holds the embedded corpus already")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], help="stages that are killed")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills of each stage")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="numbers of data workers")
+    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 2], help="numbers of accumulated batches")
+    parser.add_argument("--steps", type=int, default=24, help="steps of each training")
+    parser.add_argument("--batch-size", type=int, default=4, help="samples of a batch")
+    parser.add_argument("--language-model", help="folder or Hub id of a language model instead of the embedded one")
+    parser.add_argument("--corpus", type=Path, help="folder of an embedded corpus that was built before")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     backbone = [f"language_model={arguments.language_model}"] if arguments.language_model else []

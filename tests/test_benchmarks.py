@@ -1,4 +1,4 @@
-"""The benches: their shapes and generators, how contenders are timed, the results, their comparison, the report."""
+"""The benches: shapes and generators, the timing of contenders, results, their comparison, and the page."""
 
 import os
 import re
@@ -115,7 +115,7 @@ def test_contenders_take_turns_and_each_is_first_in_some_round():
 
     def contender(name):
         def make():
-            calls.clear()  # what the warm-up of the one before has called
+            calls.clear()  # of the warm-up of the contender before
 
             def run(x):
                 calls.append(name)
@@ -142,7 +142,7 @@ def test_a_step_is_the_sum_of_its_parts():
 def test_the_peak_is_what_a_step_adds_to_its_inputs():
     laps = time_it({"eager": lambda: lambda x: (x * 2).relu().sum()}).laps["eager"]
     tensor = 4 * 2**18
-    # Forward holds the product and its relu; backward their gradients beside the relu.
+    # Forward holds the product and its relu; backward holds their gradients and the relu.
     assert 2 * tensor <= laps.peak_bytes["forward"] < 2.1 * tensor
     assert 2 * tensor <= laps.peak_bytes["backward"] < 3.1 * tensor
     assert laps.peak_bytes["both"] == max(laps.peak_bytes["forward"], laps.peak_bytes["backward"])
@@ -239,7 +239,7 @@ def bench_command(results: Path, *options: str) -> list[str]:
 
 
 def bench_environment(**more: str) -> dict[str, str]:
-    """Without pytest-xdist's: pytest-benchmark measures nothing in a worker of it, which this process may be."""
+    """The environment without pytest-xdist's variables: in one of its workers pytest-benchmark measures nothing."""
     return {name: value for name, value in os.environ.items() if "XDIST" not in name} | more
 
 
@@ -250,7 +250,7 @@ def run_benches(results: Path, *options: str, **environment: str) -> subprocess.
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A real run of one bench at its smallest: its folder of results, $OUT, and what it printed."""
+    """A real run of one bench at its smallest size: its folder of results, $OUT, and its output."""
     results, out = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("out")
     done = run_benches(results, OUT=str(out))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -305,18 +305,18 @@ def test_the_table_of_pytest_benchmark_has_every_contender_of_a_group(finished):
 
 @pytest.fixture
 def clean(run) -> BenchRun:
-    """The run as if of a clean checkout and without `-k`."""
+    """The run, as if its checkout were clean and it had no `-k`."""
     return run.model_copy(update={"commit": "abc1234", "whole": True})
 
 
 def earlier(run: BenchRun, factor: float, days: int = 1, **changes) -> BenchRun:
-    """`run` as if it had been measured some days before, with ratios `factor` times as high."""
+    """The run, as if it were some days older and its ratios `factor` times as high."""
     entries = [entry.model_copy(update={"ratio": entry.ratio * factor, "ratio_spread": 0.0}) for entry in run.entries]
     return run.model_copy(update={"date": run.date - timedelta(days=days), "entries": entries} | changes)
 
 
 def with_entries(run: BenchRun, **changes) -> BenchRun:
-    """Its entries with some values replaced, by functions of the entry."""
+    """The run with some values of its entries replaced; the new values are functions of the entry."""
     entries = [
         entry.model_copy(update={name: change(entry) for name, change in changes.items()}) for entry in run.entries
     ]
@@ -329,8 +329,8 @@ def ours(run: BenchRun) -> list[Entry]:
 
 def test_ratios_that_fell_by_more_than_their_spread_are_named(clean):
     worse, compared = history.compare(clean, [earlier(clean, 1000)])
-    assert compared == 2 * len(worse) == 2 * len(ours(clean))  # their memory, too
-    assert worse[0].startswith("ctc · V 32 · forward · ours-torch: ") and "in 1 run before" in worse[0]
+    assert compared == 2 * len(worse) == 2 * len(ours(clean))  # ratios and memory
+    assert worse[0].startswith("ctc · V 32 · forward · ours-torch: ") and "in 1 earlier run" in worse[0]
 
 
 @pytest.mark.parametrize(("ratio", "spread", "worse"), [(0.85, 0.06, False), (0.85, 0.04, True), (0.91, 0.0, False)])
@@ -363,7 +363,7 @@ def test_more_memory_and_a_vanished_ratio_are_worse(clean):
 
 @pytest.mark.parametrize("change", [{"commit": "abc1234-changed"}, {"whole": False}, {"worse": ["slow"]}], ids=str)
 def test_runs_that_do_not_count_are_nobodys_measure(clean, change, tmp_path):
-    """A run of a changed checkout, of a part of a case's contenders, or one that was found worse itself."""
+    """Such a run has a changed checkout, is restricted to some contenders, or was found worse itself."""
     assert history.compare(clean, [earlier(clean, 1000, **change)]) == ([], 0)
     earlier(clean, 1.0, days=2, size="cpu").save(tmp_path)
     newer = clean.model_copy(update=change | {"size": "cpu"}).save(tmp_path)
@@ -372,7 +372,7 @@ def test_runs_that_do_not_count_are_nobodys_measure(clean, change, tmp_path):
     assert f"{day} {clean.date:%H:%M} UTC" in page.read_text() and f"{clean.date:%Y-%m-%d}" not in page.read_text()
     for other in set(tmp_path.rglob("*.json")) - {newer}:
         other.unlink()
-    history.write_page(tmp_path, page)  # but the only one of a device is shown
+    history.write_page(tmp_path, page)  # A device's only run is shown all the same.
     assert f"{clean.date:%Y-%m-%d}" in page.read_text()
     assert ("a part of the suite" in page.read_text()) is (change == {"whole": False})
 
@@ -385,7 +385,7 @@ def test_results_of_other_devices_shapes_threads_and_torches_are_not_compared(cl
 
 
 def test_the_option_compare_fails_a_run_that_became_slower(clean, tmp_path):
-    """It is timed twice, named, and no measure for the next."""
+    """The slower group is timed twice and named, and the run does not count for later ones."""
     earlier(clean, 1000).save(tmp_path)
     done = run_benches(tmp_path, "--compare")
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
@@ -410,34 +410,34 @@ def test_only_what_came_to_its_end_without_a_choice_is_whole(run, tmp_path):
     assert len(killed.entries) < len(found.entries) and not killed.whole
 
 
-# ---------------------------------------------------------------- report
+# ---------------------------------------------------------------- page
 
 
 @pytest.fixture
-def report(clean, tmp_path) -> Path:
+def page(clean, tmp_path) -> Path:
     run = clean.model_copy(update={"size": "cpu"})
     for each in (run, earlier(run, 0.5)):
         each.save(tmp_path / "results")
     return history.write_page(tmp_path / "results", tmp_path / "docs" / "benchmarks.md")
 
 
-def test_the_report_shows_the_newest_figures_beside_the_earlier_ratio(report, clean):
+def test_the_page_shows_the_newest_figures_beside_the_earlier_ratio(page, clean):
     run = clean
     entry = next(entry for entry in ours(run) if entry.part == "both" and entry.case == "V 32")
-    (line,) = (line for line in report.read_text().splitlines() if "**ours-torch**" in line)
+    (line,) = (line for line in page.read_text().splitlines() if "**ours-torch**" in line)
     day_before = run.date - timedelta(days=1)
     assert f"{entry.ratio:.2f} ±" in line
     assert f"{entry.ratio / 2:.2f} ± 0.00 ({day_before:%Y-%m-%d}, {run.commit})" in line
 
 
-def test_the_report_draws_the_growth_curves_and_links_to_them(report):
-    (image,) = report.with_suffix("").glob("*-ctc-growth.png")
+def test_the_page_draws_the_growth_curves_and_links_to_them(page):
+    (image,) = page.with_suffix("").glob("*-ctc-growth.png")
     assert image.read_bytes().startswith(b"\x89PNG")
-    assert f"](benchmarks/{image.name})" in report.read_text()
+    assert f"](benchmarks/{image.name})" in page.read_text()
 
 
-def test_the_report_names_what_did_not_run_and_that_no_gpu_was_there(report):
-    text = report.read_text()
+def test_the_page_names_what_did_not_run_and_that_no_gpu_was_there(page):
+    text = page.read_text()
     assert "not run: ours-triton: it needs CUDA" in text
     assert "Nothing here was measured on a GPU yet" in text
 
@@ -447,7 +447,7 @@ def test_files_of_other_benches_are_left_alone(run, tmp_path):
     assert len(history.load(tmp_path)) == 1
 
 
-def test_a_report_of_nothing_is_refused(tmp_path):
+def test_a_page_without_results_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no results; write some with pytest bench/"):
         history.write_page(tmp_path, tmp_path / "benchmarks.md")
 
@@ -464,5 +464,5 @@ def test_the_command_writes_the_page(clean, tmp_path):
     page = tmp_path / "page.md"
     command = [sys.executable, str(ROOT / "bench" / "history.py"), str(tmp_path / "results"), "--out", str(page)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"report {page}\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"page {page}\n"), done.stderr
     assert page.read_text().startswith("# ")
