@@ -1,4 +1,4 @@
-"""How exact is exact enough: errors are judged against fp64, and by what plain PyTorch makes in the same dtype."""
+"""Accuracy of results: errors against fp64 are compared with the errors of plain PyTorch in the same dtype."""
 
 import torch
 from torch import Tensor
@@ -27,6 +27,12 @@ def assert_as_accurate(
     allowed = TWICE * theirs + ULPS * torch.finfo(dtype).eps * float(finite.norm())
     assert got <= allowed, f"{name}: error {got:.3e}, allowed {allowed:.3e} (eager {theirs:.3e}) in {dtype}"
     return got, theirs
+
+
+def relative(pair: tuple[float, float], truth: Tensor) -> tuple[float, float]:
+    """Both errors of `assert_as_accurate` relative to the norm of the finite values of `truth`, unless that is 0."""
+    norm = float(truth[truth.isfinite()].norm()) or 1.0
+    return pair[0] / norm, pair[1] / norm
 
 
 def assert_rms(pairs: list[tuple[float, float]], floor: float, name: str) -> None:

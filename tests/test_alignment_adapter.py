@@ -1,4 +1,4 @@
-"""The alignment adapter over packed rows: eager's results and gradients, without eager's cost for padding."""
+"""The alignment adapter on packed rows: eager's results and gradients, and no cost for padding."""
 
 import copy
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ LENGTHS = {
 
 
 def make(attend="frames", stack=2, dropout=0.0, dtype=FP32, device="cpu", width=WIDTH, impl="auto", attention="auto"):
-    """Both adapters with the same parameters, none of which is 0 or 1."""
+    """Both adapters with the same parameters, none of them 0 or 1."""
     config = SimpleNamespace(
         frame_stack=stack,
         audio_hidden_size=FRAME,
@@ -53,7 +53,7 @@ def draw(lengths, size, device="cpu", dtype=FP32):
 
 
 def everything(adapter, frames, lengths, upstream):
-    """The valid rows, eager's padding put to 0, and the gradients of frames and parameters."""
+    """The result, with eager's padding set to 0, and the gradients of frames and parameters."""
     hidden, counts = adapter(frames, lengths)
     valid = eager.length_mask(counts.to(hidden.device), hidden.shape[1])[..., None]
     hidden = hidden.masked_fill(~valid, 0.0)
@@ -63,7 +63,7 @@ def everything(adapter, frames, lengths, upstream):
 
 
 def check(ours, theirs, frames, lengths, autocast=False):
-    """Each result is as exact as eager's. Under autocast products are bf16, and so nothing is more exact than that."""
+    """Each result is as accurate as eager's. Under autocast products are bf16, so all results are judged as bf16."""
     size = -(-frames.shape[1] // ours.frame_stack)
     upstream = torch.randn(len(lengths), size, WIDTH, generator=torch.Generator().manual_seed(2))
     with torch.autocast(frames.device.type, BF16, enabled=autocast):

@@ -18,7 +18,7 @@ BLANK = 3
 
 
 def draw_path(batch, size, seed=0, ids=4, device="cpu"):
-    """Few ids, so that runs are long, and few scores, so that many tie."""
+    """Few ids, so that runs are long; few different scores, so that many are equal."""
     generator = torch.Generator().manual_seed(seed)
     path = torch.randint(0, ids, (batch, size), generator=generator)
     path = torch.where(torch.rand(batch, size, generator=generator) < 0.5, path, path.roll(1, 1))
@@ -28,7 +28,7 @@ def draw_path(batch, size, seed=0, ids=4, device="cpu"):
 
 
 def kept_run_by_run(path, lengths, scores, blank, keep):
-    """bool [B, T], true where a frame is kept: the rule as it is spoken, one run of one utterance after the other."""
+    """bool [B, T], true where a frame is kept: the rule as a loop over utterances and runs."""
     kept = torch.zeros(path.shape, dtype=torch.bool)
     for utterance, length in enumerate(lengths.tolist()):
         start = 0
@@ -275,7 +275,7 @@ def test_one_copy_to_the_host_is_all_the_waiting(impl):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_in_triton_lengths_out_of_range_read_nothing_out_of_bounds(device):
-    """On CUDA, where reading them would wait; the operation itself, for on the CPU they are refused before."""
+    """On CUDA lengths are not checked. The test calls the operation itself, because CPU lengths are refused before."""
     skip_unless_runnable(device, "triton")
     from soundwave.kernels import ctc_peaks as op
 

@@ -20,7 +20,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}  # float64, another order of summation
 
 
 def ctc_by_paths(log_probs, target, blank):
-    """-log of the summed probability of all paths of [T, V] that read as `target`."""
+    """-log of the summed probability of all paths through [T, V] that collapse to `target`."""
     size, rows = log_probs.shape
     scores = []
     for path in itertools.product(range(rows), repeat=size):
@@ -30,7 +30,7 @@ def ctc_by_paths(log_probs, target, blank):
 
 
 def ctc_problem(blank_kind, rows=4, frames=4, batch=3, seed=0):
-    """Leaf tensors in float64 and the keyword arguments of a loss whose blank is of one of three kinds."""
+    """Leaf tensors in float64 and the blank, which is the first row, a middle row or an extra row."""
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape):
@@ -46,7 +46,7 @@ def ctc_problem(blank_kind, rows=4, frames=4, batch=3, seed=0):
 
 
 def explicit_log_probs(leaves):
-    """[B, T, V] from one head matrix, the extra row at its end."""
+    """Log-probabilities [B, T, V] by one product with the whole head, the extra row last."""
     head, bias = leaves["weight"], torch.zeros(leaves["weight"].shape[0], dtype=torch.float64)
     if "blank_weight" in leaves:
         head, bias = torch.cat([head, leaves["blank_weight"][None]]), torch.cat([bias, leaves["blank_bias"][None]])
@@ -349,7 +349,7 @@ def test_residual_and_norm_are_torchs_norm_of_the_sum():
 # ---------------------------------------------------------------- splicing
 
 AUDIO = 99
-PAD_ID = AUDIO  # what stands in padding must not matter
+PAD_ID = AUDIO  # ids of padding must not matter
 
 
 def splice_by_hand(ids, embeddings, speech, labels, side):
@@ -376,7 +376,7 @@ def splice_by_hand(ids, embeddings, speech, labels, side):
 
 
 def splice_problem(ids, kept, side):
-    """Padded tensors of a splice whose rows are `ids`; every vector and label is one of its own."""
+    """Padded arguments of a splice whose rows are `ids`; all vectors and labels differ."""
     size, width = max(map(len, ids)), 3
     input_ids, mask = torch.full((len(ids), size), PAD_ID), torch.zeros(len(ids), size, dtype=torch.int64)
     labels = torch.full((len(ids), size), -100)
@@ -477,7 +477,7 @@ def small_config(semantics="paper", **changes):
 
 
 def randomised(module):
-    """In float64 and evaluation, with biases and norms that are not their neutral initial values."""
+    """In float64 and evaluation mode; biases and norms do not have their neutral initial values."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     return module.double().eval()
@@ -490,7 +490,7 @@ LENGTHS = [13, 7, 1, 4]
 @pytest.mark.parametrize("semantics", SEMANTICS)
 def test_alignment_of_an_utterance_depends_on_nothing_around_it(semantics):
     adapter = randomised(eager.AlignmentAdapter(small_config(semantics)))
-    frames = torch.full((4, 15, 10), torch.nan, dtype=torch.float64)  # padding holds anything
+    frames = torch.full((4, 15, 10), torch.nan, dtype=torch.float64)  # padding may have any values
     for row, length in zip(frames, LENGTHS, strict=True):
         row[:length] = torch.randn(length, 10)
     hidden, lengths = adapter(frames, torch.tensor(LENGTHS))

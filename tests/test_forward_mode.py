@@ -1,4 +1,4 @@
-"""Forward-mode derivatives, which no operation here has, are refused and not taken for 0."""
+"""No operation here has forward-mode derivatives: they are refused, and not taken for 0."""
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from soundwave import eager
 from soundwave.fused.functional import add_layer_norm
 from soundwave.kernels.norm import MAX_D, PROGRAMS, _config, _forward
-from tests.accuracy import assert_as_accurate, assert_rms
+from tests.accuracy import assert_as_accurate, assert_rms, relative
 from tests.implementations import WHERE, skip_unless_runnable
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
@@ -20,7 +20,7 @@ SIZES = [(1, 63), (7, 7), (13, 100), (33, 33)]
 
 
 def make(rows, width, dtype=FP32, residual_dtype=None, weight_dtype=None, gather=False, device="cpu", seed=0):
-    """x, residual, weight, bias and the index or None; the residual of a gather has rows that nobody takes."""
+    """x, residual, weight, bias, and the index or None. With `gather` some rows of the residual are not used."""
     generator = torch.Generator().manual_seed(seed)
     count = 2 * rows + 1 if gather else rows
 
@@ -35,7 +35,7 @@ def make(rows, width, dtype=FP32, residual_dtype=None, weight_dtype=None, gather
 
 
 def everything(function, tensors, upstream, with_sum):
-    """y, s and the gradients of all four tensors; s is None where it was not asked for."""
+    """y, s and the gradients of all four tensors; s is None without `with_sum`."""
     y, total = function(*tensors)
     outputs, gradients = ([y, total], upstream) if with_sum else ([y], upstream[:1])
     gradients = [gradient.to(output.dtype) for output, gradient in zip(outputs, gradients, strict=True)]
@@ -44,7 +44,7 @@ def everything(function, tensors, upstream, with_sum):
 
 
 def check(tensors, index, with_sum, impl) -> list[tuple[float, float]]:
-    """Asserts the accuracy of every result; returns (our error, eager's), each over the norm of the truth."""
+    """Asserts the accuracy of every result; returns (our error, eager's) over the norm of the truth."""
     dtype = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(tensors[0].shape, generator=generator).to(tensors[0].device, dtype) for _ in range(2)]
@@ -64,10 +64,8 @@ def check(tensors, index, with_sum, impl) -> list[tuple[float, float]]:
         if c is None:
             continue
         assert a.dtype == b.dtype, name
-        # A gradient is as exact as the tensor it belongs to can hold.
-        pair = assert_as_accurate(a, b, c, b.dtype, name)
-        norm = float(c.norm()) or 1.0
-        pairs.append((pair[0] / norm, pair[1] / norm))
+        # A gradient has the dtype of its tensor, and is judged in that.
+        pairs.append(relative(assert_as_accurate(a, b, c, b.dtype, name), c))
     return pairs
 
 
@@ -116,7 +114,7 @@ def test_wide_rows(width, device, impl):
 @pytest.mark.parametrize(("device", "impl"), WHERE)
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=["fp32", "fp64"])
 def test_one_column_leaves_the_bias_alone(dtype, device, impl):
-    """Its variance is 0: gradients are rounding errors, times 1 / sqrt(eps) at most."""
+    """The variance is 0, so gradients are rounding errors, at most times 1 / sqrt(eps)."""
     skip_unless_runnable(device, impl)
     tensors, _ = make(5, 1, dtype, device=device)
     y = add_layer_norm(*tensors, EPS, impl=impl)

@@ -1,4 +1,4 @@
-"""Every kernel compiles for six architectures without a GPU, spills nothing and fits their shared memory."""
+"""Every kernel compiles for six architectures without a GPU, spills nothing and fits into shared memory."""
 
 import json
 import os
@@ -16,7 +16,7 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a blo
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    """What each kernel takes on each card, from a process of its own: interpreted kernels cannot be compiled."""
+    """The resources of each kernel on each card. A separate process compiles, because interpreted kernels cannot be."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [
         sys.executable,

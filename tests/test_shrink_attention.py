@@ -10,7 +10,7 @@ from soundwave import eager
 from soundwave.fused.functional import shrink_attention
 from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
 from soundwave.kernels.shrink_attention import MAX_E, _backward, _config, _forward
-from tests.accuracy import assert_as_accurate, assert_rms
+from tests.accuracy import assert_as_accurate, assert_rms, relative
 from tests.implementations import BOTH, WHERE, skip_unless_runnable
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
@@ -33,7 +33,7 @@ def bounds(lengths, device="cpu"):
 
 
 def make(lengths_q, lengths_k, heads, size, dtype=FP32, device="cpu", seed=0, scale=1.0):
-    """query, key, value, key and value of one buffer as from a joint projection; and the four bounds."""
+    """query, key and value, the last two from one buffer as after a joint projection; and the four bounds."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -65,7 +65,7 @@ def everything(function, tensors, upstream):
 
 
 def check(tensors, where, impl, scale=None):
-    """Asserts the accuracy of the result and all gradients; (our error, eager's), each over the norm of the truth."""
+    """Asserts the accuracy of the result and all gradients; returns (our error, torch's) over the norm of the truth."""
     query = tensors[0]
     upstream = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(query.device, query.dtype)
     factor = query.shape[2] ** -0.5 if scale is None else scale
@@ -76,9 +76,7 @@ def check(tensors, where, impl, scale=None):
     pairs = []
     for name, a, b, c in zip(NAMES, found, theirs, truth, strict=True):
         assert a.dtype == query.dtype, name
-        pair = assert_as_accurate(a, b, c, query.dtype, name)
-        norm = float(c.norm()) or 1.0
-        pairs.append((pair[0] / norm, pair[1] / norm))
+        pairs.append(relative(assert_as_accurate(a, b, c, query.dtype, name), c))
     return pairs
 
 
@@ -113,7 +111,7 @@ def test_another_scale(scale, device, impl):
 
 @pytest.mark.parametrize(("device", "impl"), WHERE)
 def test_very_sure_queries(device, impl):
-    """Products up to some thousands: only differences to the largest may be exponentiated."""
+    """Products of some thousands: exp overflows unless the largest is subtracted first."""
     skip_unless_runnable(device, impl)
     tensors, where = make([7, 3], [100, 5], 2, 16, device=device, scale=25.0)
     check(tensors, where, impl)
@@ -121,7 +119,7 @@ def test_very_sure_queries(device, impl):
 
 @pytest.mark.parametrize(("device", "impl"), WHERE)
 def test_scores_so_low_that_their_exponential_is_0(device, impl):
-    """Padding would have a score of 0, and the exponential of its distance to the others overflow."""
+    """Padding would have a score of 0, far above all others, so the exponential of the difference would overflow."""
     skip_unless_runnable(device, impl)
     (query, key, value), where = make([7, 3], [33, 5], 2, 8, device=device)
     with torch.no_grad():
@@ -160,7 +158,7 @@ def test_at_the_size_of_the_adapter(heads, dtype):
 
 @pytest.mark.parametrize("keys", [1, 7, 33], ids=lambda n: f"{n}-keys")
 def test_the_torch_path_of_other_devices_computes_the_same(keys):
-    """What runs where torch has no flash attention of its own for us: the softmax and its gradient, spelt out."""
+    """The softmax and its gradient written out, which run where torch has no flash attention."""
     (query, key, value), where = make([3, 0, 2, 7], [keys, 5, 0, 2 * keys], 2, 8, FP64)
     upstream = torch.randn(query.shape, dtype=FP64)
     results = []
@@ -423,7 +421,7 @@ def test_what_triton_cannot_do_is_refused_there(shape, dtype):
     ids=["past-the-queries", "past-the-keys", "negative", "longest-query-part", "longest-key-part"],
 )  # fmt: skip
 def test_in_triton_wrong_bounds_give_nan_and_read_nothing_out_of_bounds(queries, keys, longest, device):
-    """As on CUDA, where reading the bounds would wait; the kernel itself, for on the CPU they are refused before."""
+    """On CUDA bounds are not read. The test calls the kernel itself, because on the CPU they are refused before it."""
     skip_unless_runnable(device, "triton")
     from soundwave.kernels import shrink_attention as op
 

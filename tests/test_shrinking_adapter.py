@@ -11,7 +11,7 @@ from soundwave.fused.functional import ctc_peaks, shrink_attention
 from soundwave.kernels import shrink_projection as op
 from soundwave.kernels.shrink_projection import _backward, _forward, shrink_projection, shrink_projection_ref
 from soundwave.model.configuration import SoundwaveConfig
-from tests.accuracy import assert_as_accurate, assert_rms
+from tests.accuracy import assert_as_accurate, assert_rms, relative
 from tests.implementations import BOTH, WHERE, skip_unless_runnable
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
@@ -47,7 +47,7 @@ def fused_of(adapter, keys, impl):
 
 
 def everything(adapter, hidden, lengths, peaks, upstream, autocast=None):
-    """The result and every gradient by name; those of the three projections one by one.
+    """The result and every gradient by name, separately for the three projections.
 
     Their biases stay together: the one of the keys shifts all scores of a query alike, its gradient is but roundings.
     """
@@ -63,7 +63,7 @@ def everything(adapter, hidden, lengths, peaks, upstream, autocast=None):
 
 
 def check(problem, keys, impl, dtype, device, autocast=None, hidden_dtype=None):
-    """Asserts dtype and accuracy of everything; (our error, eager's) by name, each over the norm of the truth."""
+    """Asserts dtype and accuracy of everything; returns (our error, eager's) by name, over the norm of the truth."""
     adapter, hidden, lengths, peaks = problem
     peaks = eager.Peaks(peaks.index.to(device), peaks.cu_seqlens.to(device), peaks.max_seqlen)
     upstream = torch.randn(peaks.index.numel(), hidden.shape[2], generator=torch.Generator().manual_seed(1))
@@ -76,7 +76,7 @@ def check(problem, keys, impl, dtype, device, autocast=None, hidden_dtype=None):
         SoundwaveConfig(hidden_size=hidden.shape[2], num_attention_heads=adapter.num_heads, keys=keys)
     ).to(device, FP64)
     exact.load_state_dict(reference.state_dict())
-    upstream = upstream.to(autocast or dtype)  # what every one of them can hold
+    upstream = upstream.to(autocast or dtype)  # in a dtype that each of them can represent
     found = everything(fused_of(reference, keys, impl), rounded, lengths, peaks, upstream, autocast)
     theirs = everything(reference, rounded, lengths, peaks, upstream, autocast)
     truth = everything(exact, rounded.double(), lengths, peaks, upstream)
@@ -84,8 +84,7 @@ def check(problem, keys, impl, dtype, device, autocast=None, hidden_dtype=None):
     for name, expected in truth.items():
         assert found[name].dtype == theirs[name].dtype, name
         got = assert_as_accurate(found[name], theirs[name], expected, autocast or dtype, name)
-        norm = float(expected.norm()) or 1.0
-        pairs[name] = (got[0] / norm, got[1] / norm)
+        pairs[name] = relative(got, expected)
     return pairs
 
 
@@ -113,7 +112,7 @@ def test_result_and_gradients_are_as_exact_as_eagers(dtype, keys, lengths, devic
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=["fp32", "fp64"])
 def test_the_same_numbers_as_eager_to_rounding(dtype, keys, lengths, device, impl):
-    """In fp64 too, where eager is the truth; of one frame, whose scores have no gradient, so all of it is rounding."""
+    """fp64 is compared with eager itself. With one frame the scores have no gradient, so what is found is rounding."""
     skip_unless_runnable(device, impl, dtype, fp64=False)
     adapter, hidden, lengths, peaks = make(lengths, keys)
     peaks = peaks._replace(index=peaks.index.to(device), cu_seqlens=peaks.cu_seqlens.to(device))
@@ -432,7 +431,7 @@ def test_projections_compile_as_one_graph_for_any_number_of_rows():
 
 
 def test_from_the_path_to_the_attended_frames_all_compiles_as_one_graph():
-    """The number of kept frames and the longest part are sizes that only a run knows."""
+    """The number of kept frames and the longest utterance are sizes that are known only at run time."""
 
     def function(hidden, path, lengths, scores, weight, bias):
         peaks = ctc_peaks(path, lengths, blank=BLANK, scores=scores)

@@ -1,4 +1,4 @@
-"""Splice: bitwise what `eager.splice` gives, values and gradients, on torch and in Triton."""
+"""Splice: values and gradients are bitwise those of `eager.splice`, with torch and with Triton."""
 
 from itertools import pairwise
 
@@ -52,7 +52,7 @@ def draw(
 
 
 def check(arguments, padding_side, impl):
-    """Everything as from eager, bit for bit."""
+    """Values and gradients are eager's, bit for bit."""
     found = splice(**arguments, padding_side=padding_side, impl=impl)
     expected = eager.splice(**arguments, padding_side=padding_side)
     for name, a, b in zip(Spliced._fields, found, expected, strict=True):

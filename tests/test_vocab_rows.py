@@ -1,4 +1,4 @@
-"""The pass over rows of logits, and the product that skips columns, each by itself against its definition in fp64."""
+"""The pass over rows of logits, and the product that skips columns: each alone, against its definition in fp64."""
 
 import pytest
 import torch
@@ -93,7 +93,7 @@ def test_the_lowest_of_equal_columns(device, impl, second):
 @pytest.mark.parametrize("gap", [10.0, 17.0, 25.0, 60.0])
 @pytest.mark.parametrize("equals", [1, 2, 3])
 def test_the_normaliser_of_a_row_that_is_sure(device, impl, gap, equals):
-    """log(1 + rest) keeps all digits of the rest; labels that share the maximum all count."""
+    """log(1 + rest) keeps all digits of the rest. Of several maxima one is the 1, and the others belong to the rest."""
     logits = torch.full((1, 300), -gap, device=device)
     label_logits = torch.full((1, 5), -gap, device=device)
     label_logits[0, 1 : 1 + equals] = 0.0
@@ -116,7 +116,7 @@ def test_nan_in_one_row_stays_there(device, impl):
 
 
 def test_columns_are_skipped_by_the_tail_rule():
-    """The largest power of two whose tail stays within SKIPPED_MASS of the off-label mass, over the rows of a chunk."""
+    """The limit is the largest power of two whose tail stays within SKIPPED_MASS of the chunk's off-label mass."""
     generator = torch.Generator().manual_seed(0)
     for seed in range(8):
         logits = torch.randn(37, 999, generator=generator, dtype=FP64) * 1.5
@@ -139,7 +139,10 @@ def test_columns_are_skipped_by_the_tail_rule():
 
 
 def test_no_group_of_rows_loses_more_than_its_share():
-    """Two rows that lose little of much, and one that would lose a great share of little: together, and apart."""
+    """Two rows would lose a small part of a large mass, the third a large part of a small mass.
+
+    As one group they may; as two groups the third row forbids skipping.
+    """
     p = torch.zeros(3, 4000, dtype=FP64)
     p[:2, :3] = 0.3
     p[:2, 3:] = 2e-6

@@ -1,4 +1,4 @@
-"""The CTC kernels for targets of every tier, one that takes several blocks, and each dtype of log-probabilities."""
+"""The CTC kernels for targets of every block size and of several blocks, and each dtype of log-probabilities."""
 
 import torch
 
@@ -26,7 +26,7 @@ def cases(arch, Case):
                 divisible_by_16=("TARGETS", "EMISSIONS"),
             )
             if given != inside:
-                continue  # beyond the emissions all is alike
+                continue  # the other kernels see the dtype of the emissions only
             pointers = {"EMISSIONS": inside, "TARGETS": "i64", "STATES": inside, "EDGES": inside, "LIKELIHOOD": "fp64"}
             for store in (True, False):
                 yield Case(

@@ -6,7 +6,7 @@ from soundwave.kernels.ctc_peaks import COPY_BLOCK, NUM_WARPS, _config, _ctc_pea
 def cases(arch, Case):
     for size in (32, 750, 5000):
         for peaks in (True, False):
-            # Without scores the path stands in for them; it is not read.
+            # Without scores the path is passed in their place and not read.
             pointers = {"PATH": "*i64", "LENGTHS": "*i64", "SCORES": "*fp32" if peaks else "*i64"}
             pointers |= {"FRAMES": "*i64", "COUNTS": "*i32"}
             yield Case(

@@ -4,7 +4,7 @@ import triton.language as tl
 
 from soundwave.kernels.norm import _add_layer_norm_bwd_kernel, _add_layer_norm_fwd_kernel, _config
 
-# Use: gathered residual, s stored and so read back in backward, dtype of x and of residual.
+# Use: is the residual gathered, is s stored (backward then reads it), dtypes of x and of the residual.
 USES = {
     "pre-norm bf16": (False, True, "bf16", "bf16"),
     "post-norm gathered bf16 onto fp32": (True, False, "bf16", "fp32"),

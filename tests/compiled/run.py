@@ -1,4 +1,4 @@
-"""Compile every kernel for six architectures without a GPU and print what each takes, as JSON lines.
+"""Compile every kernel for six architectures without a GPU and print the resources of each as JSON lines.
 
 A process of its own: `TRITON_INTERPRET=1`, under which the tests run, makes `triton.compile` impossible. Each module
 beside this one has `cases(arch)`: the kernels of one operation with the settings its `_config` gives for that card.
@@ -82,7 +82,7 @@ def compile_all(only: str, arch: int) -> list[dict[str, Any]]:
 
 
 def main(only: str = "") -> None:
-    # Kernels do not travel between processes, so each worker takes an architecture at a time.
+    # Kernels cannot be pickled, so each worker compiles all cases of one architecture.
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for rows in pool.map(partial(compile_all, only), ARCHITECTURES):
             for row in rows:

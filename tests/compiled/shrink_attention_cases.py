@@ -5,7 +5,7 @@ import triton
 
 from soundwave.kernels import shrink_attention as op
 
-# fp16 compiles as bf16 does. "tf32" counts for fp32 only.
+# fp16 compiles like bf16. "tf32" matters for fp32 only.
 USES = [(size, torch.bfloat16, "ieee") for size in (8, 64, 80, 128, 256)] + [
     (80, torch.float32, "tf32"),
     (128, torch.float32, "tf32"),

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from soundwave.kernels import shrink_projection as op
 
-# dtypes of x and of the weight, and the precision of products (which counts for fp32 only)
+# Dtypes of x and of the weight, and the precision of products, which matters for fp32 only.
 USES = {
     "bf16": (torch.bfloat16, torch.bfloat16, "ieee"),
     "fp32 x, bf16 weight": (torch.float32, torch.bfloat16, "ieee"),
@@ -15,7 +15,7 @@ USES = {
     "tf32": (torch.float32, torch.float32, "tf32"),
 }
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-# Strides that are 1, of A and B; dtypes of A, B and C as indices into those of x and of the weight.
+# Which strides of A and B are 1; the dtypes of A, B and C: 0 is that of x, 1 that of the weight.
 GATHERS = {"a": (("A_R", "B_R"), (0, 1, 1)), "b": (("A_I", "B_J"), (1, 0, 1)), "c": (("A_R", "B_J"), (1, 1, 0))}
 
 
@@ -37,7 +37,7 @@ def cases(arch, Case):
                 "BLOCK_R": config.block_r,
             }
             signature = pointers | {name: kind for name, kind in sizes.items() if name not in ones}
-            # Kept rows are any number; the widths are multiples of 16 in the models, and may not be.
+            # The number of kept rows is arbitrary. Widths are multiples of 16 in the models, but need not be.
             widths = {
                 "a": ("SIZE_J", "SIZE_R", "A_I", "B_J"),
                 "b": ("SIZE_I", "SIZE_J", "A_R", "B_R"),

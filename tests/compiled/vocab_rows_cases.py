@@ -14,7 +14,7 @@ def cases(arch, Case):
             block, block_c, warps = _config(columns, labels, torch.float64 if inside == "fp64" else torch.float32)
             for write in (True, False):
                 if not write and given == "fp16":
-                    continue  # as in bf16
+                    continue  # the same as bf16
                 yield Case(
                     f"V{columns} C{labels} {given}{'' if write else ' without P'}",
                     _vocab_rows_kernel,
