@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in parts of under nine minutes that can be run one by one.
+# Runs everything that needs a GPU, in parts of under nine minutes that can be run one by one.
 #
 #   bench/gpu.sh [--rehearse] [--wheels FOLDER] [--python PYTHON] [PART…]
 #
 # PART        tests       the tests marked gpu
-#             sanitizer   a few of them under compute-sanitizer, memcheck and racecheck
+#             sanitizer   a few of these tests under compute-sanitizer, with memcheck and racecheck
 #             bench       pytest bench/
 #             train-1 train-2 train-3     bench/train_24gb.py, one stage each
-#             all of them, if none is named. One that fails does not keep the next from running.
-# --wheels    a folder of wheels that are put on PYTHONPATH for the run; nothing is installed, nothing is fetched.
-#             Beside PyTorch, transformers, peft and pytest with pytest-benchmark and hypothesis, the parts need bitsandbytes,
-#             pydantic, soundfile, soxr and espeakng-loader; nvtx and peers of the benches are welcome.
-# --python    the interpreter that has PyTorch (python3)
-# --rehearse  every part to its end on a CPU, at tiny sizes; it measures nothing
+#             Without a PART all of them run. If one fails, the next one runs all the same.
+# --wheels    a folder of wheels that are put on PYTHONPATH for this run; nothing is installed or fetched. The parts
+#             need PyTorch, transformers, peft, bitsandbytes, pydantic, soundfile, soxr, espeakng-loader, and pytest with
+#             pytest-benchmark and hypothesis. nvtx and the benches' peers are optional.
+# --python    the interpreter that has PyTorch (default: python3)
+# --rehearse  run every part on a CPU at tiny sizes, to test the script; nothing is measured
 #
-# Files go to $OUT, else to bench/results/<device>/ (a rehearsal's to runs/gpu-rehearsal/): each part's log and
-# gpu-<part>.json, and what the part itself writes. The exit status is the number of parts that failed.
+# The files go to $OUT, else to bench/results/<device>/ (those of a rehearsal to runs/gpu-rehearsal/): the log of each
+# part, gpu-<part>.json, and the part's own files. The exit status is the number of parts that failed.
 
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 parts=(tests sanitizer bench train-1 train-2 train-3)
-# A part is interrupted after this many seconds, early enough to write its files within nine minutes.
+# A part is interrupted after so many seconds, early enough to write its files within nine minutes.
 limit=510
 python=python3 wheels="" rehearse="" wanted=()
 
@@ -51,7 +51,7 @@ done
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# The package without an installation: a folder that looks like one, as `kernels` belongs into `soundwave`.
+# The package without an installation: a folder with links in which `kernels` lies inside `soundwave`.
 mkdir -p "$scratch/site/soundwave" "$scratch/wheels"
 for entry in "$root"/soundwave/*; do
   [[ $entry == */__pycache__ ]] || ln -s "$entry" "$scratch/site/soundwave/"
@@ -65,7 +65,7 @@ for wheel in ${wheels:+"$wheels"/*.whl}; do
     --upgrade --target "$scratch/wheels" "$wheel" || echo "gpu.sh: left out $wheel"
 done
 
-# Where the results go; and what is missing, before anything runs.
+# Before anything runs: the device's name, for the folder of the results, and a warning of missing packages.
 device=$(
   "$python" - "${rehearse:-no}" <<'PYTHON'
 import importlib.util
@@ -75,7 +75,7 @@ import sys
 import torch
 
 if sys.argv[1] == "no" and not torch.cuda.is_available():
-    sys.exit("gpu.sh: no CUDA GPU is there; --rehearse runs without one")
+    sys.exit("gpu.sh: no CUDA GPU was found; --rehearse runs without one")
 needed = "triton transformers peft accelerate pytest pytest_benchmark hypothesis bitsandbytes pydantic soundfile soxr"
 missing = [name for name in [*needed.split(), "espeakng_loader"] if importlib.util.find_spec(name) is None]
 if missing:
@@ -94,7 +94,7 @@ commit=$(git describe --always --dirty --exclude='*' 2>/dev/null || echo unknown
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
-# Files with tests for a GPU: others need packages that a bare machine does not have.
+# The files with tests for a GPU. Other files need packages that a bare machine lacks.
 gpu_files() { grep -lE 'mark\.gpu|tests\.implementations' tests/test_*.py; }
 small="(bitwise or every_time) and cuda-triton"
 rehearsed=(tests/test_ctc_peaks.py -k "the_same_frames_every_time and cpu-torch")
@@ -115,7 +115,7 @@ part_sanitizer() {
     pytest sanitizer "${rehearsed[@]}"
     return
   fi
-  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed: it comes with CUDA's toolkit"; return 1; }
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed; it is a part of the CUDA toolkit"; return 1; }
   local tool status=0
   for tool in memcheck racecheck; do
     under=(compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 86 --launch-timeout 0)
@@ -140,7 +140,7 @@ part_train() {
   limited "$python" bench/train_24gb.py --stage "$1" --out "$out" --minutes $((limit / 60 - 1)) "${tiny[@]}"
 }
 
-# pytest NAME ARGUMENTS…: with its report in gpu-NAME.xml; interrupted, not killed, so that it writes that.
+# pytest NAME ARGUMENTS…: its results go to gpu-NAME.xml. It is interrupted, not killed, so that it writes that file.
 pytest() {
   local name=$1
   shift
@@ -182,7 +182,7 @@ def installed(name):
 
 
 file, part, status, seconds, device, commit = sys.argv[1:]
-report = {
+record = {
     "part": part,
     "exit_status": int(status),
     "seconds": int(seconds),
@@ -193,7 +193,7 @@ report = {
     | {name: installed(name) for name in ("torch", "triton", "transformers", "peft", "bitsandbytes", "flash-attn")},
 }
 with open(file, "w") as stream:
-    stream.write(json.dumps(report, indent=1) + "\n")
+    stream.write(json.dumps(record, indent=1) + "\n")
 PYTHON
   echo "== $part: exit status $status after $((SECONDS - start)) s"
 done

@@ -550,8 +550,8 @@ def _plot_roofline(newest: dict[str, tuple[BenchRun, list[Entry]]], path: Path) 
     ]
     handles += [plt.Line2D([], [], color=colour, linewidth=6, label=name) for name, colour in colours.items()]
     axis.set(
-        xscale="log", yscale="log", xlabel="operations per byte, both as the definition needs",
-        ylabel="TFLOP/s reached (operations of the definition / time)",
+        xscale="log", yscale="log", xlabel="operations per byte, counted by the definition",
+        ylabel="TFLOP/s reached, operations counted by the definition",
     )  # fmt: skip
     axis.grid(True, which="major", alpha=0.3)
     first = axis.legend(loc="upper left", fontsize=8)

@@ -1,7 +1,7 @@
-"""A whole Soundwave model at the widths of a size: random weights, built from configurations, no download.
+"""A whole Soundwave model with random weights at the widths of a size. It is built from configurations; no download.
 
-Random weights shrink nothing, so the CTC path is planted: as many single peaks as speech has sub-words. All the rest
-runs as it is, CTC over the vocabulary included.
+The CTC path of random weights is meaningless, so a planted one replaces it: it has as many single peaks as speech has
+sub-words. Everything else runs as usual, also CTC over the vocabulary.
 """
 
 from functools import lru_cache
@@ -18,13 +18,13 @@ from soundwave.eager import IGNORE_INDEX
 from soundwave.model.modeling import freeze_all_but
 from soundwave.training.stages import TRAINED
 
-PROMPT, ANSWER = 24, 40  # text tokens around the recording, and those that are learned
+PROMPT, ANSWER = 24, 40  # tokens of the prompt (one of them is the recording's placeholder) and of the answer
 
 
 class Planted(SoundwaveForConditionalGeneration):
-    """The model with a planted path (the bench's own choice of frames in place of CTC's)."""
+    """The model with a planted path: the bench chooses the kept frames, not CTC."""
 
-    planted: tuple[Tensor, Tensor] | None = None  # path and log-probabilities [B, T]; blank past a clip's own frames
+    planted: tuple[Tensor, Tensor] | None = None  # path and log-probabilities [B, T]; blank in the padding
 
     def _splice(self, input_ids, attention_mask, hidden, lengths, ctc, labels, padding_side):
         path, scores = self.planted
@@ -33,7 +33,7 @@ class Planted(SoundwaveForConditionalGeneration):
 
 
 def make_backbones(size: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, PreTrainedModel]:
-    """Whisper's encoder and a Llama of these widths, frozen."""
+    """Whisper's encoder and a Llama of a size, frozen."""
     dims = DIMS[size]
     llama = dims.llama_config(tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=0)
     with device:
@@ -44,9 +44,9 @@ def make_backbones(size: str, dtype: torch.dtype, device: torch.device) -> tuple
 
 @lru_cache(maxsize=1)
 def make_models(size: str, dtype: torch.dtype, device: torch.device) -> "dict[str, Planted]":
-    """Models that share backbones, LoRA and the adapters' parameters: "eager", "compiled" and "ours".
+    """Models "eager", "compiled" and "ours", which share the backbones, LoRA and the adapters' parameters.
 
-    In bfloat16 the backbones have that dtype and the trained parts float32, under autocast, as in training.
+    With `dtype` bfloat16 only the backbones are bfloat16; the trained parts are float32 under autocast, as in training.
     """
     encoder, language_model = make_backbones(size, dtype, device)
     models = {}
@@ -71,7 +71,7 @@ def make_models(size: str, dtype: torch.dtype, device: torch.device) -> "dict[st
 
 
 def prepare(case: Case, device: torch.device) -> "dict[str, Planted]":
-    """The models, set to train the stage of the case (stage 0: to generate)."""
+    """The models, ready to train the stage of the case; stage 0: to generate."""
     models = make_models(case.size, case.dtype, device)
     blank = DIMS[case.size].vocab
     path, scores = planted_path(lengths(case.B, case.T, case.lengths), blank, blank, device)
@@ -84,7 +84,7 @@ def prepare(case: Case, device: torch.device) -> "dict[str, Planted]":
 
 
 class Compiled(Planted):
-    """Eager adapters and CTC under `torch.compile`; the backbones as they are, the same for all contenders."""
+    """Eager adapters and CTC under `torch.compile`. The backbones are not compiled: all contenders share them."""
 
     def compile_parts(self) -> "Compiled":
         torch.compiler.reset()
@@ -107,8 +107,8 @@ class Compiled(Planted):
 def batch_of(case: Case, device: torch.device, *, padded: bool = False, seed: int = 0) -> dict[str, Tensor]:
     """Inputs of one step, or of `generate` at stage 0.
 
-    Clips have their true lengths; with `padded` all are as long as the longest clip of the size, and the padding counts
-    as audio, as in the released code.
+    Clips have their true lengths. With `padded` all of them are as long as the longest clip of the size, and the
+    padding is treated as audio, as in the released code.
     """
     dims, generator = DIMS[case.size], torch.Generator().manual_seed(seed)
     frames = lengths(case.B, case.T, case.lengths)
@@ -123,7 +123,7 @@ def batch_of(case: Case, device: torch.device, *, padded: bool = False, seed: in
         batch["ctc_labels"] = labels.masked_fill(torch.arange(case.U) >= counts[:, None], IGNORE_INDEX)
     if case.stage != 1:
         text = torch.randint(dims.vocab, (case.B, PROMPT + ANSWER if case.stage else PROMPT), generator=generator)
-        text[:, 1] = dims.vocab  # the recording's place
+        text[:, 1] = dims.vocab  # the recording's placeholder
         batch |= {"input_ids": text, "attention_mask": torch.ones_like(text)}
         if case.stage:
             batch["labels"] = text.masked_fill(torch.arange(PROMPT + ANSWER) < PROMPT, IGNORE_INDEX)
@@ -131,11 +131,11 @@ def batch_of(case: Case, device: torch.device, *, padded: bool = False, seed: in
 
 
 def flops(case: Case, model: Planted) -> float:
-    """Operations that a step of the case needs over valid frames and tokens, by its definition.
+    """Operations that the definition of a step needs, over valid frames and tokens.
 
-    Two operations a weight and row forward; backward as many for the inputs, but those of the frozen encoder, and again
-    as many for weights that are trained; attention's scores and sums twice as many backward as forward. The language
-    model's weights are frozen, and LoRA is too small to count.
+    Forward takes two operations for each weight and row. Backward takes as many again for the gradient of the inputs,
+    except those of the frozen encoder, and as many for the gradient of trained weights. Attention takes twice as many
+    backward as forward. The language model's weights are frozen; LoRA is too small to matter.
     """
     frames = lengths(case.B, case.T, case.lengths).double()
     tokens = kept_frames(frames.long()).double() + PROMPT - 1 + (ANSWER if case.stage else 0)
@@ -147,11 +147,11 @@ def flops(case: Case, model: Planted) -> float:
     encoder = 2 * matrices(model.audio_tower.layers) * 2 * frames.sum()
     encoder = encoder + 4 * dims.audio_width * dims.audio_layers * ((2 * frames) ** 2).sum()
     alignment = 2 * matrices(model.alignment) * frames.sum() + 4 * dims.width * (frames**2).sum()
-    trained_alignment = 3 * alignment - 4 * dims.audio_width * dims.width * frames.sum()  # no gradient for the encoder
+    trained_alignment = 3 * alignment - 4 * dims.audio_width * dims.width * frames.sum()  # none for the encoder
     product = 2 * dims.vocab * dims.width * frames.sum()
     shrinking = 4 * dims.width**2 * (frames.sum() + kept_frames(frames.long()).sum())
     layers = 2 * matrices(model.language_model.base_model.layers) * tokens.sum()
-    pairs = 2 * dims.width * dims.layers * (tokens**2).sum()  # causal: half of them
+    pairs = 2 * dims.width * dims.layers * (tokens**2).sum()  # Causal attention needs half of the pairs.
     answers = 2 * dims.vocab * dims.width * case.B * (ANSWER if case.stage else case.new_tokens)
     learning = 2 * layers + 3 * pairs + 2 * answers
     heard = encoder + alignment + product + shrinking

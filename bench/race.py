@@ -1,13 +1,13 @@
-"""How the benches measure: contenders in alternating rounds, beside the roofs of the device.
+"""The timing of the benches: contenders run in alternating rounds, together with the roofs of the device.
 
-A round runs every contender of a group once, in an order that moves on by one each round, and with them a large product
-and a large copy: what a slow minute does to one it does to all, so a ratio is the median of the rounds' own ratios.
-Before the rounds each contender's result and gradients are held to eager's: one that computes something else fails.
-Times are CUDA events, or the clock of the CPU. On CUDA each run takes the next copy of its inputs, so many that they
-do not fit into the L2 cache together.
+A round runs every contender of a group once, and with them a large product and a large copy. The order moves on by one
+in each round. A slow minute of the machine slows all contenders of a round, so ratios are taken round by round, and the
+ratio of a group is their median. Before the rounds the result and the gradients of each contender are compared with
+eager's; a contender that computes something else fails. Times come from CUDA events, or from the clock of the CPU. On
+CUDA each run uses the next copy of its inputs; there are so many that they do not fit into the L2 cache together.
 
-A training step is timed as a whole and in two parts: forward with everything kept for backward, and backward. An
-operation that has its gradient ready after forward (the linear losses) shows it there; `both` is what compares.
+A training step is timed as a whole ("both") and in two parts: forward, which keeps everything for backward, and
+backward. The linear losses compute their gradient in forward already, so "both" is what is compared.
 """
 
 import gc
@@ -32,26 +32,27 @@ from bench.shapes import Case
 
 try:
     from nvtx import annotate
-except ModuleNotFoundError:  # ranges change no figure
+except ModuleNotFoundError:  # The ranges are for profilers only.
     annotate = None
 
 PARTS = ("forward", "backward", "both")
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
-SECONDS = {"cuda": 1.0, "cpu": 0.5, "tiny": 0.0}  # for the rounds of a group, as far as the fewest rounds allow
+SECONDS = {"cuda": 1.0, "cpu": 0.5, "tiny": 0.0}  # time for the rounds of a group; MIN_ROUNDS may exceed it
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 1024, "tiny": 128}
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**26, "tiny": 2**16}  # read, and as many written: past every cache
-MAX_COPIES = 64  # of the inputs
-# How far from eager's a contender's result and gradients may lie, of their norm: products and sums in another order,
-# and in half types roundings of both. It tells another computation from the same one; how exact it is, tests tell.
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**26, "tiny": 2**16}  # bytes read, and as many written; larger than any cache
+MAX_COPIES = 64  # most copies of the inputs
+# How far a contender's result and gradients may lie from eager's, relative to their norm. Sums in another order and the
+# rounding of half types make some difference. The limit only finds contenders that compute something else; the tests
+# check how exact they are.
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class Absent(Exception):
-    """A contender cannot run here; the message says why."""
+    """A contender cannot run here; the message gives the reason."""
 
 
 class Wrong(Exception):
-    """A contender's result is not what it should be."""
+    """A contender's result is wrong."""
 
 
 @dataclass
@@ -59,18 +60,19 @@ class Problem:
     """One case of an operation on one device.
 
     Attributes:
-        inputs: seed -> tensors; those that require a gradient are differentiated.
-        contenders: name -> a function that makes it; made, it takes the inputs and returns a tensor, or a tuple whose
-            first entry is differentiated. Making may raise `Absent` or ImportError.
-        parameters: name -> tensors beside the inputs that get gradients.
-        flops, bytes: that the definition needs, by part: what an ideal implementation would have to do and to move.
-        trains: False for what has no backward.
-        partial: contenders that do a part of the work only, to show its share; `flops` and `bytes` are not theirs.
-        different: contenders whose results need not be eager's: other inputs, or the work without the sense of it.
-        agreement: in place of AGREEMENT, where the definition of the operation allows more.
-        same_gradients: False where eager's are by another convention, so that only results are held to eager's.
-        counts: what the result is multiplied with before it is summed up and differentiated, and before it is held
-            to eager's; 0 on what is padding to some contenders. None for ones.
+        inputs: seed -> tensors. Those that require a gradient get one.
+        contenders: name -> a function that makes the contender. The contender takes the inputs and returns a tensor, or
+            a tuple whose first entry is differentiated. Making it may raise `Absent` or ImportError.
+        parameters: contender -> tensors besides the inputs that get gradients.
+        flops, bytes: part -> operations and bytes that the definition needs: the least that any implementation does.
+        trains: False if there is no backward.
+        partial: contenders that only do a part of the work, to show its share. `flops` and `bytes` are not theirs.
+        different: contenders that are not compared with eager: they have other inputs, or only do work of the same size
+            (two bare products).
+        agreement: the allowed difference from eager instead of AGREEMENT, if the operation's definition allows more.
+        same_gradients: False if eager's gradients follow another convention; then only results are compared.
+        counts: weights of the result's entries. The result is multiplied by them before it is compared, and they are
+            the gradient with which backward starts. 0 for padding, whose values may differ. None: all ones.
     """
 
     inputs: Callable[[int], tuple]
@@ -88,13 +90,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Operation:
-    """What a bench file measures.
+    """An operation that a bench file measures.
 
     Attributes:
-        name: of the operation.
+        name: name of the operation.
         cases: size ("cuda", "cpu", "tiny") -> cases.
-        problem: case and device -> what to run.
-        contenders: the names that `problem` knows; `needs` says what some of them need: "cuda", or a package.
+        problem: case and device -> the problem.
+        contenders: names of all contenders.
+        needs: contender -> what it needs: "cuda", or names of packages.
+        parts: the parts that are timed.
         growth: the contenders that run on the points of the growth curves.
     """
 
@@ -107,7 +111,7 @@ class Operation:
     growth: tuple[str, ...] = ("eager", "ours-torch", "ours-triton")
 
     def missing(self, contender: str, device: torch.device) -> str:
-        """Why a contender cannot run here; empty where it can."""
+        """Why a contender cannot run here; "" if it can."""
         for need in self.needs.get(contender, ()):
             if need == "cuda" and device.type != "cuda":
                 return f"{contender}: it needs CUDA"
@@ -116,18 +120,22 @@ class Operation:
         return ""
 
     def of_case(self, case: Case, device: torch.device) -> list[str]:
-        """The contenders that a case is run with, the absent ones too."""
+        """The contenders of a case, also those that cannot run here."""
         if not case.over:
             return list(self.contenders)
-        wanted = "ours-torch" if device.type == "cuda" else "ours-triton"  # one of ours is enough for a curve
+        wanted = "ours-torch" if device.type == "cuda" else "ours-triton"  # A curve shows one of ours only.
         return [name for name in self.contenders if name in self.growth and name != wanted]
 
 
 @dataclass
 class Laps:
-    """What one contender did: seconds of each round by part, peak bytes by part; or why it did nothing.
+    """The measurements of one contender.
 
-    `absent` is a reason to skip it, `failed` the traceback of an error.
+    Attributes:
+        seconds: part -> seconds of each round.
+        peak_bytes: part -> peak memory.
+        absent: the reason why it was skipped, or "".
+        failed: the message or traceback of its error, or "".
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -138,16 +146,16 @@ class Laps:
 
 @dataclass
 class Result:
-    """One group: all contenders on one case, and the roofs that were timed with them."""
+    """The measurements of a group: all contenders on one case, and the roofs that were timed with them."""
 
     laps: dict[str, Laps]
     problem: Problem
-    roof_flops: float  # operations a second of the large product
-    roof_bytes: float  # bytes a second of the large copy, read and written
+    roof_flops: float  # operations per second of the large product
+    roof_bytes: float  # bytes per second of the large copy, read and written
 
 
 def leaves_of(inputs: Iterable, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors that a step differentiates by."""
+    """The tensors that get a gradient."""
     return [x for x in [*inputs, *parameters] if isinstance(x, Tensor) and x.requires_grad]
 
 
@@ -157,7 +165,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 class Runner:
-    """Runs one contender: forward, and backward where there is one."""
+    """Runs one contender: forward, and backward if it has one."""
 
     def __init__(
         self,
@@ -181,7 +189,7 @@ class Runner:
         return torch.autograd.grad(out, leaves, upstream, allow_unused=True)
 
     def warm_up(self, inputs: tuple) -> "Outcome":
-        """First run: compiles, and finds out whether there is a backward; without one only forward races."""
+        """The first run. It compiles, and finds out whether there is a backward; without one only forward is timed."""
         out = self.forward(inputs)
         self.trains = self.trains and out.requires_grad
         gradients = self.backward(out, inputs) if self.trains else ()
@@ -189,7 +197,7 @@ class Runner:
         return Outcome(out.cpu(), [None if x is None else x.cpu() for x in gradients])
 
     def step(self, inputs: tuple) -> dict[str, float]:
-        """Seconds of one run by part."""
+        """Run once; return part -> seconds."""
         _synchronise(self.device)
         clock = _Clock(self.device)
         clock.mark()
@@ -204,19 +212,22 @@ class Runner:
         return {"forward": spans[0]} | ({"backward": spans[1], "both": sum(spans)} if self.trains else {})
 
     def peak_bytes(self, inputs: tuple) -> dict[str, int]:
-        """Most bytes that a run held beyond what was there before, by part."""
+        """Run once; return part -> most bytes held at a time beyond what was held before."""
         measure = _peak_cuda if self.device.type == "cuda" else _peak_cpu
         return measure(self, inputs)
 
 
 class Outcome(NamedTuple):
-    """What a run gave: its result, and the gradients of the leaves, on the CPU. Without a backward there are none."""
+    """The result of a run and the gradients of its leaves, on the CPU. Without a backward there are no gradients."""
 
     out: Tensor
     gradients: list[Tensor | None]
 
     def differs(self, name: str, expected: "Outcome", limit: float) -> str:
-        """In which way from that of `name`, if it does by more than `limit` of the norm; results of integers may."""
+        """How this outcome differs from the expected one, which `name` computed; "" if it does not.
+
+        The difference may be `limit` times the norm. Results of integers are not compared.
+        """
         if self.out.shape != expected.out.shape:
             return f"the result has shape {list(self.out.shape)}, but {name}'s {list(expected.out.shape)}"
         pairs = {"the result": [(self.out, expected.out)] if self.out.is_floating_point() else []}
@@ -235,7 +246,7 @@ class Outcome(NamedTuple):
 
 
 class _Clock:
-    """Marks on the device's own timeline."""
+    """Marks points in time: CUDA events, or the clock of the CPU."""
 
     def __init__(self, device: torch.device):
         self.cuda, self.marks = device.type == "cuda", []
@@ -258,7 +269,7 @@ class _Clock:
 
 
 def _peak_cuda(runner: Runner, inputs: tuple) -> dict[str, int]:
-    """By the caching allocator: the most allocated during each part, over what was allocated before the run."""
+    """Peak of each part in the caching allocator, minus what was allocated before the run."""
     torch.cuda.synchronize()
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -276,7 +287,7 @@ def _peak_cuda(runner: Runner, inputs: tuple) -> dict[str, int]:
 
 
 def _peak_cpu(runner: Runner, inputs: tuple) -> dict[str, int]:
-    """By torch's profiler: the running sum of the CPU allocator's events. Scratch inside the libraries is not seen."""
+    """Peak of the running sum of the CPU allocator's events in torch's profiler; it does not see libraries' scratch."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         with torch.profiler.record_function("bench.forward"):
             out = runner.forward(inputs)
@@ -302,7 +313,7 @@ def _peak_cpu(runner: Runner, inputs: tuple) -> dict[str, int]:
 
 
 def _copies(problem: Problem, device: torch.device) -> list[tuple]:
-    """The inputs, and on CUDA as many copies of them as do not fit twice into the L2 cache."""
+    """The inputs; on CUDA so many further draws that they are twice as large as the L2 cache."""
     inputs = [problem.inputs(0)]
     if device.type == "cuda":
         size = sum(x.nbytes for x in inputs[0] if isinstance(x, Tensor))
@@ -312,7 +323,7 @@ def _copies(problem: Problem, device: torch.device) -> list[tuple]:
 
 
 def _roofs(dtype: torch.dtype, size: str, device: torch.device) -> tuple[Runner, Runner, float, float]:
-    """A large product and a large copy as runners, with their operations and bytes."""
+    """Runners of a large product and a large copy, and their operations and bytes."""
     n, count = PRODUCT_SIZE[size], COPY_BYTES[size] // dtype.itemsize
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.ones(count, device=device, dtype=dtype)
@@ -326,7 +337,7 @@ def race(problem: Problem, names: list[str], dtype: torch.dtype, size: str, devi
     """Time the contenders `names` of a problem in alternating rounds."""
     laps, runners = {name: Laps() for name in names}, {}
     copies = _copies(problem, device)
-    expected = None  # what eager gives, which comes first; or, where it does not fit into memory, the next
+    expected = None  # the outcome of eager, which runs first; if it does not fit into memory, that of the next one
     limit = problem.agreement or AGREEMENT[dtype]
     for name in sorted(names, key=lambda name: name != "eager"):
         ours = name.startswith(OURS)
@@ -351,7 +362,7 @@ def race(problem: Problem, names: list[str], dtype: torch.dtype, size: str, devi
             laps[name].absent = f"{name}: {error}"
         except Wrong as error:
             laps[name].failed = f"{name}: {error}"
-        except Exception as error:  # a peer that breaks fails its own tests, not those of the others
+        except Exception as error:  # A contender that breaks fails its own tests only.
             if isinstance(error, ImportError | torch.OutOfMemoryError) and not ours:
                 reason = error if isinstance(error, ImportError) else "out of memory"
                 laps[name].absent = f"{name}: {reason}"
@@ -367,7 +378,7 @@ def race(problem: Problem, names: list[str], dtype: torch.dtype, size: str, devi
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS[size] / max(total, 1e-9))))
     order, run = list(runners), 0
     gc.collect()
-    gc.disable()  # or a collection falls into somebody's round
+    gc.disable()  # A collection would slow the round of one contender.
     try:
         for turn in range(rounds):
             product_seconds.append(product.step(())["forward"])

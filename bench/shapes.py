@@ -1,6 +1,6 @@
-"""The shapes of the benches, and the generators of their inputs: everything that decides what a figure means.
+"""The shapes of the benches and the generators of their inputs.
 
-Three sizes of the same cases:
+There are three sizes of the same cases:
 
 | size   | what                                                                                   | for                |
 |--------|----------------------------------------------------------------------------------------|--------------------|
@@ -8,8 +8,8 @@ Three sizes of the same cases:
 | `cpu`  | the embedded default's widths, clips of up to 5 s, float32                             | two CPU cores      |
 | `tiny` | the same rules on a few rows                                                           | tests of the bench |
 
-Dimension letters: B utterances, T frames of the longest (25 a second, after the alignment adapter), D width, E width of
-the encoder, H heads, V rows of the head, U labels, N rows of hidden states.
+Dimension letters: B utterances, T frames of the longest one (25 per second, after the alignment adapter), D width of
+the hidden states, E width of the encoder, H heads, V rows of the head, U labels, N rows of hidden states.
 """
 
 from dataclasses import dataclass, replace
@@ -21,18 +21,17 @@ from torch import Tensor
 from soundwave.memory import LLAMA_8B_WHISPER_LARGE, Dims
 
 SIZES = ("cuda", "cpu", "tiny")
-FRAMES_PER_SECOND = 25  # after the alignment adapter; the encoder gives twice, log-mel four times as many
-KEPT_PER_SECOND = 3  # sub-words that speech has, and so the peaks that stay
-CONFUSABLE = 20  # tokens a row that a trained head takes for possible, in "peaky" logits
-PEAK_LOGIT, CONFUSABLE_LOGITS = 24.0, (17.0, 21.0)  # of the planted label and of those; all others are around 0
-RIDGE = 0.01  # beside rows of norm 1: a token may be drawn twice
-BLANK_SHARE = 0.7  # of the frames, behind each label; less where labels have fewer than three frames
-SHORTEST = 0.1  # of the longest clip, in the mixture: 3 of 30 s
-
+FRAMES_PER_SECOND = 25  # after the alignment adapter; the encoder has twice, log-mel four times as many
+KEPT_PER_SECOND = 3  # kept frames; about as many sub-words as speech has
+CONFUSABLE = 20  # tokens per row that a trained head also finds possible, in "peaky" logits
+PEAK_LOGIT, CONFUSABLE_LOGITS = 24.0, (17.0, 21.0)  # logits of the planted label and of these; others are around 0
+RIDGE = 0.01  # added to the products of rows of norm 1, because a token may be drawn twice
+BLANK_SHARE = 0.7  # share of blank frames, after each label; smaller if a label has fewer than three frames
+SHORTEST = 0.1  # length of the shortest clip of the mixture, relative to the longest: 3 of 30 s
 
 DIMS = {
     "cuda": LLAMA_8B_WHISPER_LARGE,
-    # Whisper tiny, SmolLM2-135M with 4 of its 30 layers
+    # Whisper tiny, and SmolLM2-135M with 4 of its 30 layers
     "cpu": Dims(
         mels=80, audio_width=384, audio_layers=4, audio_heads=6, audio_mlp=1536, audio_positions=1500,
         width=576, layers=4, heads=9, kv_heads=3, mlp=1536, vocab=49_152,
@@ -46,7 +45,7 @@ DIMS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One column of sizes; those an operation has no use for stay 0."""
+    """The sizes of a case. Sizes that an operation does not use are 0."""
 
     name: str
     dtype: torch.dtype
@@ -64,8 +63,8 @@ class Case:
     keys: str = "all"
     new_tokens: int = 0
     stage: int = 0
-    size: str = ""  # whose `DIMS` a whole model has
-    over: str = ""  # the letter that a growth curve runs over
+    size: str = ""  # key of `DIMS`, for whole models
+    over: str = ""  # the letter along which a growth curve runs, or ""
 
     def shape(self) -> dict[str, int]:
         return {letter: value for letter in "BTDVUEHN" if (value := getattr(self, letter))}
@@ -75,10 +74,10 @@ class Case:
 
 
 def lengths(batch: int, longest: int, kind: str) -> Tensor:
-    """int64 [B]: all `longest`, or the mixture that speech has.
+    """Lengths int64 [B]: all `longest` ("equal"), or those of a mixture of clips ("mixture").
 
-    The mixture is log-uniform from a tenth of the longest (3 s where that is 30) to the longest, which is among them:
-    half the clips are shorter than a third of it. From 4 clips on the mean is at most 0.45 of the longest.
+    The mixture is log-uniform from a tenth of the longest (3 s of 30 s) to the longest itself: half of the clips are
+    shorter than a third of it. With 4 clips or more the mean is at most 0.45 of the longest.
     """
     if kind == "equal":
         return torch.full((batch,), longest)
@@ -89,12 +88,12 @@ def lengths(batch: int, longest: int, kind: str) -> Tensor:
 
 
 def kept_frames(frame_lengths: Tensor) -> Tensor:
-    """int64 [B]: how many frames of each clip are kept, at `KEPT_PER_SECOND`."""
+    """Number of kept frames of each clip, int64 [B], at `KEPT_PER_SECOND`."""
     return (frame_lengths * KEPT_PER_SECOND // FRAMES_PER_SECOND).clamp(min=1)
 
 
 def planted_path(frame_lengths: Tensor, blank: int, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A CTC path [B, T] whose peaks are `kept_frames` single frames at equal distances, and its log-probabilities."""
+    """A CTC path [B, T] whose peaks are single frames at equal distances (`kept_frames`), and its log-probabilities."""
     size = int(frame_lengths.max())
     path = torch.full((len(frame_lengths), size), blank)
     for row, (length, kept) in enumerate(zip(frame_lengths.tolist(), kept_frames(frame_lengths).tolist(), strict=True)):
@@ -107,13 +106,13 @@ def planted_path(frame_lengths: Tensor, blank: int, vocabulary: int, device: tor
 
 
 def make_head(vocabulary: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[V, D], rows of norm 1 on average: what a head over normed states looks like."""
-    generator = torch.Generator(device).manual_seed(1_000_000)  # no seed of `utterances`, whose blank would be row 0
+    """A head [V, D] whose rows have norm 1 on average, like that of a model with normed hidden states."""
+    generator = torch.Generator(device).manual_seed(1_000_000)  # With a seed of `utterances` the blank would be row 0.
     return torch.randn(vocabulary, width, generator=generator, device=device, dtype=dtype).mul_(width**-0.5)
 
 
 class Utterances(NamedTuple):
-    """What linear CTC is given: hidden [B, T, D], targets int64 [B, U], the lengths int64 [B], a blank row and bias."""
+    """Inputs of linear CTC: hidden [B, T, D], targets int64 [B, U], lengths int64 [B], the blank's row [D] and bias."""
 
     hidden: Tensor
     targets: Tensor
@@ -126,11 +125,11 @@ class Utterances(NamedTuple):
 def utterances(case: Case, weight: Tensor, seed: int = 0) -> Utterances:
     """Hidden states and targets for a head `weight` [V, D].
 
-    "random": Gaussian states, so that every logit is a standard Gaussian and every column of the vocabulary carries
-    some probability, as before training. "peaky": each state is the mixture of head rows that gives a planted label
-    (blank on `BLANK_SHARE` of the frames) the logit `PEAK_LOGIT` and `CONFUSABLE` random tokens logits within
-    `CONFUSABLE_LOGITS`, as after it; all others get what falls to them, around 0. Labels are planted in the targets'
-    order.
+    "random", as before training: the states are Gaussian, so every logit is a standard Gaussian and every column of the
+    vocabulary has some probability. "peaky", as after training: each state is a linear combination of rows of the head.
+    It gives a planted label (the blank on `BLANK_SHARE` of the frames) the logit `PEAK_LOGIT`, and `CONFUSABLE` random
+    tokens logits within `CONFUSABLE_LOGITS`; the logits of all other tokens are around 0. Labels are planted in the
+    order of the targets.
     """
     device, generator = weight.device, torch.Generator().manual_seed(seed)
     rows, width = weight.shape
@@ -140,7 +139,7 @@ def utterances(case: Case, weight: Tensor, seed: int = 0) -> Utterances:
     targets = torch.randint(rows, (case.B, case.U), generator=generator)
     if case.logits == "random":
         hidden = torch.randn(case.B, case.T, width, generator=generator).to(device, weight.dtype)
-        bias = torch.tensor(float(rows)).log()  # near the log-sum-exp of the head, where training starts it
+        bias = torch.tensor(float(rows)).log()  # near the log-sum-exp of the head, as at the start of training
     else:
         hidden = _peaky(case, weight, blank_weight, targets, frames, labels, generator)
         bias = torch.zeros(())
@@ -156,9 +155,9 @@ def _peaky(
     labels: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    position = torch.arange(case.T)[None] * labels[:, None] / frames[:, None]  # in labels
+    position = torch.arange(case.T)[None] * labels[:, None] / frames[:, None]  # counted in labels
     planted = targets.gather(1, position.long().clamp(max=case.U - 1))
-    own_share = (labels / frames).clamp(min=1 - BLANK_SHARE)  # at least a label's first frame is its own
+    own_share = (labels / frames).clamp(min=1 - BLANK_SHARE)  # At least the first frame of a label is not blank.
     is_blank = position % 1 >= own_share[:, None]
     others = torch.randint(weight.shape[0], (case.B, case.T, CONFUSABLE), generator=generator)
     low, high = CONFUSABLE_LOGITS
@@ -166,7 +165,7 @@ def _peaky(
     wanted[..., 0] = PEAK_LOGIT
     device = weight.device
     hidden = torch.empty(case.B, case.T, weight.shape[1], device=device, dtype=weight.dtype)
-    for row in range(case.B):  # one utterance at a time: the gathered rows are twenty times its states
+    for row in range(case.B):  # one at a time: the gathered rows are twenty times as large as the states
         own = torch.where(is_blank[row, :, None].to(device), blank_weight, weight[planted[row].to(device)].float())
         rows = torch.cat([own[:, None], weight[others[row].to(device)].float()], 1)
         products = rows @ rows.mT + RIDGE * torch.eye(1 + CONFUSABLE, device=device)
@@ -179,7 +178,7 @@ def _peaky(
 
 
 def _grow(base: Case, **axes: tuple[int, ...]) -> list[Case]:
-    """`base` with one size after the other replaced: the points of the growth curves."""
+    """The points of the growth curves: copies of `base` in each of which one size is replaced."""
     return [
         replace(base, name=f"{letter} {value}{', peaky' * (base.logits == 'peaky')}", over=letter, **{letter: value})
         for letter, values in axes.items()
@@ -188,7 +187,7 @@ def _grow(base: Case, **axes: tuple[int, ...]) -> list[Case]:
 
 
 def ctc(size: str) -> list[Case]:
-    """Ordinary CTC over given log-probabilities: characters, sub-words, a large sub-word vocabulary."""
+    """Ordinary CTC over given log-probabilities of characters, sub-words, and a large vocabulary of sub-words."""
     dtype = torch.float32
     sizes = {"cuda": (32, 1000, 100), "cpu": (8, 250, 25), "tiny": (4, 20, 4)}
     B, T, U = sizes[size]
@@ -203,7 +202,7 @@ def ctc(size: str) -> list[Case]:
 
 
 def linear_ctc(size: str) -> list[Case]:
-    """Head, log-softmax and CTC over the vocabulary of an LLM; the head is frozen."""
+    """A frozen head, log-softmax and CTC over the vocabulary of an LLM."""
     if size == "tiny":
         base = Case("", torch.float32, B=4, T=20, D=64, V=512, U=4)
         return [replace(base, name="random"), replace(base, name="peaky", logits="peaky"), *_grow(base, V=(256, 512))]
@@ -223,7 +222,7 @@ def linear_ctc(size: str) -> list[Case]:
 
 
 def linear_cross_entropy(size: str) -> list[Case]:
-    """The next-token loss over N rows: the head frozen, as in every stage here, and trained, as elsewhere."""
+    """The next-token loss over N rows. The head is frozen, as in every stage of Soundwave, or trained, as elsewhere."""
     N, D, V, dtype = {
         "cuda": (4096, 4096, 128_256, torch.bfloat16),
         "cpu": (256, 576, 24_576, torch.float32),
@@ -255,7 +254,7 @@ def _clips(size: str, batch: int = 0, dtype: torch.dtype | None = None) -> list[
 
 
 def shrink(size: str) -> list[Case]:
-    """The shrinking adapter; with the kept frames as the only keys, too, as the released code has it."""
+    """The shrinking adapter; one case has the kept frames as the only keys, like the released code."""
     cases = _clips(size)
     return [*cases, replace(cases[0], name=f"{cases[0].name}, keys kept", keys="kept")]
 
@@ -270,7 +269,7 @@ def alignment(size: str) -> list[Case]:
 
 
 def stages(size: str) -> list[Case]:
-    """One training step of each stage, without the optimiser; V and U are those of its CTC and its answers."""
+    """One training step of each stage, without the optimiser. V and U are those of CTC and of the answers."""
     batches = {"cuda": (16, 8, 8), "cpu": (4, 4, 4), "tiny": (4, 4, 4)}[size]
     return [
         replace(case, name=f"stage {stage}, {case.name}", stage=stage, V=DIMS[size].vocab, U=max(2, case.T // 9))
@@ -280,7 +279,7 @@ def stages(size: str) -> list[Case]:
 
 
 def generate(size: str) -> list[Case]:
-    """Answers to recordings: prompt and kept frames in, new tokens out."""
+    """Answers to recordings: the LLM reads the prompt and the kept frames and writes new tokens."""
     new_tokens = {"cuda": 32, "cpu": 8, "tiny": 2}[size]
     cases = _clips(size, 8 if size == "cuda" else 4)
     return [replace(case, new_tokens=new_tokens, V=DIMS[size].vocab) for case in cases]

@@ -1,11 +1,11 @@
-"""How exact is the CTC gradient that skips columns of the vocabulary? At four points of stage I.
+"""Measure how exact the CTC gradient is that skips columns of the vocabulary, at four points of stage I.
 
     python bench/skipping.py [FOLDER]
 
-Trains stage I on the embedded corpus, for 200 steps, with checkpoints. At initialisation, steps 50 and 100 and the
-end it takes a batch of 16 unseen recordings in bfloat16 and compares the gradient of the hidden states with float64:
-eager's, ours with every column, ours with the columns that matter. It prints each relative error in the 2-norm, the
-share of columns that took part and the bound that the operation states (over the norm of the gradient).
+It trains stage I on the embedded corpus for 200 steps, with checkpoints. At initialisation, at steps 50 and 100 and at
+the end it takes a batch of 16 unseen recordings and computes the gradient of the hidden states in bfloat16: eager's,
+ours with every column, and ours with skipping. It prints the relative error of each in the 2-norm against float64, the
+share of the columns that took part, and the bound that the operation states (relative to the norm of the gradient).
 """
 
 import sys
@@ -27,8 +27,8 @@ STEPS, POINTS, UTTERANCES = 200, (50, 100), 16
 
 
 def gradient(function, hidden, model, batch, lengths, dtype, **kwargs):
-    """d loss / d hidden in float64, and what `function` returned."""
-    hidden = hidden.detach().to(dtype, copy=True).requires_grad_()  # each run has a gradient of its own
+    """The gradient of hidden, converted to float64, and the output of `function`."""
+    hidden = hidden.detach().to(dtype, copy=True).requires_grad_()  # a copy, with a gradient of its own
     target_lengths = (batch["ctc_labels"] != eager.IGNORE_INDEX).sum(1)
     out = function(
         hidden,
@@ -46,6 +46,7 @@ def gradient(function, hidden, model, batch, lengths, dtype, **kwargs):
 
 
 def compare(name: str, model: SoundwaveForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    """Print the errors at one point of the training as a row of the table."""
     model.eval()
     with torch.no_grad():
         frames, lengths = model.encode(batch["input_features"], batch["feature_lengths"])
@@ -64,6 +65,7 @@ def compare(name: str, model: SoundwaveForConditionalGeneration, batch: dict[str
 
 
 def main(folder: Path) -> None:
+    """Train and print the table."""
     corpus = build_corpus(folder / "corpus")
     config = make_config(
         1,

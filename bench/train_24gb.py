@@ -1,19 +1,22 @@
-"""Does it train on a 24 GB card? Each stage at its real size, random weights, torch's allocator capped at 22.0 GiB.
+"""Find the largest batch of each stage that trains on a 24 GB card, at the real size with random weights.
 
     python bench/train_24gb.py                      on a GPU: all stages, fused and eager
-    python bench/train_24gb.py --stage 2            one of them
-    python bench/train_24gb.py --tiny               the same code on the CPU, at small sizes: a rehearsal, no figures
+    python bench/train_24gb.py --stage 2            one stage
+    python bench/train_24gb.py --tiny               a rehearsal: the same code on the CPU at small sizes, no figures
 
-Whisper-large-v3's encoder, both adapters and Llama-3.1-8B in NF4 with LoRA, built layer by layer straight into 4 bits;
-the package's own model, gradients accumulated over two batches, clipping and AdamW with its states, clips of 30 s with
-150 tokens of text, 80 of them an answer. Random weights write no transcript, so CTC's path is planted: 3 kept frames a
-second, and beside it all 25. For every stage and implementation, each in a process of its own, it looks for the largest
-batch that trains and reports its peak memory by phase and by part beside `soundwave.memory`'s prediction, audio-seconds
-and tokens a second, and the model's FLOPs (without what is recomputed) as a share of what a large product reaches.
-A search that its time has cut short says so ("≥ 44"), and so does a largest batch that could not be timed.
+The model is the package's own: Whisper-large-v3's encoder, both adapters, and Llama-3.1-8B in NF4 with LoRA, whose
+layers are built one by one directly in 4 bits. Torch's allocator is capped at 22.0 GiB. A step accumulates the
+gradients of two batches, clips them and runs AdamW with its states. A sample has 30 s of audio and 150 tokens of text,
+of which 80 are the answer. The CTC path of random weights is meaningless, so it is planted: 3 kept frames per second,
+and in a second measurement all 25.
 
-The JSON goes to --out, else to $OUT, else to bench/results/<device>/ (a rehearsal's to runs/); it is written again
-after every process.
+For every stage and implementation, each in a process of its own, it searches the largest batch that trains. It reports
+the peak memory by phase and by part beside the prediction of `soundwave.memory`, audio-seconds and tokens per second,
+and the model's FLOP/s (without recomputation) as a share of those of a large product. A search that ran out of time is
+marked ("≥ 44"), and so is a largest batch that could not be timed.
+
+The JSON file goes to --out, else to $OUT, else to bench/results/<device>/ (that of a rehearsal to runs/). It is written
+again after every process.
 """
 
 import gc
@@ -45,10 +48,10 @@ from soundwave.training.stages import TRAINED
 
 CAP_GIB = 22.0
 SECONDS, TEXT_TOKENS, ANSWER_TOKENS = 30.0, 150, memory.ANSWER_TOKENS
-KEPT_PER_SECOND = (3.0, 25.0)  # a speaking rate's sub-words, and every frame: nothing is shrunk
-ACCUMULATION = 2  # so that gradients are there while the next batch runs, as in every real training
+KEPT_PER_SECOND = (3.0, 25.0)  # about the sub-words of speech; and every frame, so that nothing is shrunk
+ACCUMULATION = 2  # As in real training, the gradients of one batch are held while the next one runs.
 TIMED_STEPS = 5
-GRACE_SECONDS = 30.0  # for the step that a process is in when its time is over
+GRACE_SECONDS = 30.0  # for the last step of a process whose time is over
 TINY = memory.Dims(
     mels=16, audio_width=64, audio_layers=2, audio_heads=2, audio_mlp=128, audio_positions=100,
     width=128, layers=2, heads=4, kv_heads=2, mlp=256, vocab=1000, lora_rank=4,
@@ -63,7 +66,7 @@ console = Console()
 
 
 class PlantedPath(SoundwaveForConditionalGeneration):
-    """The model with a CTC path of `kept_per_second` peaks in place of its own, and a mark after each phase."""
+    """The model with a planted CTC path of `kept_per_second` peaks per second, and a mark after each phase."""
 
     kept_per_second = KEPT_PER_SECOND[0]
     mark = staticmethod(lambda phase: None)
@@ -80,12 +83,12 @@ class PlantedPath(SoundwaveForConditionalGeneration):
         kept = min(max(math.ceil(self.kept_per_second * seconds), 1), hidden.shape[1])
         path = torch.full_like(ctc.path, self.blank)
         place = torch.arange(kept, device=path.device) * hidden.shape[1] // kept
-        path[:, place] = place % 2  # neighbours differ, so that each is a run of its own
+        path[:, place] = place % 2  # Neighbours differ, so each of them is a run of its own.
         return hidden, lengths, ctc._replace(path=path, path_log_prob=torch.zeros_like(ctc.path_log_prob))
 
 
 def build_model(stage: int, implementation: str, dims: memory.Dims, device: torch.device) -> PlantedPath:
-    """A stage's model with random weights, frozen and trained as in its training, its backbones in bfloat16."""
+    """The model of a stage with random weights and backbones in bfloat16; what the stage does not train is frozen."""
     config = dims.soundwave_config(quantization="nf4", implementation=implementation, stage=stage)
     with device:
         model = PlantedPath(config)
@@ -101,10 +104,10 @@ def build_model(stage: int, implementation: str, dims: memory.Dims, device: torc
 
 
 def checkpoint_layers(language_model: Any) -> None:
-    """Its layers keep their inputs alone for backward; transformers renamed the method after 5.17."""
+    """Let each layer keep only its input for backward. transformers renamed the method after 5.17."""
     enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
-    # With LoRA it makes the embeddings want a gradient, which only the reentrant kind needs.
+    # With LoRA the method makes the embeddings require a gradient, which only reentrant checkpoints need.
     language_model.disable_input_require_grads()
 
 
@@ -116,7 +119,7 @@ def random_encoder(dims: memory.Dims) -> nn.Module:
 
 
 def random_language_model(dims: memory.Dims) -> nn.Module:
-    """Llama with its products in NF4, of which at no time more than one is there in bfloat16."""
+    """Llama with its linear layers in NF4. At most one of them exists in bfloat16 at a time."""
     import bitsandbytes
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -128,12 +131,12 @@ def random_language_model(dims: memory.Dims) -> nn.Module:
             linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16,
             compress_statistics=True, quant_type="nf4", device="meta",
         )  # fmt: skip
-        device = torch.empty(0).device  # the default one: here the weight is made, and quantised by being moved there
+        device = torch.empty(0).device  # the default device: moving the weight there quantises it
         weight = torch.empty(linear.weight.shape, dtype=torch.bfloat16).normal_(std=0.02)
         layer.weight = bitsandbytes.nn.Params4bit(
             weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
         ).to(device)
-        layer.support_avx512bf16_for_cpu = False  # an evaluation would repack the weights for good
+        layer.support_avx512bf16_for_cpu = False  # An evaluation would repack the weights for good.
         return layer
 
     with bfloat16():
@@ -149,12 +152,12 @@ def random_language_model(dims: memory.Dims) -> nn.Module:
                 norm.weight = nn.Parameter(torch.ones(dims.width))
             model.model.layers.append(layer)
     config.num_hidden_layers = model.config.num_hidden_layers = dims.layers
-    model.is_loaded_in_4bit = True  # peft takes its LoRA for 4-bit layers by this
+    model.is_loaded_in_4bit = True  # peft then uses its LoRA for 4-bit layers.
     return model
 
 
 class bfloat16:
-    """New floating-point tensors are bfloat16 inside."""
+    """Context in which new floating-point tensors are bfloat16."""
 
     def __enter__(self) -> None:
         self.before = torch.get_default_dtype()
@@ -167,7 +170,7 @@ class bfloat16:
 def random_batch(
     stage: int, batch: int, seconds: float, text_tokens: int, answer_tokens: int, dims: memory.Dims, device
 ) -> dict[str, Tensor]:
-    """What the collator gives a stage: `batch` clips of `seconds`, all equally long, so nothing is padded."""
+    """A batch like the collator's, with random values: `batch` clips of `seconds` each, so there is no padding."""
     frames = round(memory.MEL_RATE * seconds)
     out = {
         "input_features": torch.randn(batch, dims.mels, frames, device=device),
@@ -188,7 +191,7 @@ def random_batch(
 
 
 class Trial:
-    """One stage and implementation on one device: steps of any batch, their memory and time."""
+    """One stage with one implementation on one device; it measures memory and time of steps with any batch."""
 
     def __init__(self, stage: int, implementation: str, tiny: bool):
         self.stage, self.implementation = stage, implementation
@@ -208,12 +211,12 @@ class Trial:
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()  # makes the states, which are there in every step but the first
+        self.optimizer.step()  # makes the states, which every step but the first one finds
         self.optimizer.zero_grad()
         self.phases: dict[str, int] = {}
 
     def mark(self, phase: str) -> None:
-        """Note the allocator's peak since the last mark; on the CPU the phase alone."""
+        """Note the allocator's peak since the last mark; on the CPU only the name of the phase."""
         peak = torch.cuda.max_memory_allocated() if self.cuda else 0
         self.phases[phase] = max(self.phases.get(phase, 0), peak)
         if self.cuda:
@@ -238,7 +241,7 @@ class Trial:
         self.kept = None if kept is None else int(kept[-1])
 
     def attempt(self, size: int, kept_per_second: float, steps: int = 1) -> dict[str, Any] | None:
-        """Memory and seconds of steps on batches of `size`; None where they do not fit."""
+        """Memory and seconds of steps with batches of `size`; None if they do not fit."""
         self.model.kept_per_second, self.phases = kept_per_second, {}
         fitted = False
         try:
@@ -274,7 +277,7 @@ class Trial:
         return time.perf_counter() - start
 
     def measured_parts(self) -> dict[str, int]:
-        """Bytes of what stands there during a step, from the tensors themselves."""
+        """Bytes of the tensors that exist throughout a step, part by part."""
         model, seen = self.model, set()
 
         def size(tensors: Any) -> int:
@@ -302,16 +305,20 @@ class Trial:
 
 
 def quant_state_tensors(state: Any) -> list[Tensor]:
-    """Scales of a 4-bit weight, and the scales of these."""
+    """The scales of a 4-bit weight and, as these are quantised too, the scales of the scales."""
     own = [value for value in vars(state).values() if isinstance(value, Tensor)]
     return own + (quant_state_tensors(state.state2) if state.nested else [])
 
 
 def largest(trial: Trial, kept_per_second: float, tried: list[dict[str, Any]], deadline: float) -> tuple[int, bool]:
-    """The largest batch that fits, 0 if none, and whether that is sure: it is not where `deadline` ended the search.
+    """Search the largest batch that fits, from the predicted one up or down.
 
-    It starts at the prediction, which keeps some memory free, and goes up or down from there. `tried` gets every batch
-    that was looked at; `deadline` is a `time.time()`.
+    Args:
+        tried: every batch that was tried is appended to it.
+        deadline: when the search ends at the latest, as `time.time()`.
+
+    Returns:
+        The largest batch that fits, or 0; and whether it is certain: it is not if the deadline ended the search.
     """
 
     def fits(size: int) -> bool:
@@ -342,7 +349,7 @@ def largest(trial: Trial, kept_per_second: float, tried: list[dict[str, Any]], d
 
 
 def product_flops(device: torch.device) -> float:
-    """FLOP/s of a large bfloat16 product: the roof of the model's."""
+    """FLOP/s of a large bfloat16 product, the most that the model can reach."""
     size = 8192 if device.type == "cuda" else 256
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     times = []
@@ -358,16 +365,17 @@ def product_flops(device: torch.device) -> float:
 
 
 def model_flops(stage: int, batch: int, seconds: float, kept: int, text: dict[str, int], dims: memory.Dims) -> float:
-    """Operations of the products of one forward and backward pass, 2 for a multiplication and its addition.
+    """Operations of the products of one forward and backward pass; a multiplication with its addition counts as 2.
 
-    Convention: backward takes as much again for each factor whose gradient is needed (a trained weight, an input that
-    depends on one), so attention twice as much as forward; what is recomputed does not count.
+    Convention: backward takes as many operations as forward for each factor that needs a gradient, which is a trained
+    weight or an input that depends on one. So attention takes twice as many backward as forward. Recomputation does not
+    count.
     """
     d = dims
     frames = round(memory.MEL_RATE * seconds) // 2
     rows = -(-frames // memory.STACK)
     clip = 2 * frames * (d.encoder_parameters - d.audio_positions * d.audio_width)
-    clip += 4 * d.audio_layers * frames * frames * d.audio_width  # scores, and their product with the values
+    clip += 4 * d.audio_layers * frames * frames * d.audio_width  # scores and their product with the values
     clip += alignment_flops(rows, d, trained=stage < 3)
     clip += (1 if stage == 3 else 2) * 2 * rows * d.vocab * d.width  # the head is frozen
     total = batch * clip
@@ -377,7 +385,7 @@ def model_flops(stage: int, batch: int, seconds: float, kept: int, text: dict[st
         total += passes * 4 * kept * rows * d.width
         tokens = batch * text["text_tokens"] + kept
         total += 2 * 2 * tokens * d.linear_parameters + 3 * 2 * tokens * d.lora_parameters
-        total += 3 * d.layers * 4 * tokens * tokens / batch / 2 * d.width  # causal: half of the scores
+        total += 3 * d.layers * 4 * tokens * tokens / batch / 2 * d.width  # Causal attention needs half of the scores.
         total += 2 * 2 * batch * text["answer_tokens"] * d.vocab * d.width
     return total
 
@@ -385,16 +393,18 @@ def model_flops(stage: int, batch: int, seconds: float, kept: int, text: dict[st
 def alignment_flops(rows: int, dims: memory.Dims, trained: bool) -> float:
     """Operations of the alignment adapter on a clip of `rows` frames, counted as in `model_flops`.
 
-    Its projector has no gradient of its input: the encoder below is frozen.
+    The input of its projector needs no gradient, because the encoder below is frozen.
     """
     forward = 2 * rows * dims.alignment_parameters + 4 * rows * rows * dims.width
     return 3 * forward - 2 * rows * dims.projector_parameters if trained else forward
 
 
 def run(stage: int, implementation: str, tiny: bool, until: float, write: Any) -> None:
-    """Measure a stage with one implementation, at both rates of kept frames, by `until`, a `time.time()`.
+    """Measure a stage with one implementation, at both rates of kept frames.
 
-    `write` gets what is there so far.
+    Args:
+        until: when it ends at the latest, as `time.time()`.
+        write: called with the results so far.
     """
     start = time.time()
     trial = Trial(stage, implementation, tiny)
@@ -415,18 +425,19 @@ def run(stage: int, implementation: str, tiny: bool, until: float, write: Any) -
             result["not_timed"] = "no batch fits" if finished else "no batch was found to fit in time"
             write(results)
             continue
-        result["not_timed"] = "ended before its timed steps had"  # what stays there if the process is killed now
+        result["not_timed"] = "the process ended before its timed steps"  # It stays if the process is killed now.
         write(results)
         measured = trial.attempt(size, kept_per_second, 1 + TIMED_STEPS)
         if measured:
             del result["not_timed"]
             result |= measured | speed(trial, size, kept_per_second, measured["step_seconds"], roof)
         else:
-            result["not_timed"] = f"out of memory in {1 + TIMED_STEPS} steps of the batch that had fitted for one"
+            result["not_timed"] = f"out of memory in {1 + TIMED_STEPS} steps with the batch that fitted for one"
         write(results)
 
 
 def speed(trial: Trial, size: int, kept_per_second: float, times: list[float], roof: float) -> dict[str, Any]:
+    """Speed of the timed steps beside the roof, and the predicted peaks."""
     median = statistics.median(times)
     kept = trial.kept or 0
     flops = ACCUMULATION * model_flops(trial.stage, size, trial.seconds, kept, trial.text, trial.dims)
@@ -448,7 +459,7 @@ def speed(trial: Trial, size: int, kept_per_second: float, times: list[float], r
 
 
 def interquartile_range(values: list[float]) -> float:
-    """0 of a single value."""
+    """Interquartile range; 0 for a single value."""
     if len(values) < 2:
         return 0.0
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -456,15 +467,18 @@ def interquartile_range(values: list[float]) -> float:
 
 
 def in_a_process(stage: int, implementation: str, tiny: bool, until: float) -> tuple[list[dict[str, Any]], str | None]:
-    """`run` in a process of its own: its results so far, and what went wrong.
+    """Call `run` in a process of its own.
 
-    The process has until `until`, a `time.time()`, however long it takes to start, and is killed some time after that.
+    The process has time until `until`, as `time.time()`; this includes its start. Some time later it is killed.
+
+    Returns:
+        Its results so far, and its error or None.
     """
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "results.json"
         command = [sys.executable, __file__, "--stage", str(stage), "--implementation", implementation]
         command += ["--until", str(until), "--child", str(results), *(["--tiny"] if tiny else [])]
-        # Segments that grow leave no holes between batches of different sizes.
+        # With segments that can grow, batches of different sizes do not fragment the memory.
         environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
         timeout = None if tiny else max(until - time.time(), 0.0) + GRACE_SECONDS
         error = None
@@ -476,7 +490,7 @@ def in_a_process(stage: int, implementation: str, tiny: bool, until: float) -> t
         return json.loads(results.read_text()) if results.exists() else [], error
 
 
-# ---------------------------------------------------------------- the report
+# ---------------------------------------------------------------- the file and the table
 
 
 def header(tiny: bool) -> dict[str, Any]:
@@ -492,9 +506,10 @@ def header(tiny: bool) -> dict[str, Any]:
     }
 
 
-def show(report: dict[str, Any]) -> None:
+def show(content: dict[str, Any]) -> None:
+    """Print the results of a file as a table."""
     table = Table("stage", "implementation", "kept/s", "largest batch", "peak GiB", "predicted", "audio s/s", "MFU")
-    for result in report["runs"]:
+    for result in content["runs"]:
         row = [str(result[key]) for key in ("stage", "implementation", "kept_per_second")]
         row.append(f"{'' if result['search_finished'] else '≥ '}{result['largest_batch']}")
         if "not_timed" not in result:
@@ -506,24 +521,24 @@ def show(report: dict[str, Any]) -> None:
             ]
         table.add_row(*row)
     console.print(table)
-    for result in report["runs"]:
+    for result in content["runs"]:
         if "not_timed" in result:
             what = f"stage {result['stage']}, {result['implementation']}, {result['kept_per_second']} kept/s"
             console.print(f"{what}: not timed: {result['not_timed']}", markup=False)
-    for failure in report["failures"]:
+    for failure in content["failures"]:
         console.print(f"stage {failure['stage']}, {failure['implementation']}: {failure['error']}", markup=False)
 
 
 def main(
-    stage: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Stages; all without it.")] = None,
-    implementation: Annotated[list[str] | None, typer.Option(help="fused, eager; both without it.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the JSON file.")] = None,
+    stage: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Stage; may be repeated. Default: all.")] = None,
+    implementation: Annotated[list[str] | None, typer.Option(help="fused or eager; default: both.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the JSON file.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Rehearse on the CPU at small sizes.")] = False,
-    minutes: Annotated[float, typer.Option(help="Time for all of it.")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="Time for everything, in minutes.")] = 8.0,
     child: Annotated[
-        Path | None, typer.Option(hidden=True, help="Run here, and write the results to this file.")
+        Path | None, typer.Option(hidden=True, help="Measure in this process and write the results to this file.")
     ] = None,
-    until: Annotated[float, typer.Option(hidden=True, help="When the child's time is over, in Unix seconds.")] = 0.0,
+    until: Annotated[float, typer.Option(hidden=True, help="End of the child's time, in Unix seconds.")] = 0.0,
 ) -> None:
     """Find the largest batch of each stage that trains under 22.0 GiB, and measure it."""
     stages, implementations = stage or [1, 2, 3], implementation or ["fused", "eager"]
@@ -531,28 +546,28 @@ def main(
         run(stages[0], implementations[0], tiny, until, lambda results: child.write_text(json.dumps(results)))
         return
     if not tiny and not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU is there: measure on one, or rehearse with --tiny")
+        raise SystemExit("no CUDA GPU was found: measure on one, or rehearse with --tiny")
     if max(stages) > 1 and find_spec("bitsandbytes") is None:
         raise SystemExit(
-            "bitsandbytes is not installed, and the LLM of stages 2 and 3 is held in its 4 bits: install it"
+            "bitsandbytes is not installed, but stages 2 and 3 hold the LLM in its 4-bit format: install it"
         )
-    report = header(tiny) | {"runs": [], "failures": []}
-    results = ROOT / "runs" if tiny else ROOT / "bench" / "results" / slug(report["device"])
+    content = header(tiny) | {"runs": [], "failures": []}
+    results = ROOT / "runs" if tiny else ROOT / "bench" / "results" / slug(content["device"])
     folder = out or Path(os.environ.get("OUT") or results)
     folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join(["train_24gb", *map(str, stages), report["date"], report["commit"]])
+    name = "-".join(["train_24gb", *map(str, stages), content["date"], content["commit"]])
     todo = [(number, name) for number in stages for name in implementations]
     end = time.time() + 60 * minutes
     for done, (number, which) in enumerate(todo):
         share = max((end - time.time()) / (len(todo) - done), 1.0)
         runs, error = in_a_process(number, which, tiny, time.time() + share)
-        report["runs"] += runs
+        content["runs"] += runs
         if error:
-            report["failures"].append({"stage": number, "implementation": which, "error": error})
-        (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    show(report)
+            content["failures"].append({"stage": number, "implementation": which, "error": error})
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    show(content)
     console.print(f"written: {folder / name}.json", markup=False, soft_wrap=True)
-    if report["failures"]:
+    if content["failures"]:
         raise SystemExit(1)
 
 

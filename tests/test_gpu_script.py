@@ -1,4 +1,4 @@
-"""bench/gpu.sh rehearsed on the CPU: parts run one by one, leave their files, and do not depend on each other."""
+"""bench/gpu.sh in a rehearsal on the CPU: its parts run one by one, leave files, and do not depend on each other."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def test_a_part_that_does_not_exist_is_named_with_those_that_do(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="here is a GPU")
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_without_a_gpu_only_the_rehearsal_runs(tmp_path):
     done = gpu(tmp_path, "tests")
     assert done.returncode == 65
@@ -45,14 +45,14 @@ def test_without_a_gpu_only_the_rehearsal_runs(tmp_path):
 
 
 def test_a_part_that_fails_leaves_its_files_and_the_next_one_runs(tmp_path):
-    (tmp_path / "gpu-tests.xml").mkdir()  # where pytest wants to write its report
+    (tmp_path / "gpu-tests.xml").mkdir()  # pytest cannot write its results there
     (tmp_path / "wheels").mkdir()
     wheel(tmp_path / "wheels", "sitecustomize", "import sys; print('a wheel is on the path', file=sys.stderr)\n")
     done = gpu(tmp_path, "--rehearse", "--wheels", str(tmp_path / "wheels"), "tests", "sanitizer")
     assert done.returncode == 1, done.stderr
-    reports = {part: json.loads((tmp_path / f"gpu-{part}.json").read_text()) for part in ("tests", "sanitizer")}
-    assert reports["tests"]["exit_status"] != 0 and reports["sanitizer"]["exit_status"] == 0
-    assert reports["sanitizer"].keys() >= {"device", "date", "commit", "versions", "seconds"}
+    records = {part: json.loads((tmp_path / f"gpu-{part}.json").read_text()) for part in ("tests", "sanitizer")}
+    assert records["tests"]["exit_status"] != 0 and records["sanitizer"]["exit_status"] == 0
+    assert records["sanitizer"].keys() >= {"device", "date", "commit", "versions", "seconds"}
     assert "1 passed" in (tmp_path / "gpu-sanitizer.log").read_text()
     assert "a wheel is on the path" in (tmp_path / "gpu-sanitizer.log").read_text()
     assert 'failures="0"' in (tmp_path / "gpu-sanitizer.xml").read_text()
@@ -62,12 +62,12 @@ def test_a_training_part_writes_what_it_measured(tmp_path):
     done = gpu(tmp_path, "--rehearse", "train-3")
     assert done.returncode == 0, done.stdout
     (file,) = tmp_path.glob("train_24gb-3-*.json")
-    report = json.loads(file.read_text())
-    assert not report["failures"]
-    assert [(run["implementation"], run["kept_per_second"]) for run in report["runs"]] == [
+    content = json.loads(file.read_text())
+    assert not content["failures"]
+    assert [(run["implementation"], run["kept_per_second"]) for run in content["runs"]] == [
         ("fused", 3.0), ("fused", 25.0), ("eager", 3.0), ("eager", 25.0)
     ]  # fmt: skip
-    for run in report["runs"]:
+    for run in content["runs"]:
         assert run["largest_batch"] == 2 and run["audio_seconds_per_second"] > 0
         assert run["kept_frames"] == 2 * run["kept_per_second"] * run["seconds"]  # the planted path
         assert run["phases"].keys() == {"encoder", "ctc", "language model", "backward", "optimiser"}
