@@ -211,7 +211,7 @@ def ask(
     model: ModelOption = DEMO_MODEL,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 128,
 ) -> None:
-    """Ask a question about a recording, of which at most the first 30 s are heard."""
+    """Ask a question about a recording. The model hears at most its first 30 s."""
     from soundwave.data.audio import seconds_of
     from soundwave.inference.long import ask as ask_about
 

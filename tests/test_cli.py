@@ -325,7 +325,8 @@ def test_splice_makes_strings_of_single_words(soundwave, tmp_path):
 def test_train_show_prints_the_settings_and_trains_nothing(soundwave, tmp_path):
     status, out, _ = soundwave("train", "2", f"train={tmp_path}/t.jsonl", f"out={tmp_path}/o", "steps=123", "--show")
     assert status == 0
-    rows = {line.split()[0]: line.split()[1] for line in out.splitlines() if len(line.split()) > 1}
+    first_lines = [line.split() for line in out.splitlines() if line[1:2].strip()]  # the other lines continue a cell
+    rows = {words[0]: words[1] for words in first_lines}
     assert (rows["stage"], rows["steps"], rows["learning_rate"]) == ("2", "123", "3e-05")
     assert not (tmp_path / "o").exists()
 

@@ -33,7 +33,7 @@ class SoundwaveConfig(PretrainedConfig):
         adapter_dropout: dropout inside the alignment adapter while training.
         layer_norm_eps: epsilon of the adapters' LayerNorms.
         semantics: "paper" or "released" (the authors' inference code); sets `attend`, `keep` and `keys` together.
-        attend: "frames" (attention across an utterance's frames) or "self" (each frame sees itself alone).
+        attend: "frames" (attention across an utterance's frames) or "self" (each frame sees only itself).
         keep: "peaks" (most probable frame of each run of a non-blank id), "runs" (first frame of every run) or
             "frames" (all of them: nothing is shrunk).
         keys: "all" (kept frames attend to every valid frame), "kept" (to the kept frames only) or "none" (there is no

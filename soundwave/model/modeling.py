@@ -223,7 +223,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         self.config.save_pretrained(folder)
         state = {name: parameter.detach().cpu().contiguous() for name, parameter in self.trained_state_dict().items()}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / WEIGHTS_FILE).chmod((folder / "config.json").stat().st_mode)  # else the owner's alone
+        # safetensors lets only the owner read the file.
+        (folder / WEIGHTS_FILE).chmod((folder / "config.json").stat().st_mode)
 
     # ---------------------------------------------------------------- parts
 

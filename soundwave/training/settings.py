@@ -14,7 +14,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class StageConfig(BaseModel):
-    """Settings of one stage. Defaults that differ between the stages are the paper's and stand in `PAPER`."""
+    """Settings of one stage. Defaults that differ between the stages are the paper's, listed in `PAPER`."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
