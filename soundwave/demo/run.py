@@ -39,9 +39,9 @@ VERSIONS_OF = ("torch", "transformers", "peft", "numpy")
 # minutes; 405 GFLOP/s in bfloat16 with both cores).
 FULL_MINUTES, QUICK_MINUTES, REFERENCE_PRODUCT = 19.5, 4.0, 1.4e-3
 REFERENCE_THREADS, MOST_THREADS = 2, 4  # More threads than 4 were not timed; the small products gain little from them.
-# Share of the time that grows with the product's. CPU seconds of a few training steps of each pass on two cores of a
-# Xeon with AMX give 12 minutes in bfloat16 (product 0.34 ms) and 17 in float32 (2.2 ms). Machines without bfloat16
-# instructions took 39 to 53 minutes (4.6 ms). One half is nearest to all of these.
+# Share of the time that grows with the product's. Two cores of a Xeon with AMX need 12 minutes in bfloat16 (product
+# 0.37 ms) and 17 in float32 (2.4 ms), by the CPU time of a few steps of each pass; machines without bfloat16
+# instructions took 39 to 53 minutes (4.6 ms). One half fits all of these best (docs/log.md).
 PRODUCTS_SHARE = 0.5
 
 
