@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parent
 # place that holds the version.
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "soundwave/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
 
-# Lower bounds only where one is known; constraints.txt pins what was tested.
+# Lower bounds only where one is known; constraints.txt pins what was tested. transformers 5.24.0 is left out: it adds
+# LoRA with peft 0.22 or newer only, and the newest release of peft is 0.21.2.
 REQUIRES = [
     "torch>=2.11",
     "triton>=3.6; sys_platform == 'linux'",
-    "transformers>=5.17,<6",
+    "transformers>=5.17,!=5.24.0,<6",
     "peft",
     "bitsandbytes",
     "accelerate",
