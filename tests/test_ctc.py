@@ -1,4 +1,4 @@
-"""CTC: both implementations against the recursion in fp64 and torch's own loss, and what users of that asked for."""
+"""CTC: both implementations against the recursion in fp64 and torch's loss, and wishes of that loss's users."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from soundwave.kernels import checks, ctc_lattice
 from soundwave.kernels.ctc import ctc_nll
 from soundwave.kernels.ctc_lattice import ctc_lattice as lattice
 from soundwave.kernels.ctc_targets import feasible
-from tests.accuracy import assert_as_accurate, assert_rms
+from tests.accuracy import assert_as_accurate, assert_rms, relative
 from tests.implementations import everywhere
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
@@ -27,7 +27,7 @@ EVERY_DRAW = settings(
 def make(
     frames, batch, classes, width, *, blank=0, kinds=None, scale=1.0, dtype=FP32, device="cpu", seed=0, full=False
 ):
-    """Logits [T, B, C], targets [B, U] padded with -100, both lengths; few `kinds` repeat. `full`: all long."""
+    """Logits [T, B, C], targets [B, U] padded with -100, and both lengths. Few `kinds` of labels give repeats."""
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(frames, batch, classes, generator=generator, dtype=FP64)
     kinds = min(kinds or classes - 1, classes - 1)
@@ -50,7 +50,7 @@ def gradient(loss, tensor):
 
 
 def torchs(log_probs, targets, input_lengths, target_lengths, blank):
-    """torch's own losses, and what its gradient stands for: it holds exp(log_probs), and NaN without an alignment."""
+    """torch's losses, and its gradient without the exp(log_probs) in it, and 0 where no alignment exists."""
     log_probs.requires_grad_()
     loss = F.ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, "none")
     frames = torch.arange(len(log_probs), device=log_probs.device)[:, None] < input_lengths
@@ -75,9 +75,7 @@ def check(log_probs, targets, input_lengths, target_lengths, blank, impl, form=N
     errors = []
     for name, a, b, c, kind in zip(("loss", "gradient"), found, theirs, truth, (inside, dtype), strict=True):
         assert a.dtype == kind
-        pair = assert_as_accurate(a, b.to(kind), c, kind, name)
-        norm = float(c[c.isfinite()].norm()) or 1.0
-        errors.append((pair[0] / norm, pair[1] / norm))
+        errors.append(relative(assert_as_accurate(a, b.to(kind), c, kind, name), c))
     return errors
 
 
@@ -121,14 +119,14 @@ def test_interpreter_is_as_accurate_as_torchs_own_loss(**draw):
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(device, impl, dtype):
-    """Half types are read as they are, and give a float32 loss and a gradient of their own dtype."""
+    """Half types are read without a copy, and give a float32 loss and a gradient of their own dtype."""
     logits, targets, *lengths = make(15, 3, 7, 5, device=device, dtype=FP64)
     log_probs = logits.log_softmax(-1).to(dtype)
-    if dtype == FP64:  # nothing to judge torch's own error by
+    if dtype == FP64:  # there is no truth to judge torch's error by
         loss = ctc_loss(log_probs.requires_grad_(), targets, *lengths, reduction="none", impl=impl)
         found = loss.detach(), gradient(loss, log_probs)
         torch.testing.assert_close(found, torchs(log_probs.detach(), targets, *lengths, 0))
-    elif (device, impl, dtype) != ("cpu", "triton", BF16):  # to which the interpreter truncates
+    elif (device, impl, dtype) != ("cpu", "triton", BF16):  # the interpreter truncates to bfloat16
         check(log_probs, targets, *lengths, 0, impl)
 
 
@@ -158,7 +156,7 @@ def test_long_and_wide(device, impl):
 
 @everywhere
 def test_a_short_target_in_a_wide_batch(device, impl):
-    """States that an utterance does not have take no part in the renormalisation of those it has."""
+    """States past the end of an utterance do not affect the renormalisation of its states."""
     logits, targets, input_lengths, target_lengths = make(80, 2, 50, 40, device=device, full=True)
     target_lengths[1] = 2
     check(logits.log_softmax(-1), targets, input_lengths, target_lengths, 0, impl)
@@ -172,7 +170,7 @@ def test_blocks_of_states(width, frames, monkeypatch):
     """Targets of more states than a block holds; here blocks of 32, to keep the interpreter's time short."""
     monkeypatch.setattr(ctc_lattice, "LARGEST_BLOCK", 32)
     logits, targets, *lengths = make(frames, 2, 4, width, seed=width, full=True)
-    targets[:, 2::2] += targets[:, 2::2] == targets[:, 1:-1:2]  # fewer repeats, or nothing could be aligned
+    targets[:, 2::2] += targets[:, 2::2] == targets[:, 1:-1:2]  # fewer repeats, so that it can be aligned
     targets = targets.clamp(1, 3)
     lengths[0][1], lengths[1][1] = frames - 3, max(width - 12, 0)
     check(logits.log_softmax(-1), targets, *lengths, 0, "triton")
@@ -180,7 +178,7 @@ def test_blocks_of_states(width, frames, monkeypatch):
 
 @pytest.mark.parametrize("width", [126, 127, 128, 300, 1100])
 def test_short_targets_with_much_padding(width):
-    """Every block of states as it is launched; most of them belong to nobody."""
+    """Every block size of states that is launched; most states are past the end of the utterance."""
     logits, targets, *lengths = make(6, 1, 2000, 4, seed=width, full=True)
     targets = F.pad(targets, (0, width - 4), value=-100)
     check(logits.log_softmax(-1), targets, *lengths, 0, "triton")
@@ -208,7 +206,7 @@ def test_gradient_is_that_of_the_stated_input(device, impl, reduction, zero_infi
     def loss(log_probs):
         return ctc_loss(log_probs, targets, input_lengths, target_lengths, 0, reduction, zero_infinity, impl=impl)
 
-    fast = (device, impl) == ("cpu", "triton")  # one direction of them all, where a call takes long
+    fast = (device, impl) == ("cpu", "triton")  # gradcheck along one direction, because a call takes long
     for inputs, function in ((logits.log_softmax(-1), loss), (logits, lambda logits: loss(logits.log_softmax(-1)))):
         assert torch.autograd.gradcheck(function, inputs.detach().requires_grad_(), fast_mode=fast)
 
@@ -247,7 +245,7 @@ def test_bitwise_equal_over_20_runs(device, impl):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ["too short", "no frames", "all -inf", "a label -inf", "the lowest number"])
 def test_zero_infinity_leaves_no_nan(device, impl, dtype, case):
-    """And without it the loss is inf and its gradient 0, not NaN."""
+    """Without it the loss is inf and its gradient 0, not NaN."""
     logits, targets, input_lengths, target_lengths = make(5, 2, 5, 3, device=device, full=True)
     log_probs = logits.log_softmax(-1).to(dtype)
     label = int(targets[0, 1])
@@ -291,7 +289,7 @@ def test_corner_cases_are_torchs(device, impl, reduction, zero_infinity):
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize("width", [0, 3])
 def test_empty_batches_frames_and_targets(device, impl, frames, batch, width):
-    """torch refuses them: no frames and no labels are 0, no frames and labels inf, no utterances 0."""
+    """torch refuses these. No frames and no labels give 0, no frames and some labels inf, no utterances 0."""
     log_probs = torch.zeros(frames, batch, 4, device=device).log_softmax(-1).requires_grad_()
     targets = torch.ones(batch, width, dtype=torch.int64, device=device)
     input_lengths = torch.full((batch,), frames, device=device)
@@ -369,7 +367,7 @@ def test_views_give_the_same(device, impl):
 @everywhere
 def test_offsets_beyond_int32(device, impl):
     """Log-probabilities whose last element lies past 2^31, as 23 clips of 30 s over 128 257 classes have."""
-    torch.use_deterministic_algorithms(False)  # it would write all of this memory, of which a few pages are needed
+    torch.use_deterministic_algorithms(False)  # it would write all of this memory, where only a few pages are needed
     logits, targets, *lengths = make(4, 2, 5, 2, device=device, full=True)
     log_probs = logits.log_softmax(-1).to(FP16)
     strides = 2**29, 2**30 - 7, 143
@@ -382,7 +380,7 @@ def test_offsets_beyond_int32(device, impl):
 @everywhere
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_used_may_hold_anything(device, impl, junk):
-    """Frames past the length, classes that are neither blank nor a label of the utterance."""
+    """Frames past the length, and classes that are neither the blank nor a label of the utterance."""
     logits, targets, *lengths = make(9, 3, 12, 3, device=device)
     log_probs = logits.log_softmax(-1).requires_grad_()
     loss = ctc_loss(log_probs, targets, *lengths, reduction="none", impl=impl)
@@ -489,7 +487,7 @@ def test_a_value_out_of_range_is_named(impl, change):
     arguments[name][place] = value
     with pytest.raises(ValueError, match=message):
         ctc_loss(**arguments, impl=impl)
-    if name == "targets":  # all of the first utterance's three labels are used
+    if name == "targets":  # the first utterance uses all of its three labels
         arguments["targets"] = concatenated(arguments["targets"], arguments["target_lengths"])
         flat = f"targets\\[{3 * place[0] + place[1]}\\] = {value}, but"
         with pytest.raises(ValueError, match=flat):
@@ -620,7 +618,7 @@ def test_the_lattice_alone(device, impl):
 @pytest.mark.parametrize("width", [0, 1, 6])
 @pytest.mark.parametrize("kinds", [1, 7])
 def test_the_definition_is_torchs(width, kinds):
-    """The truth of these tests is torch's loss in fp64: it is what the recursion and autograd give."""
+    """The truth of these tests is torch's loss in fp64. The recursion with autograd gives the same."""
     logits, targets, *lengths = make(30, 5, 8, width, kinds=kinds, dtype=FP64)
     log_probs = logits.log_softmax(-1).requires_grad_()
     loss = eager.ctc_loss(log_probs, targets, *lengths, reduction="none")
@@ -662,7 +660,7 @@ def test_what_torchs_module_takes_beyond_ours_is_named(change):
 
 
 def test_wav2vec2_trains_with_it():
-    """A Hugging Face CTC model: the same loss and gradients as its own, and it learns its labels."""
+    """In a Hugging Face CTC model loss and gradients are those of its own loss, and it learns its labels."""
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
     torch.use_deterministic_algorithms(False)
@@ -727,7 +725,7 @@ def test_wav2vec2_trains_with_it():
 @everywhere
 @pytest.mark.parametrize("shift", [0.0, 40.0, 800.0, -800.0])
 def test_scores_of_any_size_and_sign_have_the_gradient_of_the_loss_as_given(device, impl, shift):
-    """A constant a frame moves the loss, and no posterior."""
+    """A constant added to every frame moves the loss, and changes no posterior."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(6, 3, 5, generator=generator, dtype=FP64).mul(3)
     targets, lengths, sizes = torch.tensor([[1, 2], [3, 3], [4, 0]]), torch.tensor([6, 5, 2]), torch.tensor([2, 2, 1])
@@ -748,7 +746,7 @@ def test_scores_of_any_size_and_sign_have_the_gradient_of_the_loss_as_given(devi
 
 @everywhere
 def test_what_cannot_be_aligned_has_no_gradient_whatever_its_loss_is_multiplied_with(device, impl):
-    """The factor of a loss of inf is inf or NaN where the loss is squared, or weighed by how sure it is."""
+    """If the loss is squared or weighted by its probability, the upstream gradient of a loss of inf is inf or NaN."""
     scores = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     for weigh in (lambda loss: loss**2, lambda loss: (1 - (-loss).exp()) ** 2 * loss):
         leaf = scores.to(device, copy=True).requires_grad_()

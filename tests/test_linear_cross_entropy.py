@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from soundwave import fused
 from soundwave.eager import linear_cross_entropy as plain
 from soundwave.fused.functional import linear_cross_entropy
-from tests.accuracy import assert_as_accurate, assert_rms
+from tests.accuracy import assert_as_accurate, assert_rms, relative
 from tests.implementations import everywhere, not_interpreted
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
@@ -49,7 +49,7 @@ def check(given, reduction, trained=True, impl="torch", **settings):
     for name in truth:
         assert ours[name].dtype == (torch.promote_types(dtype, FP32) if name == "loss" else dtype)
         pair = assert_as_accurate(ours[name], theirs[name], truth[name], dtype, name)
-        pairs[name] = tuple(x / (float(truth[name].norm()) or 1.0) for x in pair)
+        pairs[name] = relative(pair, truth[name])
     return pairs
 
 
@@ -119,7 +119,7 @@ def test_ignored_rows_cost_nothing_and_may_hold_anything(device, impl, reduction
 @reductions
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_row_at_all(device, impl, reduction, rows):
-    """As torch has it: the mean of nothing is NaN; its gradient here is 0."""
+    """As in torch the mean over no rows is NaN. Its gradient here is 0."""
     hidden, weight, target = make(rows, 20, 5, device=device)
     found = run(linear_cross_entropy, (hidden, weight, target.fill_(-100)), FP32, True, reduction, impl=impl)
     expected = plain(hidden, weight, target, reduction=reduction)
@@ -163,7 +163,7 @@ def test_autocast_is_as_the_plain_operations(device, impl):
 
 @everywhere
 def test_skipping_is_asked_for(device, impl):
-    """By default every column counts; without `exact` the rare ones do not, in the gradient of hidden."""
+    """By default every column counts. With exact=False rare ones are left out of the gradient of hidden."""
     _, weight, target = make(30, 2000, 128, dtype=FP64, device=device)
     hidden = 18 * weight[target] + 14 * weight[(target + 1) % 50]
     given = hidden.float(), weight.float(), target

@@ -1,4 +1,4 @@
-"""CTC over a vocabulary without its logits: against the plain operations in fp64, and what it must not do."""
+"""CTC over a vocabulary without its logits: accuracy against plain operations in fp64, limits on work and memory."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from soundwave import eager, fused
 from soundwave.fused.functional import linear_ctc_loss, linear_ctc_path
 from soundwave.kernels import linear_ctc, linear_ctc_steps, vocab_rows
 from soundwave.kernels.linear_ctc_path import Head
-from tests.accuracy import assert_as_accurate, assert_rms
+from tests.accuracy import assert_as_accurate, assert_rms, relative
 from tests.implementations import everywhere, not_interpreted
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
@@ -57,7 +57,7 @@ def make(batch, frames, rows, width, labels, *, blank=0, kinds=None, sharpness=1
 
 
 def to(case, dtype, device="cpu", trained=GRADIENTS, blank_dtype=None):
-    """Leaves of their own in `dtype`; the extra blank's stay fp32 beside half types."""
+    """The case with new leaves in `dtype`; those of the extra blank stay fp32 if that is a half type."""
     kinds = dict.fromkeys(GRADIENTS, dtype) | dict.fromkeys(GRADIENTS[2:], torch.promote_types(dtype, FP32))
     out = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in case.items()}
     for name in GRADIENTS:
@@ -77,7 +77,7 @@ def run(function, case, upstream=None, **settings):
 
 def check(case, dtype, *, device="cpu", impl="torch", reduction="none", trained=GRADIENTS, exact=True, seed=0):
     """Asserts the accuracy of loss and gradients; returns for each (our error, eager's) over the norm of the truth."""
-    rounded = to(case, dtype, device)  # the truth is that of the inputs as rounded
+    rounded = to(case, dtype, device)  # the truth is computed from the rounded inputs
     upstream = None
     if reduction == "none":
         generator = torch.Generator().manual_seed(seed)
@@ -95,7 +95,7 @@ def check(case, dtype, *, device="cpu", impl="torch", reduction="none", trained=
         assert ours[name].dtype == rounded[name].dtype and ours[name].shape == rounded[name].shape
         pairs[name] = assert_as_accurate(ours[name], theirs[name], truth[name], dtype, name)
     norms = {"loss": true_out.loss} | truth
-    return {name: tuple(x / (float(norms[name].norm()) or 1.0) for x in pair) for name, pair in pairs.items()}
+    return {name: relative(pair, norms[name]) for name, pair in pairs.items()}
 
 
 # ---- accuracy
@@ -159,7 +159,7 @@ def test_interpreter_is_as_accurate_as_eager(**draw):
 def test_rms_error_is_at_most_eagers(device, impl, dtype, reduction):
     cases = [make(5, 20, 300, 16, 7, blank=blank, seed=seed) for seed in range(6) for blank in (0, 300)]
     errors = [check(case, dtype, device=device, impl=impl, reduction=reduction) for case in cases]
-    for name in GRADIENTS[:2] if reduction == "mean" else ("loss", *GRADIENTS):  # a mean is but one number a draw
+    for name in GRADIENTS[:2] if reduction == "mean" else ("loss", *GRADIENTS):  # a mean is one number a draw
         assert_rms([found[name] for found in errors if name in found], torch.finfo(FP32).eps, name)
 
 
@@ -174,7 +174,7 @@ def test_a_blank_that_is_sure(device, impl, probability, place):
         logits = case["hidden"] @ case["weight"].t()
         wanted = logits.logsumexp(-1).mean() + torch.tensor(probability / (1 - probability)).log()
         case["blank_bias"] = wanted - (case["hidden"] @ case["blank_weight"]).mean()
-    else:  # frames lean towards the blank's row as far as it takes
+    else:  # move each frame along the blank's row until the probability is as wanted
         weight = case["weight"]
         weight[0] *= 8 / weight[0].norm()
         logits = case["hidden"] @ weight.t()
@@ -186,7 +186,7 @@ def test_a_blank_that_is_sure(device, impl, probability, place):
 
 
 def test_the_difference_of_a_label_that_is_almost_certain():
-    """1 - 1e-7 is 1 in fp32, but what is left of it can be told, where the other labels and columns are known."""
+    """1 - 1e-7 is 1 in fp32, but the sum of all other columns still gives the difference exactly."""
     p = torch.tensor([[1 - 3e-7, 1e-7, 5e-8], [0.2, 0.3, 0.1]], dtype=FP64)
     gamma = torch.tensor([[1 - 2e-7, 2e-7, 0.0], [0.1, 0.6, 0.3]], dtype=FP64)
     off = 1 - p.sum(1)
@@ -213,7 +213,7 @@ def test_fp64_gives_fp64(device, impl, blank):
 
 
 def peaky(frames=200, rows=4000, width=256, labels=7):
-    """Each frame knows its label, or blank, and has 20 others that it might be."""
+    """Each frame has one label, or blank, that is most probable, and 20 other labels that are possible."""
     case = make(2, frames, rows, width, labels, blank=rows, seed=5, full=True)
     generator = torch.Generator().manual_seed(0)
     weight = case["weight"]
@@ -244,7 +244,7 @@ def test_the_error_of_skipping_is_within_its_certificate(device, impl, dtype):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
 def test_skipping_changes_nothing_else(dtype):
-    """Whatever is drawn: loss and path to the bit, and hidden's gradient within the certificate."""
+    """For every draw loss and path are bitwise equal, and the gradient of hidden is within the bound."""
     shares = []
 
     @EVERY_DRAW
@@ -267,7 +267,7 @@ def test_skipping_changes_nothing_else(dtype):
 
 
 def test_without_a_reduction_the_certificate_holds_however_the_losses_are_weighed():
-    """A sure utterance beside an unsure one: what is little for both together is much for the first."""
+    """A sure utterance with an unsure one: what is small relative to both together is large for the first alone."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4000, 32, generator=generator)
     weight[0] = 0
@@ -293,7 +293,7 @@ def test_flat_rows_skip_nothing():
 
 
 def test_a_trained_head_gets_its_whole_gradient():
-    """Skipping shortens the gradient of hidden only: rows of the head that are rarely likely still get theirs."""
+    """Skipping affects the gradient of hidden only: rows of the head that are rarely probable still get theirs."""
     case = peaky()
     _, skipping = run(linear_ctc_loss, to(case, FP32), reduction="mean")
     _, exact = run(linear_ctc_loss, to(case, FP32), reduction="mean", exact=True)
@@ -323,7 +323,7 @@ def test_path_is_the_argmax(device, impl, blank):
 @everywhere
 @pytest.mark.parametrize("blank", [0, 2, 5])
 def test_ties_go_to_the_lowest_id(device, impl, blank):
-    """Rows 1, 3 and 4 are the same, and so are label and other columns."""
+    """Rows 1, 3 and 4 are equal, so labels and other columns have equal logits."""
     weight = torch.tensor([[0.0], [1.0], [0.0], [1.0], [1.0]])
     extra = {"blank_weight": torch.tensor([1.0])} if blank == 5 else {}
     hidden = torch.ones(3, 4, 1)
@@ -482,7 +482,7 @@ def test_only_the_gradients_that_are_wanted(device, impl, trained, reduction):
 
 
 class Allocations(TorchDispatchMode):
-    """The products, and the elements of the largest tensor that any operation returns."""
+    """Records the products, and the number of elements of the largest tensor that any operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -508,7 +508,7 @@ def test_no_tensor_of_all_rows_and_columns(need, exact):
         settings = linear_ctc.Settings(FP32, "torch", "sum", False, exact, linear_ctc.Need(*need), False)
         linear_ctc._run(case["hidden"], head, case["targets"], case["input_lengths"], case["target_lengths"], settings)
     assert seen.largest <= vocab_rows.CHUNK_ROWS_CPU * 20000
-    # Without a gradient the head is multiplied once: by the rows, and never by probabilities.
+    # Without a gradient the head is multiplied by the rows only, and never by probabilities.
     wide = [shape for shape in seen.products if 8 in shape and max(shape) > 100]
     assert any(need) or all(shape[0] == 8 for shape in wide)
 
@@ -524,10 +524,10 @@ weight = torch.empty(128256, 64, dtype=dtype).normal_().div_(8)
 targets = torch.randint(1, 128256, (4, 12))
 lengths = torch.full((4,), 250), torch.full((4,), 12)
 first = hidden[:1, :4], weight[:100], targets[:1, :2] % 99 + 1, torch.tensor([4]), torch.tensor([2])
-for function in (linear_ctc_loss, eager.linear_ctc_loss):  # what is loaded once is not counted
+for function in (linear_ctc_loss, eager.linear_ctc_loss):  # so that one-time allocations are not counted
     function(*first, blank=0).loss.backward()
 peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before = peak()  # not ru_maxrss, which begins at the parent's
+before = peak()  # not ru_maxrss, which starts at the value of the parent process
 function = eager.linear_ctc_loss if which == "eager" else linear_ctc_loss
 function(hidden, weight, targets, *lengths, blank=0).loss.backward()
 print(json.dumps(peak() - before))
@@ -638,7 +638,7 @@ def test_a_second_derivative_raises(device, impl):
 
 @pytest.mark.gpu
 def test_more_logits_than_int32_counts():
-    """Two utterances, first and last of a batch whose B·T·V passes 2^31, get what they get alone."""
+    """In a batch whose B·T·V passes 2^31 the first and the last utterance get the same results as alone."""
     case = make(23, 750, 128257, 8, 9, seed=2, full=True)
     of_utterances = ("hidden", "targets", "input_lengths", "target_lengths")
     parts = [case | {name: case[name][[row]] for name in of_utterances} for row in (0, -1)]
@@ -716,7 +716,7 @@ def test_the_module_is_the_function():
 
 
 def test_what_probability_0_makes_infeasible_has_no_gradient():
-    """Two equal labels need a blank between them, and this one never comes."""
+    """Two equal labels need a blank between them, which has probability 0 here."""
     case = to(make(2, 6, 20, 7, 2, blank=20, full=True), FP32, trained=("hidden", "blank_weight"))
     case["targets"][0] = 1
     with torch.no_grad():
@@ -726,12 +726,12 @@ def test_what_probability_0_makes_infeasible_has_no_gradient():
 
 
 def test_what_probability_0_makes_infeasible_has_no_say_in_what_is_skipped():
-    """It is sure of what its transcript does not hold: beside that the other's doubts would be little."""
+    """The lost utterance is sure of labels that its transcript does not have, a mass far above the other's."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4000, 64, generator=generator)
     weight /= weight.norm(dim=1, keepdim=True)
     targets = torch.randint(1, 3900, (2, 5), generator=generator)
-    targets[0, 1] = targets[0, 0]  # a blank belongs between them
+    targets[0, 1] = targets[0, 0]  # they need a blank between them
     hidden = torch.empty(2, 24, 64)
     hidden[0] = 30 * weight[3999 - torch.arange(24) % 3]
     hidden[1] = 16 * weight[targets[1, (torch.arange(24) // 4).clamp(max=4)]]
@@ -757,7 +757,7 @@ def test_what_probability_0_makes_infeasible_adds_nothing_to_a_trained_head(redu
     trained = ("hidden", "weight")
     out, found = run(linear_ctc_loss, to(case, FP32, trained=trained), reduction=reduction, zero_infinity=zero_infinity)
     _, expected = run(linear_ctc_loss, to(alone, FP32, trained=trained), reduction=reduction)
-    share = 2 if reduction == "mean" else 1  # of an average over two
-    torch.testing.assert_close(found["weight"] * share, expected["weight"])
-    torch.testing.assert_close(found["hidden"][1:] * share, expected["hidden"])
+    factor = 2 if reduction == "mean" else 1  # the mean over two utterances halves each
+    torch.testing.assert_close(found["weight"] * factor, expected["weight"])
+    torch.testing.assert_close(found["hidden"][1:] * factor, expected["hidden"])
     assert not found["hidden"][0].any() and out.loss.isinf().any() != zero_infinity
