@@ -36,7 +36,7 @@ def attention_problem(case: shapes.Case, device: torch.device) -> Problem:
     def inputs(seed: int) -> tuple:
         generator = torch.Generator().manual_seed(seed)
 
-        def rows(count: int) -> Tensor:
+        def rows(count: Tensor) -> Tensor:
             made = torch.randn(int(count), case.H, size, generator=generator)
             return made.to(device, case.dtype).requires_grad_()
 

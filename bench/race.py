@@ -372,7 +372,8 @@ def race(problem: Problem, names: list[str], dtype: torch.dtype, size: str, devi
     expected = None
 
     product, copy, product_flops, copy_bytes = _roofs(dtype, size, device)
-    product.step(()), copy.step(())
+    product.step(())
+    copy.step(())
     product_seconds, copy_seconds = [], []
     total = sum(lasted for _, lasted in runners.values())
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS[size] / max(total, 1e-9))))

@@ -166,7 +166,7 @@ def run_ablations(
     settings = {"seed": seed, "quiet": jobs > 1} | settings | {"dtype": stamp["dtype"]}
     common = {"out": out, "corpus": corpus, "scale": scale, "settings": settings}
     missing = [name for name in names if not (out / name / RESULT).is_file()]
-    _each(_train_alignment, sorted({VARIANTS[name].alignment for name in missing} - {None}), common, jobs)
+    _each(_train_alignment, sorted({start for name in missing if (start := VARIANTS[name].alignment)}), common, jobs)
     _each(_run_variant, missing, common, jobs)
     _each(_answer_in_noise, [name for name in names if not (out / name / HARD_ANSWERS).is_file()], common, jobs)
     for name in names:
@@ -184,7 +184,7 @@ def run_ablations(
 def _results(out: Path, corpus: Path) -> dict[str, dict[str, Any]]:
     """The results of every variant that is scored and timed, with its differences from the plain variant."""
     samples = [sample for test in ("test", "test_voices") for sample in read_manifest(corpus / f"{test}.jsonl")]
-    sentences = {sample.id: sample.text for sample in samples}
+    sentences = {sample.id: sample.text or "" for sample in samples}
     results, plain = {}, None
     for name in VARIANTS:
         if not all((out / name / file).is_file() for file in (RESULT, HARD_ANSWERS, TIMING)):

@@ -192,8 +192,9 @@ def _deal(items: list, count: int, rng: random.Random) -> list:
 
 def _deal_words(sentences: list[Sentence], count: int, rng: random.Random) -> list[Sentence]:
     """Like `_deal`, but each time take the one of a few random sentences with the rarest word: no word stays rare."""
-    seen = Counter()
-    dealt, left = [], []
+    seen: Counter[str] = Counter()
+    dealt: list[Sentence] = []
+    left: list[Sentence] = []
     while len(dealt) < count:
         left = left or list(sentences)
         candidates = rng.sample(left, min(RARE_WORD_CANDIDATES, len(left)))
@@ -241,7 +242,7 @@ def _repeat(items: list, share: float, rng: random.Random) -> list:
 
 def _row(task: str, item: Utterance | Sentence, rng: random.Random, weights: dict[str, float]) -> dict:
     """One line of a manifest: an utterance with the prompt and answer of a task, or for qa a written question."""
-    sentence = item if task == "qa" else item.sentence
+    sentence = item.sentence if isinstance(item, Utterance) else item
     fields = {"question": sentence.written, "answer": sentence.answer, "options": sentence.options}
     fields |= {"text": sentence.text, "intent": sentence.intent}
     row = {}

@@ -46,7 +46,7 @@ def evaluate_ctc(
     if not samples:
         raise ValueError("samples holds no recording with a transcript")
     samples = [with_duration(sample) for sample in samples]
-    wanted = [ctc_text_of(sample) for sample in samples]
+    wanted = [ctc_text_of(sample) or "" for sample in samples]
     model.eval()
     readings: dict[int, str] = {}
     frames = blanks = peaks = labels = 0

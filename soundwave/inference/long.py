@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import soxr
@@ -21,7 +21,7 @@ FRAME = 0.02  # s; a frame of `windows`
 SEARCH = 5.0  # s; how far before the limit `windows` looks for a pause
 LOUDEST = 100.0  # Samples above it are no floating-point recording; they are integers that were only cast to float.
 
-Audio = str | Path | ArrayLike
+Audio = str | os.PathLike[str] | ArrayLike
 
 
 class Transcript(NamedTuple):
@@ -68,7 +68,7 @@ class _Recording:
 
 @overload
 def transcribe(
-    audio: str | Path | np.ndarray | Tensor,
+    audio: str | os.PathLike[str] | np.ndarray | Tensor | Sequence[float],
     model: LoadedModel | str | Path,
     *,
     sampling_rate: int = ...,
@@ -118,10 +118,10 @@ def transcribe(
         TypeError: `model` is neither a loaded model nor a folder.
     """
     several = isinstance(audio, (list, tuple)) and not (audio and isinstance(audio[0], Real))
-    recordings = audio if several else [audio]
+    recordings: Any = audio if several else [audio]
     for index, recording in enumerate(recordings):
-        if isinstance(recording, (str, os.PathLike)):
-            seconds_of(recording)
+        if (path := _path(recording)) is not None:
+            seconds_of(path)
         else:
             _check_samples(recording, sampling_rate, f"audio[{index}]" if several else "audio")
     found = list(
@@ -152,8 +152,8 @@ def transcribe_each(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}, but it must be 1 or more")
-    if isinstance(recordings, (str, os.PathLike)):
-        raise TypeError(f"recordings = {str(recordings)!r}, but it must be an iterable; use transcribe for one file")
+    if (path := _path(recordings)) is not None:
+        raise TypeError(f"recordings = {path!r}, but it must be an iterable; use transcribe for one file")
     return _transcripts(recordings, _loaded(model), sampling_rate, batch_size, max_new_tokens)
 
 
@@ -223,10 +223,11 @@ def ask(
         ValueError: the model has seen stage I only and cannot answer.
         AudioError, ValueError, FileNotFoundError, TypeError: as in `transcribe`.
     """
-    seconds = seconds_of(audio) if isinstance(audio, (str, os.PathLike)) else None
-    if seconds is not None and seconds > 2 * LONGEST_SECONDS:
+    path = _path(audio)
+    seconds = 0.0 if path is None else seconds_of(path)
+    if path is not None and seconds > 2 * LONGEST_SECONDS:
         # The first window ends within the first 30 s and is the same whatever follows; an hour need not be read.
-        samples = load_audio(audio, duration=2 * LONGEST_SECONDS)
+        samples = load_audio(path, duration=2 * LONGEST_SECONDS)
     else:
         samples = as_samples(audio, sampling_rate)
         seconds = len(samples) / SAMPLING_RATE
@@ -236,6 +237,11 @@ def ask(
     first = windows(samples)[0]
     text = answer(*loaded, [question], [loaded.processor.features(first)], max_new_tokens=max_new_tokens)[0]
     return Answer(text, round(seconds, 3), round(len(first) / SAMPLING_RATE, 3))
+
+
+def _path(audio: Any) -> str | None:
+    """The path of a file; None for samples."""
+    return os.fspath(audio) if isinstance(audio, (str, os.PathLike)) else None
 
 
 def _loaded(model: LoadedModel | str | Path) -> LoadedModel:
@@ -261,8 +267,8 @@ def as_samples(audio: Audio, sampling_rate: int = SAMPLING_RATE, *, name: str = 
         ValueError: samples that are not mono, not floating point, empty, not finite or far above full scale; or a
             sampling rate outside 1 kHz to 1 MHz.
     """
-    if isinstance(audio, (str, os.PathLike)):
-        return load_audio(audio)
+    if (path := _path(audio)) is not None:
+        return load_audio(path)
     samples = _check_samples(audio, sampling_rate, name)
     if sampling_rate != SAMPLING_RATE:
         samples = soxr.resample(samples, sampling_rate, SAMPLING_RATE)
@@ -271,7 +277,7 @@ def as_samples(audio: Audio, sampling_rate: int = SAMPLING_RATE, *, name: str = 
     return samples
 
 
-def _check_samples(audio: ArrayLike, sampling_rate: int, name: str) -> np.ndarray:
+def _check_samples(audio: Any, sampling_rate: int, name: str) -> np.ndarray:
     """The samples of an array, tensor or list as float32 [samples]; ValueError if they are no recording."""
     if not RATES[0] <= sampling_rate <= RATES[1]:
         raise ValueError(f"sampling_rate = {sampling_rate:g}, but it must be {RATES[0]} to {RATES[1]} Hz")

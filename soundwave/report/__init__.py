@@ -106,7 +106,7 @@ def make_page(runs: dict[str, Run], utterances: dict[str, Any]) -> str:
 
 
 def _file(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files("soundwave.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _pass(one: Pass, points: int) -> dict[str, Any]:

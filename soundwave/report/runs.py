@@ -219,7 +219,7 @@ def _ordered(passes: list[Pass]) -> list[Pass]:
     """Sort trainings by stage; within a stage each stands after the training whose model it started from."""
     by_name = {one.folder.name: one for one in passes}
 
-    def depth(one: Pass) -> int:
+    def depth(one: Pass | None) -> int:
         count, seen = 0, set()
         while one is not None and one.folder not in seen:
             seen.add(one.folder)

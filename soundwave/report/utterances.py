@@ -86,14 +86,15 @@ def describe(run: Run, others: dict[str, Run], count: int, allow_outside: bool =
     """
     if not count:
         return {"items": [], "note": "No recordings were asked for."}
-    if run.model is None:
+    model = run.model
+    if model is None:
         return {"items": [], "note": f"There is no model in {run.folder} yet."}
     try:
         if run.answers:
             chosen, note = _answered(run, count, allow_outside)
         else:
             chosen, note = _trained_on(run, count, allow_outside)
-        return {"items": _items(run, others, chosen), "note": note}
+        return {"items": _items(run, model, others, chosen), "note": note}
     except (ValueError, OSError, EmbeddedError) as error:
         # The recordings or the backbones are gone, but the curves are still worth a page.
         return {"items": [], "note": f"None can be shown: {error}"}
@@ -253,17 +254,18 @@ def _trained_on(run: Run, count: int, allow_outside: bool) -> tuple[list[Recordi
     return [Recording([Asked(sample, None)]) for sample in chosen], note
 
 
-def _items(run: Run, others: dict[str, Run], chosen: list[Recording]) -> list[dict[str, Any]]:
+def _items(run: Run, folder: Path, others: dict[str, Run], chosen: list[Recording]) -> list[dict[str, Any]]:
+    """The recordings as the page shows them, heard by the model in `folder`."""
     device, _ = pick_device()
-    config = SoundwaveConfig.from_pretrained(run.model)
+    config = SoundwaveConfig.from_pretrained(folder)
     asks = config.stage > 1 and not run.answers
     model = SoundwaveForConditionalGeneration.from_pretrained(
-        run.model,
+        folder,
         dtype=pick_dtype(device.type)[0],
         language_model=asks,
         quantization=config.quantization if asks and device.type == "cuda" else None,
     ).to(device)
-    processor = SoundwaveProcessor.from_pretrained(run.model)
+    processor = SoundwaveProcessor.from_pretrained(folder)
     theirs = {
         name: {(row["sample"], row["reference"]): row["answer"] for row in other.answers}
         for name, other in others.items()
@@ -299,7 +301,7 @@ def _ask(
 
 def _answer(sample: Sample, given: str, read_by_ctc: bool = False) -> dict[str, Any]:
     """An answer as the page shows it. Only transcriptions have aligned `words`."""
-    reference = ctc_text_of(sample) if read_by_ctc else answer_of(sample)
+    reference = (ctc_text_of(sample) or "") if read_by_ctc else answer_of(sample)
     return {
         "task": sample.task,
         "prompt": prompt_of(sample),
