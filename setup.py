@@ -49,10 +49,11 @@ EXTRAS = {
         "playwright",  # opens the report's pages
         "ruff",
         "basedpyright",  # checks the types
-        "griffe2md",  # writes the pages of the API
+        "griffelib",  # reads the docstrings for the page of the API
         "nbclient",  # runs the notebooks, with ipykernel
         "ipykernel",
-        "sybil",  # runs the examples in the documents
+        "markdown-it-py",  # finds the examples in the documents, which are run
+        "packaging",
         "build",
         "setuptools>=77",
     ],
