@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -277,7 +278,7 @@ def test_a_run_writes_to_the_folder_out_as_well(finished):
 
 def test_every_figure_says_where_when_what_and_how_far_from_the_roof(run):
     assert run.device and run.commit and run.date.tzinfo is not None
-    assert run.versions["torch"] == torch.__version__
+    assert run.versions["torch"] == version("torch")
     assert {entry.contender for entry in run.entries} == {"eager", "ours-torch"}
     assert {entry.part for entry in run.entries} == set(history.PARTS)
     for entry in run.entries:
