@@ -1,4 +1,4 @@
-"""Recordings of any length: cut into windows of at most 30 s, transcribed, or asked about."""
+"""Recordings of any length: they are cut into windows of at most 30 s, and transcribed or asked about."""
 
 import os
 from collections import deque
@@ -17,9 +17,9 @@ from soundwave.data.audio import LONGEST_SECONDS, RATES, SAMPLING_RATE, load_aud
 from soundwave.data.collate import TRANSCRIBE_PROMPT
 from soundwave.inference.answer import LoadedModel, answer, load_model, read_ctc
 
-FRAME = 0.02  # s; a frame of `windows`
-SEARCH = 5.0  # s; how far before the limit `windows` looks for a pause
-LOUDEST = 100.0  # Samples above it are no floating-point recording; they are integers that were only cast to float.
+FRAME = 0.02  # seconds of a frame among which `windows` chooses the place of a cut
+SEARCH = 5.0  # seconds before the limit in which `windows` looks for a pause
+LOUDEST = 100.0  # Larger samples are integers that were cast to floating point without being scaled.
 
 Audio = str | os.PathLike[str] | ArrayLike
 
@@ -278,7 +278,7 @@ def as_samples(audio: Audio, sampling_rate: int = SAMPLING_RATE, *, name: str = 
 
 
 def _check_samples(audio: Any, sampling_rate: int, name: str) -> np.ndarray:
-    """The samples of an array, tensor or list as float32 [samples]; ValueError if they are no recording."""
+    """The samples of an array, tensor or list as float32 [samples]. ValueError: they are no recording."""
     if not RATES[0] <= sampling_rate <= RATES[1]:
         raise ValueError(f"sampling_rate = {sampling_rate:g}, but it must be {RATES[0]} to {RATES[1]} Hz")
     if isinstance(audio, Tensor):
@@ -309,11 +309,13 @@ def _check_samples(audio: Any, sampling_rate: int, name: str) -> np.ndarray:
 def windows(
     audio: np.ndarray, *, sampling_rate: int = SAMPLING_RATE, seconds: float = LONGEST_SECONDS
 ) -> list[np.ndarray]:
-    """Cut a recording [samples] into views of at most `seconds`; joined, they are the recording again.
+    """Cut a recording [samples] into views of at most `seconds` each. Joined, they give the recording again.
 
-    A cut falls into the middle of the quietest 20 ms frame in the last 5 s (or half window) before the limit.
+    Each cut is in the middle of the quietest 20 ms frame of the last 5 s before the limit; if `seconds` is under 10, of
+    the last half of the window.
 
-    Raises ValueError: `seconds` under 0.08, less than a frame to choose.
+    Raises:
+        ValueError: `seconds` is under 0.08, so there are no two frames among which to choose.
     """
     limit = int(seconds * sampling_rate)
     frame = int(FRAME * sampling_rate)
@@ -323,7 +325,7 @@ def windows(
     pieces = []
     while len(audio) > limit:
         first = limit - search
-        last = min(limit, len(audio) - search // 5)  # the rest, too, is long enough to hold a word
+        last = min(limit, len(audio) - search // 5)  # The rest must be long enough to hold a word, too.
         count = (last - first) // frame
         frames = audio[first : first + count * frame].reshape(count, frame)
         quietest = int(np.square(frames).mean(axis=1).argmin())
