@@ -16,7 +16,9 @@ from soundwave.hardware import product_seconds
 from soundwave.training.callbacks import Interrupted
 
 SHORT = {"batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 0, "dtype": "float32"}
-TIME = re.compile(r"about (\d+) minutes? on this machine, .* product of 160 x 576 by 576 x 1536 takes \S+ ms on one of")
+TIME = re.compile(
+    r"about (\d+) minutes? on this machine, .* product of 160 x 576 by 576 x 1536 takes \S+ ms on one thread of \d+"
+)
 
 
 def interrupt_when_there(file: Path) -> None:

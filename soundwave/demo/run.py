@@ -129,7 +129,7 @@ def expected_time(quick: bool = False) -> str:
     name = str(dtype).removeprefix("torch.")
     return (
         f"about {minutes} minute{'s' if minutes > 1 else ''} on this machine, downloads not counted "
-        f"(a {name} product of 160 x 576 by 576 x 1536 takes {1000 * seconds:.2g} ms on one of {threads} threads; "
+        f"(a {name} product of 160 x 576 by 576 x 1536 takes {1000 * seconds:.2g} ms on one thread of {threads}; "
         f"the reference machine, {reference}, takes {1000 * REFERENCE_PRODUCT:.2g} ms and needs {wanted})"
     )
 
