@@ -48,7 +48,7 @@ demo: setup
 	$(VENV)/bin/soundwave demo $(if $(filter-out 0,$(QUICK)),--quick) $(if $(SEED),--seed $(SEED))
 
 test: setup
-	@$(VENV)/bin/pytest -n $(JOBS) --dist loadfile
+	@$(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	@$(VENV)/bin/ruff check

@@ -34,6 +34,20 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# The files that take longest, the longest first: with several processes a long file begun last would keep one of them
+# busy while the others wait.
+LONGEST_FILES = [
+    "test_resources.py", "test_ablation.py", "test_resume.py", "test_stages.py", "test_robustness.py", "test_cli.py",
+    "test_report.py", "test_saved_by_older.py", "test_benchmarks.py", "test_docs.py", "test_packaging.py",
+    "test_gpu_script.py", "test_linear_ctc.py", "test_embedded.py", "test_inference.py", "test_notebook.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         import torch

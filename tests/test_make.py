@@ -30,8 +30,8 @@ def test_make_alone_explains_every_target():
         (["demo", "QUICK=1"], ".venv/bin/soundwave demo --quick"),
         (["demo", "QUICK=0"], ".venv/bin/soundwave demo"),
         (["demo", "QUICK=1", "SEED=7"], ".venv/bin/soundwave demo --quick --seed 7"),
-        (["test"], ".venv/bin/pytest -n 2 --dist loadfile"),
-        (["test", "JOBS=5"], ".venv/bin/pytest -n 5 --dist loadfile"),
+        (["test"], ".venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder"),
+        (["test", "JOBS=5"], ".venv/bin/pytest -n 5 --dist loadfile --no-loadscope-reorder"),
     ],
     ids=" ".join,
 )

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -346,6 +346,15 @@ def test_a_signal_saves_and_tells_how_to_go_on(whole, manifest, start, tmp_path,
     assert signal.getsignal(number) == before
 
 
+@pytest.fixture
+def pythons_own_handler() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, whatever handler the process that runs the tests has inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("pythons_own_handler")
 def test_the_same_signal_twice_is_one_request_and_a_later_one_stops_at_once():
     """The terminal and a parent process, or a service manager, may send the same request twice."""
     with StopOnSignal() as stop:
