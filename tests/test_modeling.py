@@ -166,6 +166,21 @@ def test_stage_three_has_the_next_token_loss_alone(model, batch):
     torch.testing.assert_close(out.lm_loss, with_ctc.lm_loss)
 
 
+def test_align_alone_gives_in_bfloat16_what_forward_gives(config, batch):
+    torch.manual_seed(2)
+    model = SoundwaveForConditionalGeneration.from_backbones(config, dtype=torch.bfloat16, language_model=False)
+    inputs = {name: batch[name] for name in ("input_features", "feature_lengths", "ctc_labels")}
+    _, lengths, ctc = model.align(*inputs.values())
+    out = model(**inputs)
+    assert torch.equal(ctc.path, out.path) and torch.equal(lengths, out.path_lengths)
+    assert torch.equal(ctc.loss, out.ctc_loss)
+    ctc.loss.backward()
+    alone = model.alignment.projector.weight.grad.clone()
+    model.zero_grad()
+    out.loss.backward()
+    assert alone.any() and torch.equal(alone, model.alignment.projector.weight.grad)
+
+
 def test_ctc_loss_is_the_mean_of_the_losses_a_label(model, batch, processor):
     inputs = {name: batch[name] for name in ("input_features", "feature_lengths")}
     with torch.no_grad():

@@ -9,7 +9,8 @@ from soundwave.model.configuration import SoundwaveConfig
 def spec_augment(features: Tensor, lengths: Tensor, config: SoundwaveConfig) -> Tensor:
     """SpecAugment (arXiv 1904.08779) without time warping: masked features become 0, the middle of Whisper's scale.
 
-    The random numbers are those of torch's generator on the features' device, so that a resumed run repeats them.
+    The random numbers come from torch's generator of the features' device. A checkpoint holds its state, so a resumed
+    run draws the same masks.
 
     Args:
         features: [A, n_mels, T_mel], log-mel.

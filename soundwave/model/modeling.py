@@ -74,7 +74,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         adapters = ADAPTERS[config.implementation]
         self.alignment = adapters.AlignmentAdapter(config)
         self.shrinking = adapters.ShrinkingAdapter(config)
-        # At first the adapter only norms the kept frame, which the LLM learns to read in half the steps (docs/log.md).
+        # With a zero projection the adapter at first only normalises the kept frames. The LLM then learns to read them
+        # in half the steps (docs/log.md).
         nn.init.zeros_(self.shrinking.out_proj.weight)
         self.blank_weight = nn.Parameter(torch.zeros(config.hidden_size))
         self.blank_bias = nn.Parameter(torch.zeros(()))
@@ -287,7 +288,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     def align(
         self, input_features: Tensor, feature_lengths: Tensor | None, ctc_labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, eager.LinearCTCOutput]:
-        """Encode the audio, align its frames to the LLM's embeddings, and run CTC over them.
+        """Encode the audio, align its frames to the LLM's embeddings, and run CTC over them, in `compute_dtype`.
 
         Args:
             input_features: [A, n_mels, T_mel], log-mel at 100 Hz.
@@ -302,30 +303,31 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             feature_lengths = torch.full(
                 (input_features.shape[0],), input_features.shape[-1], device=input_features.device
             )
-        if self.training:
-            input_features = spec_augment(input_features, feature_lengths, self.config)
-        with torch.no_grad():
-            frames, lengths = self.encode(input_features, feature_lengths)
-        hidden, lengths = self.alignment(frames, lengths)
-        if ctc_labels is None:
-            return hidden, lengths, self._ctc(hidden, lengths)
-        known = ctc_labels != eager.IGNORE_INDEX
-        targets, counts = ctc_labels.masked_fill(~known, 0), known.sum(1)
-        transcribed = counts > 0
-        if transcribed.all():
-            return hidden, lengths, self._ctc(hidden, lengths, targets, counts)
-        path = torch.full(hidden.shape[:2], -1, device=hidden.device)
-        scores = torch.zeros(hidden.shape[:2], device=hidden.device)
-        # Without any transcript the CTC loss is 0, but it stays connected to the parameters, so each of them still gets
-        # a (zero) gradient.
-        loss = torch.cat([x.flatten()[:0] for x in (hidden, self.blank_weight, self.blank_bias)]).sum()
-        for chosen in (transcribed, ~transcribed):
-            if chosen.any():
-                labels = (targets[chosen], counts[chosen]) if chosen is transcribed else ()
-                part = self._ctc(hidden[chosen], lengths[chosen.to(lengths.device)], *labels)
-                path[chosen], scores[chosen] = part.path, part.path_log_prob.to(scores.dtype)
-                loss = loss if part.loss is None else part.loss
-        return hidden, lengths, eager.LinearCTCOutput(loss, path, scores)
+        with self._autocast():
+            if self.training:
+                input_features = spec_augment(input_features, feature_lengths, self.config)
+            with torch.no_grad():
+                frames, lengths = self.encode(input_features, feature_lengths)
+            hidden, lengths = self.alignment(frames, lengths)
+            if ctc_labels is None:
+                return hidden, lengths, self._ctc(hidden, lengths)
+            known = ctc_labels != eager.IGNORE_INDEX
+            targets, counts = ctc_labels.masked_fill(~known, 0), known.sum(1)
+            transcribed = counts > 0
+            if transcribed.all():
+                return hidden, lengths, self._ctc(hidden, lengths, targets, counts)
+            path = torch.full(hidden.shape[:2], -1, device=hidden.device)
+            scores = torch.zeros(hidden.shape[:2], device=hidden.device)
+            # Without any transcript the CTC loss is 0, but it stays connected to the parameters, so each of them still
+            # gets a (zero) gradient.
+            loss = torch.cat([x.flatten()[:0] for x in (hidden, self.blank_weight, self.blank_bias)]).sum()
+            for chosen in (transcribed, ~transcribed):
+                if chosen.any():
+                    labels = (targets[chosen], counts[chosen]) if chosen is transcribed else ()
+                    part = self._ctc(hidden[chosen], lengths[chosen.to(lengths.device)], *labels)
+                    path[chosen], scores[chosen] = part.path, part.path_log_prob.to(scores.dtype)
+                    loss = loss if part.loss is None else part.loss
+            return hidden, lengths, eager.LinearCTCOutput(loss, path, scores)
 
     def _ctc(
         self, hidden: Tensor, lengths: Tensor, targets: Tensor | None = None, target_lengths: Tensor | None = None
@@ -435,10 +437,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             out = SoundwaveOutput()
             if ctc is not None:
                 out.path, out.path_lengths, out.ctc_loss = ctc.path, lengths, ctc.loss
-            if self.language_model is None:
-                out.loss = out.ctc_loss
-                return out
-            if input_ids is None:
+            if self.language_model is None or input_ids is None:
                 out.loss = out.ctc_loss
                 return out
             if attention_mask is None:
