@@ -57,6 +57,16 @@ def test_an_unknown_value_is_refused_by_name(name):
         SoundwaveConfig(**{name: REFUSED[name]})
 
 
+SIZES = ("audio_hidden_size", "hidden_size", "num_attention_heads", "vocab_size", "frame_stack")
+
+
+@pytest.mark.parametrize("value", [0, -2, 2.5, "8", None], ids=repr)
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_is_no_whole_number_from_1_up_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name} = {value!r}, but it must be a whole number from 1 up"):
+        SoundwaveConfig(**{name: value})
+
+
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="hidden_size = 576, but it must be a multiple of num_attention_heads = 7"):
         SoundwaveConfig(num_attention_heads=7)

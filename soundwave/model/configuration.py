@@ -88,6 +88,16 @@ class SoundwaveConfig(PretrainedConfig):
                 f"config_version = {config_version!r}, but this soundwave reads up to {CONFIG_VERSION}: "
                 "the model was saved by a newer version; upgrade soundwave"
             )
+        sizes = {
+            "audio_hidden_size": audio_hidden_size,
+            "hidden_size": hidden_size,
+            "num_attention_heads": num_attention_heads,
+            "vocab_size": vocab_size,
+            "frame_stack": frame_stack,
+        }
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} = {value!r}, but it must be a whole number from 1 up")
         rules = SEMANTICS[_one_of("semantics", semantics, tuple(SEMANTICS))]
         self.audio_tower = audio_tower
         self.language_model = language_model
