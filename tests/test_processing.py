@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from soundwave import backbones
 from soundwave.backbones import wheels
-from soundwave.data.collate import TRANSCRIBE_PROMPT, Collator
+from soundwave.data.audio import AudioError
+from soundwave.data.collate import TRANSCRIBE_PROMPT, Collator, with_duration
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.processing import AUDIO_TOKEN, SoundwaveProcessor, pad
@@ -60,6 +61,34 @@ def test_another_sampling_rate_is_refused(processor):
 def test_what_is_not_one_clip_is_refused(processor, shape):
     with pytest.raises(ValueError, match="audio has shape"):
         processor.features(np.zeros(shape, dtype=np.float32))
+
+
+def test_samples_that_are_whole_numbers_are_refused(processor):
+    with pytest.raises(ValueError, match="audio is int16, but samples are floating point .* divide .* by 32768"):
+        processor(["What is said?"], [(tone(1) * 32767).astype(np.int16)])
+
+
+@pytest.mark.parametrize("shape", [(100, 80), (128, 100)], ids=["transposed", "of-another-tower"])
+def test_features_of_another_shape_are_refused(processor, shape):
+    with pytest.raises(
+        ValueError, match=rf"Tensor of shape \[{shape[0]}, {shape[1]}\], but features are \[80, T_mel\]"
+    ):
+        processor.pad_features([torch.zeros(80, 100), torch.zeros(shape)])
+
+
+def test_a_batch_of_no_features_is_refused(processor):
+    with pytest.raises(ValueError, match="clips is empty"):
+        processor.pad_features([])
+
+
+def test_an_argument_that_does_not_exist_is_refused(processor):
+    with pytest.raises(TypeError, match="audios"):
+        processor(["What is said?"], audios=[tone(1)])
+
+
+def test_one_prompt_is_not_taken_for_a_list_of_its_letters(processor):
+    with pytest.raises(ValueError, match=r"prompts = 'Hi', but it must be a list of texts: write \['Hi'\]"):
+        processor("Hi")
 
 
 def test_samples_given_as_a_tensor_are_refused(processor):
@@ -183,6 +212,11 @@ def test_the_padding_side_can_be_chosen(processor):
     batch = processor(["Hi", "What is the capital of France?"], answers=["Hello", "Paris"], padding_side="left")
     assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"][0, -1] == 1
     assert batch["labels"][0, -1] == processor.tokenizer.eos_token_id
+
+
+def test_another_padding_side_is_refused(processor):
+    with pytest.raises(ValueError, match="""padding_side = 'middle', but it must be "left" or "right\""""):
+        processor(["Hi"], padding_side="middle")
 
 
 @pytest.mark.parametrize("name", ["audio", "answers", "transcripts"])
@@ -332,3 +366,11 @@ def test_a_sample_with_nothing_to_say_is_named(processor, samples):
     mute = samples[0].model_copy(update={"text": None, "answer": None})
     with pytest.raises(ValueError, match="train.jsonl:1: the sample has neither answer nor text"):
         Collator(processor, 2)([mute])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_file_without_samples_is_named_as_one(tmp_path, offset):
+    soundfile.write(tmp_path / "x.wav", np.zeros(0), SECOND)
+    write_manifest(tmp_path / "m.jsonl", [{"audio_filepath": "x.wav", "text": "one", "offset": offset}])
+    with pytest.raises(AudioError, match=r"m\.jsonl:1: .*x\.wav: holds no samples; record it again"):
+        with_duration(read_manifest(tmp_path / "m.jsonl")[0])

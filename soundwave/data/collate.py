@@ -137,7 +137,9 @@ def with_duration(sample: Sample) -> Sample:
         return sample
     try:
         length = seconds_of(sample.audio)
-        if sample.offset >= length > 0:
+        if length == 0:
+            raise AudioError(sample.audio, "holds no samples; record it again")
+        if sample.offset >= length:
             raise AudioError(
                 sample.audio,
                 f"offset = {sample.offset:g} s, but the file lasts {length:g} s; give an offset inside it",

@@ -60,13 +60,18 @@ class SoundwaveProcessor(ProcessorMixin):
         """Log-mel features float32 [n_mels, T_mel] of one clip, float32 [samples], at its true length.
 
         Raises:
-            ValueError: another sampling rate than the feature extractor's, or not one clip.
+            ValueError: another sampling rate than the feature extractor's, not one clip, or not floating point.
         """
         wanted = self.feature_extractor.sampling_rate
         if sampling_rate != wanted:
             raise ValueError(f"sampling_rate = {sampling_rate}, but the feature extractor takes {wanted}")
         if audio.ndim != 1 or not len(audio):
             raise ValueError(f"audio has shape {list(audio.shape)}, but it must be one clip, [samples], and not empty")
+        if not np.issubdtype(audio.dtype, np.floating):
+            raise ValueError(
+                f"audio is {audio.dtype}, but samples are floating point with a full scale of ±1; divide samples of 16 "
+                "bits by 32768"
+            )
         audio = np.pad(audio, (0, max(0, int(MINIMUM_SECONDS * wanted) - len(audio))))
         features = self.feature_extractor(
             audio, sampling_rate=wanted, padding=False, truncation=False, return_tensors="np"
@@ -113,7 +118,6 @@ class SoundwaveProcessor(ProcessorMixin):
         transcripts: Sequence[str | None] | None = None,
         *,
         padding_side: str | None = None,
-        **kwargs: Any,
     ) -> BatchFeature:
         """A batch for the model's `forward` (with `answers`) or `generate` (without).
 
@@ -130,8 +134,11 @@ class SoundwaveProcessor(ProcessorMixin):
             feature_lengths int64 [A]; with answers labels int64 [B, L]; with transcripts ctc_labels int64 [A, U].
 
         Raises:
-            ValueError: lists of different lengths, or audio of a wrong shape.
+            ValueError: lists of different lengths, one text in place of a list, audio of a wrong shape or dtype, or
+                another padding side.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts = {prompts!r}, but it must be a list of texts: write [{prompts!r}]")
         recordings: Sequence[np.ndarray | Tensor | None] = [None] * len(prompts) if audio is None else audio
         for name, values in {"audio": audio, "answers": answers, "transcripts": transcripts}.items():
             if values is not None and len(values) != len(prompts):
@@ -162,12 +169,15 @@ class SoundwaveProcessor(ProcessorMixin):
         """`input_features` [A, n_mels, T_mel] and `feature_lengths` int64 [A] from features [n_mels, T_mel] of clips.
 
         Raises:
-            ValueError: features of another shape.
+            ValueError: no clips, or features of another shape.
         """
+        if not clips:
+            raise ValueError("clips is empty, but a batch needs at least one recording")
+        mels = self.feature_extractor.feature_size
         for clip in clips:
-            if clip.ndim != 2:
+            if clip.ndim != 2 or clip.shape[0] != mels:
                 raise ValueError(
-                    f"audio holds a Tensor of shape {list(clip.shape)}, but features are [n_mels, T_mel]; "
+                    f"audio holds a Tensor of shape {list(clip.shape)}, but features are [{mels}, T_mel]; "
                     "give samples as a NumPy array"
                 )
         lengths = torch.tensor([clip.shape[1] for clip in clips])
@@ -182,7 +192,13 @@ class SoundwaveProcessor(ProcessorMixin):
 
 
 def pad(rows: list[list[int]], value: int, side: str) -> Tensor:
-    """Pad rows on one side -> int64 [len(rows), longest]; if all rows are empty the width is 1."""
+    """Pad rows on one side -> int64 [len(rows), longest]; if all rows are empty the width is 1.
+
+    Raises:
+        ValueError: `side` is neither "left" nor "right".
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f'padding_side = {side!r}, but it must be "left" or "right"')
     width = max([1, *(len(row) for row in rows)])
     filled = [
         [value] * (width - len(row)) + row if side == "left" else row + [value] * (width - len(row)) for row in rows
