@@ -4,6 +4,7 @@ The texts mean nothing, but the same samples always give the same text and other
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 import soxr
 import torch
+from safetensors.torch import save_file
 
 from soundwave import backbones
 from soundwave.backbones import wheels
@@ -28,32 +30,14 @@ SHORT = {"max_new_tokens": 8}
 
 
 @pytest.fixture(scope="module")
-def folders(small_llm, tmp_path_factory) -> dict[int, Path]:
-    """Saved models that say they have seen stage 1 and stage 3."""
-    saved = {}
-    for stage in (1, 3):
-        config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_llm), lora_rank=4, stage=stage)
-        torch.manual_seed(0)
-        model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=stage > 1)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    # Two layers of SmolLM2 write the same about every recording; random matrices change that.
-                    parameter.normal_(0, 0.3)
-        saved[stage] = tmp_path_factory.mktemp("models") / f"stage{stage}" / "model"
-        model.save_pretrained(saved[stage])
-    return saved
-
-
-@pytest.fixture(scope="module")
-def models(folders) -> dict[int, LoadedModel]:
-    """The same in float32, so that a text does not depend on what else is in a batch."""
+def models(model_folders) -> dict[int, LoadedModel]:
+    """The models of `model_folders` in float32, so that a text does not depend on what else is in a batch."""
     return {
         stage: LoadedModel(
             SoundwaveForConditionalGeneration.from_pretrained(folder, language_model=stage > 1),
             SoundwaveProcessor.from_pretrained(folder),
         )
-        for stage, folder in folders.items()
+        for stage, folder in model_folders.items()
     }
 
 
@@ -241,14 +225,14 @@ def test_a_batch_without_windows_is_refused_at_the_call(models, batch_size):
 # ---------------------------------------------------------------- the model
 
 
-def test_a_model_is_given_as_a_folder_or_loaded(folders, files):
-    loaded = load_model(folders[3])
+def test_a_model_is_given_as_a_folder_or_loaded(model_folders, files):
+    loaded = load_model(model_folders[3])
     assert not loaded.model.training
     expected = transcribe(files[0], loaded, **SHORT)
-    for folder in (folders[3], str(folders[3])):
+    for folder in (model_folders[3], str(model_folders[3])):
         assert transcribe(files[0], folder, **SHORT) == expected
         assert list(transcribe_each(files[:1], folder, **SHORT)) == [expected]
-    assert ask(files[0], QUESTION, folders[3], **SHORT) == ask(files[0], QUESTION, loaded, **SHORT)
+    assert ask(files[0], QUESTION, model_folders[3], **SHORT) == ask(files[0], QUESTION, loaded, **SHORT)
 
 
 @pytest.mark.parametrize("model", [None, 3, ("model", "processor")], ids=repr)
@@ -259,25 +243,40 @@ def test_what_is_no_model_is_refused(recordings, model):
             use(recordings[0], model)
 
 
-def test_a_folder_that_holds_no_model_is_named(folders, recordings, tmp_path):
+def test_a_folder_that_holds_no_model_is_named(model_folders, recordings, tmp_path):
     for folder in (tmp_path, tmp_path / "missing", str(tmp_path)):
         with pytest.raises(FileNotFoundError, match="holds no model; give the folder that training printed"):
             transcribe(recordings[0], folder)
         with pytest.raises(FileNotFoundError, match="holds no model; give the folder that training printed"):
             ask(recordings[0], QUESTION, folder)
-    with pytest.raises(FileNotFoundError, match=f"stage3 holds no model; give {folders[3]}$"):
-        load_model(folders[3].parent)
+    with pytest.raises(FileNotFoundError, match=f"stage3 holds no model; give {model_folders[3]}$"):
+        load_model(model_folders[3].parent)
 
 
-def test_a_model_of_another_kind_is_named(folders, tmp_path):
+def test_a_model_of_another_kind_is_named(model_folders, tmp_path):
     with pytest.raises(ValueError, match="holds a model of type 'whisper', but not a Soundwave model"):
         load_model(wheels.resolve(backbones.WHISPER))
-    (tmp_path / "config.json").write_text((folders[1] / "config.json").read_text())
+    (tmp_path / "config.json").write_text((model_folders[1] / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8}))
     with pytest.raises(ValueError, match="holds a model of type None, but not a Soundwave model"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null"], ids=repr)
+def test_a_damaged_configuration_is_named(model_folders, tmp_path, text):
+    folder = shutil.copytree(model_folders[1], tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is damaged \(not a JSON object\); copy it again"):
+        load_model(folder)
+
+
+def test_a_model_that_has_seen_no_stage_keeps_its_language_model(model_folders, recordings, tmp_path):
+    SoundwaveConfig.from_pretrained(model_folders[3], stage=0).save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path)
+    assert transcribe(recordings[0], loaded, **SHORT).seconds == ask(recordings[0], QUESTION, loaded, **SHORT).seconds
 
 
 def test_a_model_of_stage_one_is_read_by_ctc_and_cannot_be_asked(models, files, recordings):

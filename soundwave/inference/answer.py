@@ -1,5 +1,6 @@
 """Load a trained model, read recordings with it by CTC, and let its language model answer."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,14 +33,20 @@ def load_model(folder: str | Path) -> LoadedModel:
 
     Raises:
         FileNotFoundError: `folder` holds no model.
-        ValueError: `folder` holds a model of another kind, or the model is damaged or does not fit its configuration.
+        ValueError: `folder` holds a model of another kind, or its configuration or weights are damaged or do not fit.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         inside = folder / "model"
         hint = f"give {inside}" if (inside / "config.json").is_file() else "give the folder that training printed"
         raise FileNotFoundError(f"{folder} holds no model; {hint}")
-    kind = SoundwaveConfig.get_config_dict(folder)[0].get("model_type")
+    try:
+        saved = json.loads((folder / "config.json").read_bytes())
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{folder / 'config.json'} is damaged (not a JSON object); copy it again")
+    kind = saved.get("model_type")
     if kind != SoundwaveConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {kind!r}, but not a Soundwave model")
     device, _ = pick_device()
@@ -47,7 +54,7 @@ def load_model(folder: str | Path) -> LoadedModel:
     model = SoundwaveForConditionalGeneration.from_pretrained(
         folder,
         dtype=pick_dtype(device.type)[0],
-        language_model=config.stage > 1,
+        language_model=config.stage != 1,
         quantization=config.quantization if device.type == "cuda" else None,
     )
     return LoadedModel(model.to(device).eval(), SoundwaveProcessor.from_pretrained(folder))
@@ -90,7 +97,7 @@ def answer(
     Returns:
         The answers, without special tokens and outer white space.
     """
-    batch = batch_to(dict(processor(list(prompts), list(audio))), model.device)
+    batch = batch_to(dict(processor(prompts, audio)), model.device)
     tokens = model.generate(
         **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=processor.pad_token_id
     )
