@@ -144,6 +144,24 @@ def test_nothing_to_evaluate_is_refused(model, processor):
         evaluate(model, processor, [])
 
 
+def test_recordings_in_which_nothing_is_said_alone_are_refused(model, processor, samples):
+    spoken = next(sample for sample in samples if sample.task == "transcribe")
+    with pytest.raises(ValueError, match="samples holds only recordings in which nothing is said"):
+        evaluate(model, processor, [spoken.model_copy(update={"text": "...", "answer": "..."})])
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_size_below_1_is_refused(model, processor, samples, batch_size):
+    for score in (evaluate, evaluate_ctc):
+        with pytest.raises(ValueError, match=f"batch_size = {batch_size}, but it must be 1 or more"):
+            score(model, processor, samples, batch_size=batch_size)
+
+
+def test_a_task_without_a_longest_answer_is_named(model, processor, samples):
+    with pytest.raises(ValueError, match="max_new_tokens has no entry for task 'transcribe'"):
+        evaluate(model, processor, [s for s in samples if s.task == "transcribe"], max_new_tokens={"capital": 8})
+
+
 def test_no_recording_with_a_transcript_is_refused(model, processor, samples):
     with pytest.raises(ValueError, match="samples holds no recording with a transcript"):
         evaluate_ctc(model, processor, [sample for sample in samples if sample.audio is None])

@@ -19,15 +19,15 @@ from soundwave.evaluation.scores import normalise
 
 TASKS = ("transcribe", "voice", "rate", "intent", "question")
 RESAMPLED, CONFIDENCE, FLIPPED = 2000, 0.95, 10_000
-SURE = 0.01  # A difference with a smaller p is in bold. Not 0.05, because tables hold dozens of differences.
+SURE = 0.01  # A difference with a smaller p is in bold. At 0.05 chance alone would do so to one in twenty.
 
 
 class Counts(NamedTuple):
     """The answers to one task, sample by sample.
 
     Attributes:
-        count: word errors of a transcription; 1 for another right answer, 0 for a wrong one.
-        of: words of the transcript; 1 for another answer.
+        count: word errors of a transcription; for other tasks 1 if the answer is right, else 0.
+        of: words of the reference transcript; for other tasks 1.
         sentences: the sentence of the sample.
     """
 

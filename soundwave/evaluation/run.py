@@ -17,7 +17,12 @@ def alike(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
     """Give the indices of the samples in batches of one task and similar duration, the longest samples first.
 
     A batch generates until its longest answer ends. In batches of one task no one-word answer waits for a transcript.
+
+    Raises:
+        ValueError: a batch size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}, but it must be 1 or more")
     tasks: dict[str, list[int]] = defaultdict(list)
     for index in sorted(range(len(samples)), key=lambda i: -(samples[i].duration or 0.0)):
         tasks[samples[index].task].append(index)
@@ -39,7 +44,7 @@ def evaluate_ctc(
     out.
 
     Raises:
-        ValueError: no sample is left.
+        ValueError: no sample is left, or a batch size below 1.
         AudioError: a recording cannot be used.
     """
     samples = [sample for sample in samples if sample.audio is not None and normalise(ctc_text_of(sample) or "")]
@@ -85,12 +90,17 @@ def evaluate(
         max_new_tokens: longest answer, in tokens, or the longest answer of each task.
 
     Raises:
-        ValueError: `samples` is empty, or a sample has neither answer nor text.
+        ValueError: no sample is left, a sample has neither answer nor text, `max_new_tokens` lacks a task, or a batch
+            size below 1.
         AudioError: a recording cannot be used.
     """
     if not samples:
         raise ValueError("samples is empty: there is nothing to evaluate")
     samples = [s for s in map(with_duration, samples) if s.task != "transcribe" or normalise(answer_of(s))]
+    if not samples:
+        raise ValueError("samples holds only recordings in which nothing is said: there is nothing to evaluate")
+    if isinstance(max_new_tokens, Mapping) and (missing := {s.task for s in samples} - max_new_tokens.keys()):
+        raise ValueError(f"max_new_tokens has no entry for task {min(missing)!r}, which a sample has; add it")
     model.eval()
     answers: dict[int, str] = {}
     for indices in alike(samples, batch_size):

@@ -10,7 +10,11 @@ _normaliser = BasicTextNormalizer()
 
 
 def normalise(text: str) -> str:
-    """The text in lower case, without punctuation, with one space between words; numbers stay as they are written."""
+    """The text in lower case, with one space between words.
+
+    Punctuation and symbols become spaces ("3.5" is "3 5"), text in brackets or parentheses is dropped, and numbers are
+    not spelt out.
+    """
     return _normaliser(text).strip()  # The normaliser makes a space of a full stop at the end.
 
 
