@@ -124,6 +124,8 @@ def test_duration_rounded_up_in_the_manifest_is_accepted(tmp_path):
         pytest.param({"offset": -1.0}, "offset = -1; give seconds", id="negative-offset"),
         pytest.param({"offset": float("nan")}, "offset = nan; give seconds", id="nan-offset"),
         pytest.param({"duration": 0.0}, "duration = 0; give seconds", id="no-duration"),
+        pytest.param({"offset": 0.5, "duration": 1e-6}, "have no sample between them; give a longer", id="too-short"),
+        pytest.param({"offset": 0.99999}, "have no sample between them; give a longer", id="too-near-to-the-end"),
         pytest.param({"duration": float("inf")}, "duration = inf; give seconds", id="infinite-duration"),
     ],
 )

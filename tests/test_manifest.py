@@ -149,6 +149,15 @@ def test_tolerated(folder, raw):
     assert [sample.text for sample in read_manifest(write(folder, raw % (line, line)))] == ["schön"] * 2
 
 
+def test_an_id_is_one_line_whatever_the_manifest_is_called(folder):
+    (folder / "a\nb.jsonl").write_text(json.dumps(ROW) + "\n")
+    assert read_manifest(folder / "a\nb.jsonl")[0].id == "'a\\nb.jsonl':1"
+    (folder / "a\nb.jsonl").write_text(json.dumps(ROW | {"audio_filepath": "missing.wav"}) + "\n")
+    left_out = []
+    read_manifest(folder / "a\nb.jsonl", leave_out=lambda *fault: left_out.append(fault))
+    assert left_out[0][0] == "'a\\nb.jsonl':1"
+
+
 def test_line_numbers_count_blank_lines(folder):
     assert "m.jsonl:4: is not JSON" in fault(write(folder, ROW, "", "", "oops"))
 

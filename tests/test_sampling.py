@@ -142,6 +142,11 @@ def test_nothing_to_sample_from_is_refused():
         BucketBatchSampler([], [], 4)
 
 
+def test_a_sample_without_a_group_is_refused():
+    with pytest.raises(ValueError, match="groups has 1 entries, but lengths has 2"):
+        BucketBatchSampler([1.0, 2.0], ["asr"], 4)
+
+
 def test_an_empty_batch_is_refused():
     with pytest.raises(ValueError, match="batch_size = 0"):
         BucketBatchSampler([1.0], ["asr"], 0)

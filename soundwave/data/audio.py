@@ -134,6 +134,8 @@ def _read_part(file: soundfile.SoundFile, handle: BinaryIO, offset: float, durat
 
     start = round(offset * rate)
     wanted = min(round(end * rate), file.frames) - start
+    if wanted <= 0 < file.frames:
+        raise _Fault(f"offset = {offset:g} s and end = {end:g} s have no sample between them; give a longer part")
     if start > 0:
         file.seek(start)
     blocks, found = [np.empty(0, np.float32)], 0  # no array of the full length, which is absurd in a damaged header

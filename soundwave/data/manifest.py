@@ -113,7 +113,7 @@ def read_manifest(
                 except _AudioMissing as error:
                     if leave_out is None:
                         raise ManifestError(f"{shown(path)}:{number}: {error}") from None
-                    leave_out(f"{path.name}:{number}", error.name, error.fault)
+                    leave_out(f"{shown(path.name)}:{number}", error.name, error.fault)
     except FileNotFoundError:
         raise ManifestError(f"{shown(path)}: does not exist; name a manifest (.jsonl)") from None
     except IsADirectoryError:
@@ -157,7 +157,7 @@ def _read_line(path: Path, number: int, line: bytes, allow_outside: bool) -> Sam
         if audio is not None:
             audio = _find_audio(audio, path.parent, allow_outside)
         known = {key: row.pop(key) for key in KEYS if key in row}
-        sample = Sample(id=f"{path.name}:{number}", audio=audio, extra=row, **known)
+        sample = Sample(id=f"{shown(path.name)}:{number}", audio=audio, extra=row, **known)
         return sample if sample.answer is not None else sample.model_copy(update={"answer": sample.text})
     except ValidationError as error:
         first = error.errors()[0]

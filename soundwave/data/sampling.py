@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-BUCKET_BATCHES = 32  # the samples of so many batches are sorted by length together
+BUCKET_BATCHES = 32  # number of batches whose samples are sorted by length together
 
 
 def paper_temperature(epoch: int) -> float:
@@ -52,7 +52,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         temperature: epoch -> T. With None an epoch has every sample once.
 
     Raises:
-        ValueError: no sample, or a batch size below 1.
+        ValueError: no sample, not one group per sample, or a batch size below 1.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     ):
         if not len(lengths):
             raise ValueError("lengths is empty: there is nothing to sample from")
+        if len(groups) != len(lengths):
+            raise ValueError(f"groups has {len(groups)} entries, but lengths has {len(lengths)}")
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}, but it must be at least 1")
         self.lengths, self.batch_size, self.seed, self.temperature = lengths, batch_size, seed, temperature
@@ -95,7 +97,7 @@ class BucketBatchSampler(Sampler[list[int]]):
             yield batches[i].tolist()
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Indices of one epoch in no order. A sample comes again only after a whole pass over its group."""
+        """Indices of one epoch, not yet shuffled. A sample comes again only after a whole pass over its group."""
         if self.temperature is None:
             return np.arange(len(self.lengths))
         sizes = {name: len(members) for name, members in self.members.items()}
