@@ -29,7 +29,7 @@ CONVERSION = 1  # part of the folder's name; increase it when the result of `con
 
 
 class EmbeddedError(RuntimeError):
-    """An embedded model cannot be downloaded or converted. The message says what to do instead."""
+    """The wheel of an embedded backbone cannot be downloaded. The message says what to do instead."""
 
 
 @dataclass(frozen=True)
