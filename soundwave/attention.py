@@ -77,18 +77,21 @@ def attend(
     Args:
         query: [N, H, E]; key, value: [M, H, E], packed.
         cu_seqlens_q, cu_seqlens_k: int [B + 1], the bounds of each utterance in N and M rows, from 0.
-        max_seqlen_q, max_seqlen_k: number of rows of the longest utterance.
+        max_seqlen_q, max_seqlen_k: at least the number of rows of the longest utterance.
         impl: one of `IMPLEMENTATIONS`.
 
     Returns:
         [N, H, E]. Queries of an utterance without keys get 0.
 
     Raises:
-        ValueError: tensors do not fit each other, or `impl` cannot run.
+        ValueError: tensors do not fit each other, or `impl` cannot run. Bounds on CUDA are not checked, because the CPU
+            would have to wait for the GPU.
 
     With FlashAttention the backward is bitwise deterministic only under `torch.use_deterministic_algorithms`.
     """
     _check(query, key, value, cu_seqlens_q, cu_seqlens_k)
+    _check_bounds("q", cu_seqlens_q, max_seqlen_q, query.shape[0])
+    _check_bounds("k", cu_seqlens_k, max_seqlen_k, key.shape[0])
     chosen = choose_attention(impl, device=query.device, dtype=query.dtype, head_size=query.shape[-1]).name
     bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if chosen == "sdpa" or not max_seqlen_q or not max_seqlen_k:  # FlashAttention does not run without rows
@@ -180,6 +183,17 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_s
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if bounds.shape != cu_seqlens_q.shape or bounds.dim() != 1 or not bounds.numel():
             raise ValueError(f"{name} has shape {list(bounds.shape)}, but both bounds must be [utterances + 1]")
+
+
+def _check_bounds(name: str, cu_seqlens: Tensor, longest: int, rows: int) -> None:
+    """ValueError for bounds on the CPU that do not fit `rows` packed rows or the `longest` utterance."""
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds, sizes = cu_seqlens.tolist(), cu_seqlens.diff()
+    if bounds[0] != 0 or bounds[-1] != rows or (sizes < 0).any():
+        raise ValueError(f"cu_seqlens_{name} = {bounds}, but it must rise from 0 to {rows}, the packed rows")
+    if len(sizes) and int(sizes.max()) > longest:
+        raise ValueError(f"max_seqlen_{name} = {longest}, but an utterance has {int(sizes.max())} rows")
 
 
 def _padded_index(cu_seqlens: Tensor, longest: int, rows: int) -> Tensor:

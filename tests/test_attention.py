@@ -280,8 +280,28 @@ def test_the_call_fits_the_signature_of_torchs_own(version):
         ({2: torch.zeros(3, 2, 8)}, "value has 3 rows, but key has 4"),
         ({3: torch.zeros(0)}, r"cu_seqlens_q has shape \[0\]"),
         ({4: torch.tensor([0, 2, 4])}, r"cu_seqlens_k has shape \[3\]"),
+        ({3: torch.tensor([0, 3])}, r"cu_seqlens_q = \[0, 3\], but it must rise from 0 to 4, the packed rows"),
+        ({4: torch.tensor([1, 4])}, r"cu_seqlens_k = \[1, 4\], but it must rise from 0 to 4"),
+        ({3: torch.tensor([0, 6, 4]), 4: torch.tensor([0, 2, 4])}, r"cu_seqlens_q = \[0, 6, 4\], but it must rise"),
+        (  # 4 rows are 2 utterances of 2, but not these 2
+            {3: torch.tensor([0, 1, 4]), 4: torch.tensor([0, 1, 4]), 5: 2, 6: 3},
+            "max_seqlen_q = 2, but an utterance has 3 rows",
+        ),
+        ({6: 3}, "max_seqlen_k = 3, but an utterance has 4 rows"),
     ],
-    ids=["rank", "dtype", "heads", "rows", "no-bounds", "other-bounds"],
+    ids=[
+        "rank",
+        "dtype",
+        "heads",
+        "rows",
+        "no-bounds",
+        "other-bounds",
+        "bounds-end-early",
+        "bounds-begin-late",
+        "bounds-fall",
+        "longest-query",
+        "longest-key",
+    ],
 )
 def test_bad_input_is_named(change, message):
     tensors, limits = draw([4], [4])
