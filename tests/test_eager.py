@@ -1,6 +1,7 @@
 """Eager operations and adapters against brute force, explicit logits in float64 and torch's own modules."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from soundwave import eager
+from soundwave import eager, fused
 from soundwave.model.configuration import SoundwaveConfig
 
 D = 5  # width in the CTC tests
@@ -221,6 +222,21 @@ def test_ctc_of_half_precision_input_is_computed_in_float32():
     halves = {name: value.detach().bfloat16() for name, value in leaves.items()}
     out = run_ctc(halves, torch.ones(3, 2, dtype=torch.int64), [37] * 3, [2] * 3, blank=blank)
     assert out.loss.dtype == out.path_log_prob.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([[1, 2], [9, 1]]), r"targets\[1, 0\] = 9, but that is not one of the head's 4 rows"),
+        (torch.tensor([1, 2, 9, 1]), r"targets\[2\] = 9, but that is not"),
+        (torch.tensor([1, 2, 1, 0]), r"targets\[3\] = 0, but that is the blank"),
+    ],
+    ids=["padded", "concatenated", "blank"],
+)
+def test_a_wrong_label_is_named_by_its_place(targets, message):
+    lengths = torch.tensor([5, 5]), torch.tensor([2, 2])
+    with pytest.raises(ValueError, match=message):
+        eager.linear_ctc_loss(torch.zeros(2, 5, D), torch.zeros(4, D), targets, *lengths, blank=0)
 
 
 @pytest.mark.parametrize(
@@ -456,6 +472,24 @@ def test_a_second_placeholder_is_refused():
         eager.splice(embeddings, input_ids, mask, speech, cu_seqlens, audio_placeholder_id=AUDIO)
 
 
+def test_any_mask_but_0_counts_as_1():
+    input_ids, mask, labels, embeddings, speech, cu_seqlens = splice_problem(
+        [[AUDIO, 5, 6], [5, AUDIO]], [2, 1], "right"
+    )
+    ones, others = (
+        eager.splice(embeddings, input_ids, m, speech, cu_seqlens, audio_placeholder_id=AUDIO, labels=labels)
+        for m in (mask, 3 * mask)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+
+def test_a_batch_of_no_rows_is_spliced_to_none():
+    none = torch.zeros(0, 3, dtype=torch.int64)
+    bounds = torch.zeros(1, dtype=torch.int64)
+    out, mask, _ = eager.splice(torch.zeros(0, 3, D), none, none, torch.zeros(0, D), bounds, audio_placeholder_id=AUDIO)
+    assert (out.shape, mask.shape) == ((0, 0, D), (0, 0))
+
+
 @pytest.mark.parametrize("kept", [[2], [2, 1, 1]], ids=["too_few", "too_many"])
 def test_recordings_and_placeholders_must_agree(kept):
     input_ids, mask, _, embeddings, speech, cu_seqlens = splice_problem([[AUDIO, 5], [5, AUDIO]], kept, "right")
@@ -588,6 +622,25 @@ def test_shrinking_nothing_gives_no_rows():
     lengths = torch.tensor([0, 0])
     peaks = eager.ctc_peaks(torch.full((2, 3), -1), lengths, blank=7, scores=torch.zeros(2, 3))
     assert adapter(torch.randn(2, 3, 24), lengths, peaks).shape == (0, 24)
+
+
+@pytest.mark.parametrize("module", [eager, fused], ids=["eager", "fused"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attend": "frame"}, "attend = 'frame', but it must be one of frames, self"),
+        ({"keys": "al"}, "keys = 'al', but it must be one of all, kept, none"),
+        ({"num_attention_heads": 3}, "hidden_size = 16, but it must be a multiple of num_attention_heads = 3"),
+    ],
+    ids=["attend", "keys", "heads"],
+)
+def test_any_object_may_be_the_configuration_but_wrong_words_are_refused(module, change, message):
+    settings = {"audio_hidden_size": 6, "hidden_size": 16, "num_attention_heads": 2, "frame_stack": 2}
+    settings |= {"attend": "frames", "keys": "all", "adapter_dropout": 0.0, "layer_norm_eps": 1e-5}
+    module.AlignmentAdapter(SimpleNamespace(**settings)), module.ShrinkingAdapter(SimpleNamespace(**settings))
+    kind = module.ShrinkingAdapter if "keys" in change else module.AlignmentAdapter
+    with pytest.raises(ValueError, match=message):
+        kind(SimpleNamespace(**settings | change))
 
 
 def test_dropout_acts_in_training_alone():

@@ -8,6 +8,15 @@ from torch.nn import functional as F
 
 from soundwave.eager.operations import Peaks, length_mask
 
+ATTEND = ("frames", "self")
+KEYS = ("all", "kept", "none")
+
+
+def check_heads(hidden_size: int, num_heads: int) -> None:
+    """ValueError unless the width can be divided among the heads."""
+    if num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(f"hidden_size = {hidden_size}, but it must be a multiple of num_attention_heads = {num_heads}")
+
 
 def attention_mask(mask: Tensor) -> Tensor | None:
     """`mask` bool [B, T] of valid keys as [B, 1, 1, T]; None if all are valid, because attention is faster without one.
@@ -24,6 +33,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, attend: str):
         super().__init__()
+        check_heads(hidden_size, num_heads)
+        if attend not in ATTEND:
+            raise ValueError(f"attend = {attend!r}, but it must be one of {', '.join(ATTEND)}")
         self.num_heads, self.attend = num_heads, attend
         self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size))
@@ -36,7 +48,8 @@ class SelfAttention(nn.Module):
         batch, size, width = x.shape
         if self.attend == "self":  # softmax over one key is 1, so the result is the values
             return self.out_proj(F.linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :]))
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(batch, size, 3, self.num_heads, -1)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = qkv.view(batch, size, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask(mask))
         return self.out_proj(attended.transpose(1, 2).reshape(batch, size, width))
@@ -103,6 +116,9 @@ class ShrinkingAdapter(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         width = config.hidden_size
+        check_heads(width, config.num_attention_heads)
+        if config.keys not in KEYS:
+            raise ValueError(f"keys = {config.keys!r}, but it must be one of {', '.join(KEYS)}")
         self.num_heads, self.keys = config.num_attention_heads, config.keys
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))

@@ -28,7 +28,7 @@ class LinearCTCOutput(NamedTuple):
 class Peaks(NamedTuple):
     """Kept frames: `index` int64 [K] into the B·T rows, `cu_seqlens` int32 [B + 1], `max_seqlen` of one utterance."""
 
-    index: Tensor
+    index: Tensor  # hides `tuple.index`, which nobody needs here
     cu_seqlens: Tensor
     max_seqlen: int
 
@@ -98,7 +98,8 @@ def linear_ctc_loss(
 
     hidden [B, T, D], weight [V, D], targets int [B, U], padded with anything, lengths int [B]. `blank` is a row of
     weight, or V together with an extra row: `blank_weight` [D] and the scalar `blank_bias`. Without targets only the
-    path is computed. Reductions and `zero_infinity` are those of `ctc_loss`.
+    path is computed. `reduction` is that of `ctc_loss`, and `zero_infinity` too, but the loss is torch's: without
+    `zero_infinity` the gradient of an utterance that cannot be aligned is NaN.
 
     Raises:
         ValueError: a label that is the blank or no row of the head, where torch would read past its memory.
@@ -148,17 +149,16 @@ def linear_ctc_path(
 
 
 def _check_labels(targets: Tensor, target_lengths: Tensor, rows: int, blank: int) -> None:
+    wrong = (targets < 0) | (targets >= rows) | (targets == blank)
     if targets.dim() == 1:  # concatenated, as `F.ctc_loss` takes them too
-        targets = targets[None, : int(target_lengths.sum())]
-        valid = torch.ones_like(targets, dtype=torch.bool)
+        wrong = wrong[: int(target_lengths.sum())]
     else:
-        valid = length_mask(target_lengths.to(targets.device), targets.shape[1])
-    wrong = (valid & ((targets < 0) | (targets >= rows) | (targets == blank))).nonzero()
-    if wrong.numel():
-        row, column = wrong[0].tolist()
-        label = int(targets[row, column])
+        wrong &= length_mask(target_lengths.to(targets.device), targets.shape[1])
+    places = wrong.nonzero().tolist()
+    if places:
+        label = int(targets[tuple(places[0])])
         what = "is the blank" if label == blank else f"is not one of the head's {rows} rows"
-        raise ValueError(f"targets[{row}, {column}] = {label}, but that {what}")
+        raise ValueError(f"targets{places[0]} = {label}, but that {what}")
 
 
 def linear_cross_entropy(
@@ -291,22 +291,22 @@ def splice(
     device = input_ids.device
     is_audio = (input_ids == audio_placeholder_id) & attention_mask.bool()
     has_audio = is_audio.any(1)
-    if int(is_audio.sum(1).max()) > 1:
+    if (is_audio.sum(1) > 1).any():
         raise ValueError(
-            "input_ids holds the audio placeholder more than once in a row, but one recording is supported"
+            "input_ids holds the audio placeholder more than once in a row, but one recording a row is supported"
         )
     if int(has_audio.sum()) != cu_seqlens.numel() - 1:
         raise ValueError(
             f"input_ids has {int(has_audio.sum())} rows with an audio placeholder, "
-            f"but input_features holds {cu_seqlens.numel() - 1} recordings"
+            f"but cu_seqlens bounds {cu_seqlens.numel() - 1} recordings"
         )
     kept = torch.zeros(batch, dtype=torch.int64, device=device)
     kept[has_audio] = cu_seqlens.diff().to(device, torch.int64)
     # A token takes one place, the placeholder as many as its recording has rows, padding none.
-    places = torch.where(is_audio, kept[:, None], attention_mask.to(torch.int64))
+    places = torch.where(is_audio, kept[:, None], attention_mask.bool().to(torch.int64))
     ends = places.cumsum(1)
-    total = ends[:, -1]
-    size = int(total.max())
+    total = places.sum(1)
+    size = int(total.max()) if batch else 0
     shift = (size - total)[:, None] if padding_side == "left" else torch.zeros_like(total)[:, None]
     row = torch.arange(batch, device=device)[:, None].expand(batch, width)
     is_text = attention_mask.bool() & ~is_audio
