@@ -29,19 +29,24 @@ def _raise(place: int, value: int, message: Message, shape: torch.Size) -> None:
     raise ValueError(message(*where, value))
 
 
-def as_lengths(lengths: Tensor | Sequence[int]) -> Tensor:
-    """A sequence as a tensor (of integers, if it is empty); a tensor as it is. Shape and dtype are not checked."""
+def as_lengths(name: str, lengths: Tensor | Sequence[int]) -> Tensor:
+    """A sequence as a tensor (of integers, if it is empty); a tensor as it is. Shape and dtype are not checked.
+
+    Raises:
+        TypeError: torch can make no tensor of it.
+    """
     if isinstance(lengths, Tensor):
         return lengths
-    lengths = torch.tensor(lengths)
-    return lengths if lengths.numel() else lengths.long()
+    try:
+        found = torch.tensor(lengths)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} = {lengths!r}, but it must be a tensor or a sequence of integers") from None
+    return found if found.numel() else found.long()
 
 
 def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
     """NotImplementedError if one of `tensors` has a forward-mode tangent, which the operation `name` would drop."""
-    if (
-        torch.compiler.is_compiling() or forward_ad._current_level < 0
-    ):  # nobody uses forward mode, which is nearly always so
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # nearly always: nobody uses forward mode
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(f"{name}: forward-mode derivatives are not there; use reverse mode")

@@ -259,12 +259,13 @@ def test_what_runs_can_be_read():
     [
         (torch.zeros(2, FRAME), torch.tensor([1, 1]), rf"frames has shape \[2, {FRAME}\].* \[B, T_enc, {FRAME}\]"),
         (torch.zeros(2, 5, 7), torch.tensor([1, 1]), r"frames has shape \[2, 5, 7\]"),
+        (torch.zeros(2, 5, FRAME).long(), torch.tensor([1, 1]), "frames is torch.int64, but it must be floating point"),
         (torch.zeros(2, 5, FRAME), torch.tensor([1]), r"lengths is torch.int64 of shape \[1\], .* int \[2\]"),
         (torch.zeros(2, 5, FRAME), torch.tensor([1.0, 2.0]), r"lengths is torch.float32 of shape \[2\]"),
         (torch.zeros(2, 5, FRAME), torch.tensor([5, 6]), "lengths go from 0 to 6, but each must be 0 to 5"),
         (torch.zeros(2, 5, FRAME), torch.tensor([-1, 5]), "lengths go from -1 to 5"),
     ],
-    ids=["rank", "width", "lengths", "float-lengths", "too-long", "negative"],
+    ids=["rank", "width", "dtype", "lengths", "float-lengths", "too-long", "negative"],
 )
 def test_bad_input_is_named(frames, lengths, message):
     with pytest.raises(ValueError, match=message):

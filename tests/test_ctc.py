@@ -755,3 +755,10 @@ def test_what_cannot_be_aligned_has_no_gradient_whatever_its_loss_is_multiplied_
         assert loss[1] == torch.inf
         weigh(loss).sum().backward()
         assert not leaf.grad[:, 1].any() and leaf.grad[:, 0].isfinite().all() and leaf.grad[:, 0].any()
+
+
+@pytest.mark.parametrize("lengths", [None, "77", ["a", "b"], [[7], [7, 1]], [2**70, 1]], ids=str)
+def test_lengths_that_are_no_integers_are_named(lengths):
+    log_probs, targets = torch.zeros(7, 2, 5), torch.ones(2, 1, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"target_lengths = .*, but it must be a tensor or a sequence of integers"):
+        ctc_loss(log_probs, targets, [7, 7], lengths)

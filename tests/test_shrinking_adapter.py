@@ -310,6 +310,12 @@ def test_lengths_may_be_a_list_and_peaks_may_not(keys):
     assert adapter(hidden[:0], [], eager.Peaks(peaks.index[:0], BOUNDS[:1], 0)).shape == (0, 16)
     with pytest.raises(TypeError, match="peaks.cu_seqlens is a list, but it must be a tensor"):
         adapter(hidden, [2, 4], peaks._replace(cu_seqlens=[0, 1, 2]))
+    with pytest.raises(TypeError, match="peaks is a tuple, but it must be the Peaks that ctc_peaks returns"):
+        adapter(hidden, [2, 4], tuple(peaks))
+    with pytest.raises(TypeError, match="hidden is a list, but it must be a tensor"):
+        adapter([hidden], [2, 4], peaks)
+    with pytest.raises(TypeError, match="lengths = None, but it must be a tensor or a sequence of integers"):
+        adapter(hidden, None, peaks)
 
 
 def test_the_alignment_adapter_takes_a_list_of_lengths_and_no_bool():
@@ -333,9 +339,10 @@ def test_peaks_in_a_column_of_a_table_give_the_same(keys, impl):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_with_kept_frames_as_keys_the_adapter_compiles_as_one_graph():
-    adapter, hidden, lengths, peaks = make(LENGTHS["ragged"], "kept")
-    fused, hidden = fused_of(adapter.float(), "kept", "torch"), hidden.float()
+@pytest.mark.parametrize("keys", ["kept", "none"])
+def test_without_all_frames_as_keys_the_adapter_compiles_as_one_graph(keys):
+    adapter, hidden, lengths, peaks = make(LENGTHS["ragged"], keys)
+    fused, hidden = fused_of(adapter.float(), keys, "torch"), hidden.float()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(hidden, lengths, peaks), fused(hidden, lengths, peaks))
 

@@ -22,7 +22,7 @@ from soundwave.kernels.shrink_projection import shrink_projection
 
 def _lengths(lengths: Tensor | Sequence[int], batch: int) -> Tensor:
     """`lengths` as an integer tensor [B]."""
-    lengths = as_lengths(lengths)
+    lengths = as_lengths("lengths", lengths)
     if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"lengths is {lengths.dtype} of shape {list(lengths.shape)}, but it must be int [{batch}], int32 or int64"
@@ -64,11 +64,9 @@ class AlignmentAdapter(eager.AlignmentAdapter):
         The last group is filled up with zero frames. Lengths on CUDA cost one wait for the device.
 
         Raises:
-            ValueError: frames or lengths of another shape; a length that is negative or beyond T_enc.
+            ValueError: frames or lengths of another shape or kind of dtype; a length that is negative or beyond T_enc.
         """
-        if frames.dim() != 3 or frames.shape[2] * self.frame_stack != self.projector.in_features:
-            wanted = f"[B, T_enc, {self.projector.in_features // self.frame_stack}]"
-            raise ValueError(f"frames has shape {list(frames.shape)}, but it must be {wanted}")
+        expect("frames", frames, ("B", "T_enc", self.projector.in_features // self.frame_stack))
         batch, size, _ = frames.shape
         lengths = _lengths(lengths, batch)
         stack, out_size = self.frame_stack, -(-size // self.frame_stack)
@@ -146,17 +144,17 @@ class ShrinkingAdapter(eager.ShrinkingAdapter):
     def forward(self, hidden: Tensor, lengths: Tensor | Sequence[int], peaks: eager.Peaks) -> Tensor:
         """`hidden` [B, T, D], `lengths` int [B], `peaks` of the same frames -> [K, D], packed.
 
-        Lengths on CUDA cost one wait for the device, unless `config.keys` is "kept".
+        Lengths on CUDA cost one wait for the device if `config.keys` is "all", and none otherwise.
 
         Raises:
-            ValueError: hidden, lengths or peaks of another shape; a length that is negative or beyond T; peaks that are
-                not frames of their utterance, in rising order. Values on CUDA, and those of `peaks` in a compiled
-                graph, are not checked, except lengths if `config.keys` is "all", which waits for them. A row that does
-                not exist then gives NaN, or torch's own error if `config.keys` is "none".
+            ValueError: hidden, lengths or peaks of another shape or kind of dtype; a length that is negative or beyond
+                T; peaks that are not frames of their utterance, in rising order. Values on CUDA, and those of `peaks`
+                in a compiled graph, are not checked, except lengths if `config.keys` is "all", which waits for them. A
+                row that does not exist then gives NaN, or torch's own error if `config.keys` is "none".
+            TypeError: peaks that are no `Peaks`, such as a plain tuple.
         """
         width, impl = self.in_proj_weight.shape[1], self.impl
-        if hidden.dim() != 3 or hidden.shape[2] != width:
-            raise ValueError(f"hidden has shape {list(hidden.shape)}, but it must be [B, T, {width}]")
+        expect("hidden", hidden, ("B", "T", width))
         lengths = _lengths(lengths, hidden.shape[0])
         _check_peaks(peaks, lengths, hidden)
         if self.keys == "none":
@@ -174,7 +172,9 @@ class ShrinkingAdapter(eager.ShrinkingAdapter):
 
 
 def _check_peaks(peaks: eager.Peaks, lengths: Tensor, hidden: Tensor) -> None:
-    """ValueError unless `peaks` are frames of `hidden`. Values are read on the CPU only, where nobody has to wait."""
+    """An error unless `peaks` are frames of `hidden`. Values are read on the CPU only, where nobody has to wait."""
+    if not isinstance(peaks, eager.Peaks):
+        raise TypeError(f"peaks is a {type(peaks).__name__}, but it must be the Peaks that ctc_peaks returns")
     (batch, size, _), (index, cu_seqlens, longest) = hidden.shape, peaks
     expect("peaks.index", index, ("K",), floating=False)
     expect("peaks.cu_seqlens", cu_seqlens, (batch + 1,), floating=False)

@@ -72,7 +72,7 @@ def as_integer(name: str, value: int) -> int:
 
 def lengths_of(name: str, lengths: Tensor | Sequence[int], batch: int, like: Tensor, single: bool = False) -> Tensor:
     """`lengths` as a contiguous integer tensor [B]. For a `single` utterance it may be one number."""
-    lengths = as_lengths(lengths)
+    lengths = as_lengths(name, lengths)
     if lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {lengths.dtype}, but it must be int32 or int64")
     if lengths.shape != (batch,) and not (single and lengths.dim() == 0):
