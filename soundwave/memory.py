@@ -1,6 +1,6 @@
 """Predict by arithmetic how much GPU memory a training step takes, part by part. No GPU is needed.
 
-    print(table(predict(2, 16, 30.0)))          a step of stage II on 16 clips of 30 s
+    rich.print(table(predict(2, 16, 30.0)))     a step of stage II on 16 clips of 30 s
     largest_batch(2, 30.0)                      the batch that fits on a card of 24 GiB, with `TOLERANCE` to spare
 
 A step has six phases, each with its own peak. The highest peak must fit:
@@ -18,6 +18,7 @@ phase on, as they do while they are accumulated. All clips are equally long; pad
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import rich.box
@@ -227,8 +228,12 @@ def predict(
         dims: sizes of the backbones.
 
     Raises:
-        ValueError: an argument has no possible value. The message begins "name = value, but …".
+        ValueError: an argument has a value that cannot be. The message begins "name = value, but …".
     """
+    counts = {"stage": stage, "batch": batch, "text_tokens": text_tokens, "answer_tokens": answer_tokens}
+    for name, count in counts.items():
+        if not isinstance(count, Integral) and not (name == "answer_tokens" and count is None):
+            raise ValueError(f"{name} = {count!r}, but it must be an integer")
     if stage not in (1, 2, 3):
         raise ValueError(f"stage = {stage}, but it must be 1, 2 or 3")
     if implementation not in ("fused", "eager"):

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
+import rich
 import torch
 from bitsandbytes.functional import QuantState
 from peft import LoraConfig
@@ -406,6 +407,12 @@ def test_parts_add_up_to_the_peak_and_are_printed():
     assert f"{prediction.peak / GIB:.2f}" in text
 
 
+def test_the_example_of_the_docstring_prints_the_table(capsys):
+    (example,) = (line.strip() for line in memory.__doc__.splitlines() if "table(" in line)
+    exec(example.split("  ")[0], {"rich": rich, "table": table, "predict": predict})
+    assert "Whisper encoder, bf16" in capsys.readouterr().out
+
+
 def printed(what) -> str:
     console = Console(record=True, width=160, file=io.StringIO())
     console.print(what)
@@ -436,6 +443,11 @@ def test_the_table_says_how_a_batch_fits():
         ({"text_tokens": 0}, "text_tokens = 0"),
         ({"answer_tokens": 0}, "answer_tokens = 0"),
         ({"answer_tokens": 151}, "answer_tokens = 151, but it must be 1 to text_tokens = 150"),
+        ({"stage": "1"}, "stage = '1', but it must be an integer"),
+        ({"batch": 2.5}, "batch = 2.5, but it must be an integer"),
+        ({"batch": float("nan")}, "batch = nan, but it must be an integer"),
+        ({"text_tokens": 150.5}, "text_tokens = 150.5, but it must be an integer"),
+        ({"answer_tokens": 80.5}, "answer_tokens = 80.5, but it must be an integer"),
     ],
     ids=lambda value: "-".join(f"{name}-{x}" for name, x in value.items()) if isinstance(value, dict) else "",
 )
