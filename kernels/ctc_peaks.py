@@ -127,26 +127,31 @@ def _ctc_peaks(
         return path.new_empty(0, dtype=torch.int64), cu_seqlens, 0
     if impl == "torch":
         kept = _kept_frames(path, lengths, scores, blank, keep)
-        counts = kept.sum(1)
-    else:
-        path = path if path.stride(1) == 1 else path.contiguous()
-        scores = path if scores is None else scores if scores.stride(1) == 1 else scores.contiguous()
-        frames = path.new_empty((batch, size), dtype=torch.int64)
-        counts = path.new_empty(batch, dtype=torch.int32)
-        _ctc_peaks_kernel[(batch,)](
-            path, lengths.contiguous(), scores, frames, counts, size, path.stride(0), scores.stride(0), blank,
-            PEAKS=keep == "peaks", BLOCK_T=_config(size), num_warps=NUM_WARPS,
-        )  # fmt: skip
+        total, longest = _bound(cu_seqlens, kept.sum(1))
+        # The k-th kept frame is where the cumulative count reaches k.
+        index = torch.searchsorted(kept.flatten().cumsum(0), torch.arange(1, total + 1, device=device))
+        return index, cu_seqlens, longest
+    path = path if path.stride(1) == 1 else path.contiguous()
+    scores = path if scores is None else scores if scores.stride(1) == 1 else scores.contiguous()
+    frames = path.new_empty((batch, size), dtype=torch.int64)
+    counts = path.new_empty(batch, dtype=torch.int32)
+    _ctc_peaks_kernel[(batch,)](
+        path, lengths.contiguous(), scores, frames, counts, size, path.stride(0), scores.stride(0), blank,
+        PEAKS=keep == "peaks", BLOCK_T=_config(size), num_warps=NUM_WARPS,
+    )  # fmt: skip
+    total, longest = _bound(cu_seqlens, counts)
+    index = path.new_empty(total, dtype=torch.int64)
+    if total:
+        grid = (batch, triton.cdiv(longest, COPY_BLOCK))
+        _pack_frames_kernel[grid](frames, cu_seqlens, index, size, BLOCK=COPY_BLOCK, num_warps=NUM_WARPS)
+    return index, cu_seqlens, longest
+
+
+def _bound(cu_seqlens: Tensor, counts: Tensor) -> tuple[int, int]:
+    """Write the bounds of utterances of `counts` kept frames; return K and max_seqlen, in one copy to the host."""
     cu_seqlens[1:] = counts.cumsum(0)
     total, longest = torch.stack([counts.sum(), counts.max()]).tolist()
-    if impl == "torch":  # the k-th kept frame is where the cumulative count reaches k
-        index = torch.searchsorted(kept.flatten().cumsum(0), torch.arange(1, total + 1, device=device))
-    else:
-        index = path.new_empty(total, dtype=torch.int64)
-        grid = (batch, triton.cdiv(longest, COPY_BLOCK))
-        if total:
-            _pack_frames_kernel[grid](frames, cu_seqlens, index, size, BLOCK=COPY_BLOCK, num_warps=NUM_WARPS)
-    return index, cu_seqlens, longest
+    return total, longest
 
 
 @_ctc_peaks.register_fake
