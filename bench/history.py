@@ -352,6 +352,7 @@ eager's. The columns:
 - `forward`, `backward`, `both`: milliseconds, median ± half the interquartile range. `forward` keeps all that backward
   needs. Some operations compute their gradient in it already, so compare `both`.
 - `x eager`: eager's time divided by the contender's, the median over the rounds. Above 1 is faster than eager.
+  `x eager before` is the same in an earlier run, with its date and commit.
 - `memory`: the most memory held at a time beyond what was held before the run. On CUDA it is read from the caching
   allocator, on a CPU from the events of torch's allocator in the profiler, which does not see the scratch memory of the
   libraries below torch.

@@ -63,7 +63,7 @@ def input_precision() -> str:
 def ranged(name: str) -> Callable[[Function], Function]:
     """Decorator: puts each call in an NVTX range, and makes the GPU of the first tensor current, as Triton needs it.
 
-    In a compiled graph it does neither, because there each operation has its own range.
+    While `torch.compile` traces a graph it does neither: each operation in the graph opens its range when it runs.
     """
 
     def decorate(function: Function) -> Function:
