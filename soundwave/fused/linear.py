@@ -36,9 +36,9 @@ class LinearCTCOutput(NamedTuple):
     loss: scalar, or [B] for `reduction="none"`; None without targets.
     path, path_log_prob: [B, T], the most probable id of each frame (-1 past the length) and its log-probability (0).
     active_share: the share of the vocabulary's columns that took part in `P W`, 0 to 1; 0 without a gradient.
-    error_bound: the most that skipping can have changed the gradient of hidden, relative to its norm. The error itself
-        is 3 to 4 times smaller. With `reduction="none"` it is the largest of all utterances, so that it holds for any
-        weights of their losses. 0 if nothing was skipped.
+    error_bound: the most that skipping can have changed the gradient of hidden, relative to its norm. In
+        training the error itself was 3 to 4 times smaller. With `reduction="none"` it is the largest of all utterances,
+        so that it holds for any weights of their losses. 0 if nothing was skipped.
 
     Only the loss has a gradient. Floating-point ones are float32, and float64 for float64 input.
     """
