@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, WhisperModel
 
 from soundwave import backbones, eager
 from soundwave.backbones import wheels
-from soundwave.backbones.load import load_output_embedding
+from soundwave.backbones.load import load_encoder, load_language_model, load_output_embedding
 from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
 from soundwave.model.configuration import SoundwaveConfig
@@ -606,6 +606,25 @@ def test_a_missing_shard_is_named(small_llm, tmp_path):
     (tmp_path / index["model.embed_tokens.weight"]).unlink()
     with pytest.raises(FileNotFoundError, match=f"has no {index['model.embed_tokens.weight']}"):
         load_output_embedding(str(tmp_path))
+
+
+def test_a_backbone_that_lacks_weights_is_refused_not_drawn_at_random(small_llm, tmp_path):
+    shutil.copytree(small_llm, tmp_path, dirs_exist_ok=True)
+    state = load_file(tmp_path / WEIGHTS_FILE)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / WEIGHTS_FILE, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, e\.g\. model\.layers\.1\.mlp\.up_proj\.weight; copy"):
+        load_language_model(str(tmp_path), torch.float32)
+    with pytest.raises(ValueError, match=r"lacks \d+ weights, e\.g\. encoder\."):
+        load_encoder(str(small_llm), torch.float32)
+
+
+def test_a_damaged_backbone_is_named(small_llm, tmp_path):
+    shutil.copytree(small_llm, tmp_path, dirs_exist_ok=True)
+    (tmp_path / WEIGHTS_FILE).write_bytes(b"damaged")
+    for load in (load_output_embedding, lambda name: load_language_model(name, torch.float32)):
+        with pytest.raises(ValueError, match=f"{tmp_path} has a damaged safetensors file"):
+            load(str(tmp_path))
 
 
 def test_an_untied_folder_without_its_head_is_refused(untied, tmp_path):

@@ -1,10 +1,12 @@
 """Load the backbones: Whisper's encoder, and a language model (also in 4 bits) or only its output embedding."""
 
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, WhisperModel
 
@@ -14,8 +16,16 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def load_encoder(name: str, dtype: torch.dtype) -> nn.Module:
-    """The frozen encoder of a Whisper model, which is a Hub id, a folder or an embedded name."""
-    whisper = WhisperModel.from_pretrained(resolve(name), dtype=dtype, use_safetensors=True)
+    """The frozen encoder of a Whisper model, which is a Hub id, a folder or an embedded name.
+
+    Raises:
+        ValueError: the files are damaged or lack weights of the encoder.
+    """
+    with _damage_named(name):
+        whisper, info = WhisperModel.from_pretrained(
+            resolve(name), dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    _refuse_missing(name, [key for key in info["missing_keys"] if key.startswith("encoder.")])
     return whisper.get_encoder().requires_grad_(False)
 
 
@@ -27,7 +37,7 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
         quantization: "nf4" (4 bits, double quantisation, through bitsandbytes) or None.
 
     Raises:
-        ValueError: the model has no output embedding.
+        ValueError: the model has no output embedding, or the files are damaged or lack weights.
     """
     quantization_config = None
     if quantization == "nf4":
@@ -37,13 +47,16 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve(name),
-        dtype=dtype,
-        quantization_config=quantization_config,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    with _damage_named(name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            resolve(name),
+            dtype=dtype,
+            quantization_config=quantization_config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    _refuse_missing(name, info["missing_keys"])
     if quantization_config is not None:
         import bitsandbytes
 
@@ -59,6 +72,20 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
     return model.requires_grad_(False)
 
 
+def _refuse_missing(name: str, keys: Iterable[str]) -> None:
+    """Refuse a backbone of which weights are missing: transformers only prints a report and draws them at random."""
+    if missing := sorted(keys):
+        raise ValueError(f"{name} lacks {len(missing)} weights, e.g. {missing[0]}; copy it again")
+
+
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{name} has a damaged safetensors file ({error}); copy it again") from None
+
+
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in inputs)
 
@@ -70,8 +97,13 @@ def load_output_embedding(name: str) -> Tensor:
 
     Raises:
         FileNotFoundError: a safetensors file is missing.
-        ValueError: the files have no such tensor.
+        ValueError: the files are damaged or have no such tensor.
     """
+    with _damage_named(name):
+        return _read_output_embedding(name)
+
+
+def _read_output_embedding(name: str) -> Tensor:
     folder = resolve(name)
     tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().tie_word_embeddings
     names = ("lm_head.weight", "model.embed_tokens.weight") if tied else ("lm_head.weight",)
