@@ -593,6 +593,20 @@ def test_text_and_curves_stand_out_from_the_paper(visit, page, scheme):
     assert contrast(tab.evaluate(COLOUR, "bad"), tab.evaluate(COLOUR, "bad-wash")) >= 4.5
 
 
+@pytest.mark.parametrize("kind", ["token", "token blank"])
+@pytest.mark.parametrize("pressed", ["true", "false"], ids=["chosen", "not-chosen"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_token_stands_out_from_its_ground(visit, page, scheme, pressed, kind):
+    """The page's own recordings may keep no blank frame, so the first token is made one."""
+    tab = visit(page, scheme)
+    found = tab.locator(".token").first.evaluate(
+        """(token, [kind, pressed]) => { token.className = kind; token.setAttribute("aria-pressed", pressed);
+        const style = getComputedStyle(token); return [style.color, style.backgroundColor]; }""",
+        [kind, pressed],
+    )
+    assert contrast(*found) >= 4.5
+
+
 def test_the_button_switches_the_scheme_and_repaints_the_spectrograms(visit, page):
     tab = visit(page, "light")
     pixel = """(() => { const copy = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
