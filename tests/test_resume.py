@@ -346,15 +346,18 @@ def test_a_signal_saves_and_tells_how_to_go_on(whole, manifest, start, tmp_path,
     assert signal.getsignal(number) == before
 
 
-@pytest.fixture
-def pythons_own_handler() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, whatever handler the process that runs the tests has inherited."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def inherited(request) -> Iterator[None]:
+    """What SIGINT does before training. A shell without job control ignores it in the commands that it starts with &.
+
+    Without this fixture the tests would inherit the one or the other from the shell that started them.
+    """
+    before = signal.signal(signal.SIGINT, request.param)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("pythons_own_handler")
+@pytest.mark.usefixtures("inherited")
 def test_the_same_signal_twice_is_one_request_and_a_later_one_stops_at_once():
     """The terminal and a parent process, or a service manager, may send the same request twice."""
     with StopOnSignal() as stop:

@@ -92,7 +92,8 @@ class Interrupted(RuntimeError):
 class StopOnSignal(TrainerCallback):
     """Within its `with` block, Ctrl-C or SIGTERM ends training after the current step, with a checkpoint.
 
-    A second signal has its usual effect at once.
+    A second signal ends the process at once. This holds also where the signal was ignored before the block, as in a
+    command that a script starts in the background.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -116,6 +117,8 @@ class StopOnSignal(TrainerCallback):
         if self.asked:
             if time.monotonic() - self._asked_at > self.ONE_REQUEST:
                 self.__exit__()
+                if signal.getsignal(number) == signal.SIG_IGN:
+                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
         self.asked, self._asked_at = True, time.monotonic()
