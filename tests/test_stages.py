@@ -410,7 +410,11 @@ def test_defaults_are_the_papers(stage, steps, batch, accumulation, rate):
         (["train=a", "out=b", "steps=many"], "steps = 'many': input should be a valid integer"),
         (["train=a", "out=b", "steps=0"], "steps = 0: input should be greater than or equal to 1"),
         (["train=a", "out=b", "learning_rate=fast"], "learning_rate = 'fast', but a number is wanted"),
-        (["train=a", "out=b", "learning_rate=nan"], "learning_rate = nan: input should be greater than 0"),
+        (["train=a", "out=b", "learning_rate=nan"], "learning_rate = nan: input should be a finite number"),
+        (["train=a", "out=b", "learning_rate=.inf"], "learning_rate = inf: input should be a finite number"),
+        (["train=a", "out=b", "seed=-1"], "seed = -1: input should be greater than or equal to 0"),
+        (["train=a", "out=b", "seed=4294967296"], "seed = 4294967296: input should be less than 4294967296"),
+        (["train=a", "out="], "out = None, but a path is wanted"),
         (["train=a", "out=b", "scheduler=cosin"], "scheduler = 'cosin': input should be 'cosine', 'linear' or"),
         (["train=[]", "out=b"], "train = []: list should have at least 1 item"),
         (["train"], "'train': settings are written key=value, without spaces, e.g. learning_rate=1e-4"),
@@ -432,6 +436,17 @@ def test_a_number_may_be_written_in_any_way(tmp_path, value):
 @pytest.mark.parametrize("value", ["1000", "1e3", "1.0e+3"])
 def test_a_whole_number_too(tmp_path, value):
     assert load_config(1, None, ["train=a", "out=b", f"steps={value}"]).steps == 1000
+
+
+@pytest.mark.parametrize("name", ["5", "2026-01-31", "on", "1e3"])
+def test_a_word_that_yaml_reads_as_something_else_may_name_a_folder(name):
+    config = load_config(1, None, [f"train={name}", f"out={name}", f"model={name}"])
+    assert (config.train, config.out, config.model) == ([Path(name)], Path(name), Path(name))
+    assert load_config(1, None, ["train=[a, b]", "out=o", "model=null"]).model is None
+
+
+def test_a_key_of_a_file_that_is_no_string_is_an_unknown_setting(tmp_path):
+    assert "unknown setting '1'; known are stage, train" in fault(file=yaml_file(tmp_path, "1: 2\n"))
 
 
 def test_every_setting_says_what_it_is():

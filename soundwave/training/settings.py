@@ -44,19 +44,19 @@ class StageConfig(BaseModel):
     steps: Positive = Field(description="Number of optimiser steps")
     batch_size: Positive = Field(description="Samples per device and forward pass")
     accumulation: Positive = Field(description="Forward passes per optimiser step (gradient accumulation)")
-    learning_rate: float = Field(gt=0, description="Peak learning rate")
+    learning_rate: float = Field(gt=0, allow_inf_nan=False, description="Peak learning rate")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0")
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = Field(
         "cosine", description="Learning-rate schedule after the warm-up"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW weight decay")
     max_grad_norm: float = Field(
         1.0, gt=0, description="Maximum norm of the gradient; a larger gradient is scaled down to it"
     )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw", description="Optimiser; adamw_8bit: states of a quarter of the size"
     )
-    ctc_weight: float = Field(0.3, ge=0, description="Weight of the CTC loss in stage II")
+    ctc_weight: float = Field(0.3, ge=0, allow_inf_nan=False, description="Weight of the CTC loss in stage II")
     train_shrinking: bool = Field(False, description="Whether stage III trains the shrinking adapter beside LoRA")
     temperature: bool = Field(
         True, description="Whether stage II draws tasks at T = 1 + 5·epoch; if not, an epoch has every sample once"
@@ -83,7 +83,7 @@ class StageConfig(BaseModel):
         "None: on CUDA only",
     )
 
-    seed: int = Field(0, description="Seed for fresh weights, dropout and the order of the samples")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed for fresh weights, dropout and the order of the samples")
     log_steps: Positive = Field(10, description="Steps between log entries")
     save_steps: Positive = Field(500, description="Steps between checkpoints")
     save_total_limit: Positive = Field(2, description="Number of checkpoints that are kept")
@@ -141,7 +141,7 @@ def load_config(
             raise ConfigError(f"{file}: is not YAML ({detail}); write one `key: value` a line") from error
         if not isinstance(loaded, dict):
             raise ConfigError(f"{file}: holds a {type(loaded).__name__}; write one `key: value` a line")
-        values = {key: _resolve_path(Path(file).parent, key, value) for key, value in loaded.items()}
+        values = {str(key): _resolve_path(Path(file).parent, str(key), value) for key, value in loaded.items()}
     for word in overrides or []:
         key, equals, value = word.partition("=")
         if not equals:
@@ -150,6 +150,8 @@ def load_config(
             values[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key} = {value!r} cannot be read; quote it") from error
+        if key in PATHS and not isinstance(values[key], str | list | None):
+            values[key] = value  # a folder may be called 5, or 2026-01-31, which is a date in YAML
     if to_show:
         values = {"train": ["…"], "out": "…"} | values
     return make_config(stage, **values)
@@ -199,6 +201,8 @@ def make_config(stage: int, /, **values: Any) -> StageConfig:
             key = ".".join(str(part) for part in fault["loc"])
             if fault["type"] == "missing":
                 faults.append(f"setting {key!r} is missing; give {key}=…")
+            elif fault["type"] == "path_type":
+                faults.append(f"{key} = {fault['input']!r}, but a path is wanted; quote it if it is one")
             else:
                 faults.append(f"{key} = {fault['input']!r}: {fault['msg'].lower()}")
         raise ConfigError("; ".join(faults)) from None

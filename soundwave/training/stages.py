@@ -148,10 +148,8 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
     changes |= {"implementation": config.implementation, "exact": config.exact}
     if config.adapter_dropout is not None:
         changes["adapter_dropout"] = config.adapter_dropout
-    for masks in (
-        "spec_augment_time_masks",
-        "spec_augment_mel_masks",
-    ):  # otherwise a model would keep those of its last stage
+    for masks in ("spec_augment_time_masks", "spec_augment_mel_masks"):
+        # Set in either case: otherwise a model would keep those of its last stage.
         changes[masks] = getattr(SoundwaveConfig(), masks) if config.spec_augment else 0
     if config.stage == 1:
         changes["quantization"] = None
