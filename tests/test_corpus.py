@@ -205,6 +205,13 @@ def test_interrupted_build_is_done_again(tmp_path):
     assert not (folder / "audio" / "stray.wav").exists() and not (tmp_path / "tiny.partial").exists()
 
 
+@pytest.mark.parametrize("text", ["", "[1]", '{"seed"'], ids=["empty", "list", "half"])
+def test_a_damaged_marker_is_named(tmp_path, text):
+    (tmp_path / "corpus.json").write_text(text)
+    with pytest.raises(ValueError, match=r"corpus.json is damaged; delete .*, and the corpus is made again"):
+        corpus.build_corpus(tmp_path, size="tiny")
+
+
 def test_folder_of_somebody_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds files but no corpus.json"):

@@ -203,15 +203,15 @@ def _results(out: Path, corpus: Path) -> dict[str, dict[str, Any]]:
 
 
 def _stamp(out: Path, scale: float, seed: int, size: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """All that decides the results. A folder with another stamp is refused, because its results are others."""
+    """Everything that decides the results. A folder with another stamp is refused: results would be mixed in it."""
     file, found = out / STAMP, None
     if file.is_file():
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+            found = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
             raise ConfigError(f"{file} is damaged; name another folder, or delete this one") from None
     dtype = settings.get("dtype") or (found or {}).get("dtype")
-    if dtype in (None, "auto"):  # Decided once for all trainings, because on CPUs it is a timing.
+    if dtype in (None, "auto"):  # Decided once for all trainings, because a CPU decides by a timing.
         dtype = str(pick_dtype(pick_device()[0].type)[0]).removeprefix("torch.")
     stamp = {"scale": scale, "seed": seed, "size": size, "settings": settings, "dtype": dtype}
     stamp |= {"corpus": embedded_corpus.VERSION, "uneven": UNEVEN, "swapped": SWAPPED}
@@ -305,7 +305,7 @@ def _signals_passed_on() -> Iterator[list[int]]:
 
 
 def _interruptible(work: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Call `work` in a process that otherwise ignores SIGINT."""
+    """Call `work` in a process of the pool, which ignores SIGINT before and after."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         work(*args, **kwargs)

@@ -105,7 +105,7 @@ def build_corpus(folder: Path, *, seed: int = 0, size: str = "full") -> Path:
         size: "full" (3 000 training utterances), "quick" (700) or "tiny" (56, for tests).
 
     Raises:
-        ValueError: an unknown size.
+        ValueError: an unknown size, or a damaged corpus.json.
         FileExistsError: `folder` holds something that is not a corpus.
     """
     if size not in SIZES:
@@ -114,7 +114,10 @@ def build_corpus(folder: Path, *, seed: int = 0, size: str = "full") -> Path:
     stamp = {"version": VERSION, "seed": seed, "size": size}
     marker = folder / "corpus.json"
     if marker.is_file():
-        found = json.loads(marker.read_text())
+        try:
+            found = dict(json.loads(marker.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(f"{marker} is damaged; delete {folder}, and the corpus is made again") from None
         if {key: found.get(key) for key in stamp} == stamp:
             return folder
     elif folder.exists() and any(folder.iterdir()):
