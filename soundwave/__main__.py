@@ -1,4 +1,4 @@
-"""`python -m soundwave`: the same command as the console script `soundwave`, but not from a checkout's own folder."""
+"""`python -m soundwave`: the same command as the console script `soundwave`. In a checkout's root it refuses to run."""
 
 from soundwave.provenance import refuse_hidden_kernels
 

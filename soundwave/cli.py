@@ -60,7 +60,10 @@ def main() -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    line = " ".join(str(error).split())
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:  # not "[Errno 2] No such …"
+        text = f"{error.filename}: {error.strerror}"
+    line = " ".join(text.split())
     errors.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False)
     sys.exit(1)
 
@@ -109,11 +112,15 @@ def _options(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the model, logs, picture and summary.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the model, logs, picture and summary.")] = Path(
+        "runs/demo"
+    ),
     quick: Annotated[
         bool, typer.Option("--quick", help="Short run of a few minutes instead of twenty; only shows that it works.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed for the corpus, the weights and the order of the samples.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed for the corpus, the weights and the order of the samples.")
+    ] = 0,
 ) -> None:
     """Train all three stages on synthetic speech and show the scores.
 
@@ -237,7 +244,9 @@ def evaluate(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
-    answers: Annotated[Path | None, typer.Option(help="File to write every answer to, as JSON lines.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="File to write every answer to, as JSON lines.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
@@ -265,7 +274,7 @@ def evaluate(
     table = Table("task", "samples", "score", box=None)
     for task, count in scores.samples.items():
         value = f"WER {scores.wer:.1%}" if task == "transcribe" else f"accuracy {scores.accuracy[task]:.1%}"
-        table.add_row(task, str(count), value)
+        table.add_row(escape(task), str(count), value)
     console.print(table)
     if scores.blank_share is not None:
         console.print(
@@ -343,8 +352,10 @@ def memory(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.", metavar="RUN…")],
-    out: Annotated[Path | None, typer.Option(help="Page to write; by default report.html in the first run.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.", metavar="RUN")],
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Page to write; by default report.html in the first run.")
+    ] = None,
     utterances: Annotated[int, typer.Option(min=0, help="Number of recordings to show in detail.")] = 6,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Show recordings outside their manifest's folder, too.")
@@ -371,14 +382,18 @@ def ablate(
             metavar="VARIANT…",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the models, answers and tables.")] = Path("runs/ablations"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the models, answers and tables.")] = Path(
+        "runs/ablations"
+    ),
     scale: Annotated[
         float, typer.Option(min=0.01, max=10, help="Factor on the number of steps of the demonstration.")
     ] = 1.0,
     jobs: Annotated[
         int, typer.Option(min=1, help="Trainings that run at the same time; times are measured after all of them.")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Seed for the corpus, the weights and the order of the samples.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed for the corpus, the weights and the order of the samples.")
+    ] = 0,
 ) -> None:
     """Leave out or replace parts of Soundwave and compare: word error rates, accuracies, lengths, times.
 

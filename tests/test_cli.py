@@ -382,6 +382,31 @@ def test_bad_settings_are_one_line(fault, tmp_path, monkeypatch, words, message)
     assert message in fault("train", "1", *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("demo", "--out", "file"), "--out"),
+        (("ablate", "--out", "file"), "--out"),
+        (("report", ".", "--out", "."), "--out"),
+        (("evaluate", "m.jsonl", "--answers", "."), "--answers"),
+        (("demo", "--seed", "-1"), "--seed"),
+        (("ablate", "--seed", "-1"), "--seed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_value_that_cannot_be_is_refused_before_the_work(soundwave, tmp_path, monkeypatch, words, option):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    status, _, err = soundwave(*words)
+    assert status == 2 and f"Invalid value for '{option}'" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_error_of_the_system_names_the_file_first(fault, tmp_path):
+    (tmp_path / "file").touch()
+    assert fault("demo", "--out", tmp_path / "file" / "out") == f"error: {tmp_path / 'file' / 'out'}: Not a directory\n"
+
+
 def test_a_fault_of_the_programs_own_keeps_its_traceback(monkeypatch):
     import soundwave.doctor
 
