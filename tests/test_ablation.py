@@ -198,6 +198,13 @@ def test_a_folder_of_another_recipe_is_refused(done, settings, monkeypatch):
         ablation.run_ablations(done[0], ["runs"], **settings)
 
 
+@pytest.mark.parametrize("text", ["", "[1]", '{"scale"'], ids=["empty", "list", "half"])
+def test_a_damaged_stamp_is_named(tmp_path, text):
+    (tmp_path / ablation.STAMP).write_text(text)
+    with pytest.raises(ConfigError, match=r"settings.json is damaged; name another folder, or delete this one"):
+        ablation.run_ablations(tmp_path, ["runs"])
+
+
 @pytest.mark.parametrize("change", [{"scale": 0}, {"scale": float("nan")}, {"jobs": 0}, {"lora_rnk": 4}], ids=str)
 def test_wrong_settings_are_told_before_anything_is_written(tmp_path, settings, change):
     with pytest.raises(ConfigError, match="none may be 0 or less|unknown setting 'lora_rnk'; did you mean 'lora_rank'"):

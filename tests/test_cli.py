@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -286,6 +287,16 @@ def test_evaluate_prints_a_table(soundwave, model_folders, spoken):
     status, out, _ = soundwave("evaluate", spoken / "words.jsonl", "--model", model_folders[1], "--ctc")
     assert status == 0
     assert "WER" in out and "blank share" in out
+
+
+def test_evaluate_prints_the_name_of_a_task_as_it_is(soundwave, spoken, monkeypatch):
+    name = "[/b]"  # rich would read it as markup
+    scores = SimpleNamespace(samples={name: 1}, accuracy={name: 1.0}, wer=None, answers=[], blank_share=None)
+    network = SimpleNamespace(config=SimpleNamespace(stage=2))
+    monkeypatch.setattr("soundwave.cli._load_model", lambda folder: (network, None))
+    monkeypatch.setattr("soundwave.evaluation.run.evaluate", lambda *_, **settings: scores)
+    status, out, err = soundwave("evaluate", spoken / "words.jsonl")
+    assert (status, err) == (0, "") and name in out
 
 
 # ---------------------------------------------------------------- splicing and settings
