@@ -62,6 +62,12 @@ def test_there_are_fewer_peaks_than_frames(executed):
     assert 5 <= peaks <= 10 < frames
 
 
+def test_no_library_warns(executed):
+    """A warning in the first cells would send a beginner off to install what this notebook does not need."""
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+
+
 def test_the_losses_of_ones_own_are_numbers(executed):
     printed, _ = outputs(executed, "losses-of-your-own")
     assert re.search(r"CTC \d+\.\d, CTC over 49 152 sub-words \d+\.\d, path \[2, 50\]", printed)
