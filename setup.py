@@ -26,6 +26,7 @@ REQUIRES = [
     "accelerate",
     "numpy",
     "soundfile",
+    "av>=14",
     "soxr",
     "jiwer",
     "whisper-normalizer",

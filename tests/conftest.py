@@ -43,6 +43,16 @@ LONGEST_FILES = [
 ]  # fmt: skip
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, help="number of damaged inputs that each test of damage tries")
+
+
+@pytest.fixture
+def fuzz(request):
+    """fuzz(n) is the number of random inputs to try: n, or the one given by --fuzz."""
+    return lambda default: request.config.getoption("--fuzz") or default
+
+
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))

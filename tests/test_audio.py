@@ -193,7 +193,7 @@ def test_wav_recorded_through_a_pipe_is_whole(tmp_path, announced):
     assert len(load_audio(tmp_path / "x.wav")) == 8000
 
 
-def test_mp3_of_varying_rate_without_a_length_is_not_cut_silently(tmp_path):
+def test_mp3_of_varying_rate_without_a_length_is_whole(tmp_path):
     noise = np.random.default_rng(0).normal(0, 0.3, 160_000)
     audio = np.concatenate([noise, np.zeros(160_000), noise])
     soundfile.write(tmp_path / "x.mp3", audio, 16_000, bitrate_mode="VARIABLE")
@@ -202,7 +202,7 @@ def test_mp3_of_varying_rate_without_a_length_is_not_cut_silently(tmp_path):
     second = raw.index(raw[:2], 4)  # the first frame holds the length and no audio
     assert b"Xing" in raw[:second]
     (tmp_path / "x.mp3").write_bytes(raw[second:])
-    assert "has no length in its header" in fault(tmp_path / "x.mp3")
+    assert len(load_audio(tmp_path / "x.mp3")) >= len(audio)
 
 
 @pytest.mark.parametrize("rate", [1, 2**31 - 1])

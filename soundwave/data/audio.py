@@ -1,27 +1,25 @@
-"""Read audio files as mono float32 arrays: soundfile decodes them, soxr resamples them."""
+"""Read audio files as mono float32 arrays: `decoders` decodes them, soxr resamples them."""
 
 import math
 import os
-import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 
+from soundwave.data.containers import CONVERT, RATES, Fault
+from soundwave.data.decoders import MISSING, Source, open_source
+
 SAMPLING_RATE = 16_000  # Whisper's
 LONGEST_SECONDS = 30.0  # of one input of Whisper's encoder
-RATES = (
-    1_000,
-    1_000_000,
-)  # Hz; other rates come from damaged headers, and resampling could then exhaust the memory
+LONGEST_SAMPLES = 480_159  # at 16 kHz; they still give no more mel frames than 30 s, one for every 160 samples
 ROUNDING = 0.05  # s, because manifests often round durations to one decimal
-BLOCK = 1 << 22  # frames per read, because a damaged header may promise 2**63
-CONVERT = "get a whole copy, or convert it: ffmpeg -i FILE FILE.wav"
+CANCELLED = 0.01  # A mean of channels with less than this share of their energy: one is the other, turned over.
 
 
 class AudioError(ValueError):
@@ -52,58 +50,88 @@ def load_audio(
     offset: float = 0.0,
     duration: float | None = None,
 ) -> np.ndarray:
-    """Read a WAV, FLAC, Ogg or MP3 file -> float32 [samples] at `sampling_rate` Hz, mono, full scale ±1.
+    """Read an audio file -> float32 [samples] at `sampling_rate` Hz, mono, full scale ±1.
 
-    Channels are averaged.
+    WAV, FLAC, Ogg (Vorbis, Opus), MP3, M4A (AAC), WebM, AIFF, AU, SPHERE, CAF and others are read. Channels are
+    averaged.
 
     Args:
         offset, duration: the part to read, in seconds. With duration None it reaches to the end of the file; a
             duration may exceed the end by 0.05 s.
 
     Raises:
-        AudioError: the file is missing, a folder, empty, not audio, truncated or damaged, holds NaN or infinite
-            samples, or ends before offset + duration. (A truncated Ogg file is valid, only shorter.)
+        AudioError: the file is missing, a folder, empty, not audio, cut short or damaged, holds NaN or infinite
+            samples, has channels that cancel each other, or ends before offset + duration.
     """
-    with _opened(path) as (file, handle):
-        rate = file.samplerate
-        audio = _read_part(file, handle, offset, duration)
-    if not np.isfinite(audio).all():
-        raise AudioError(path, "holds NaN or infinite samples; export it again")
-    if rate != sampling_rate:
-        audio = soxr.resample(audio, rate, sampling_rate)
-    if len(audio) == 0:
-        raise AudioError(path, "holds no samples; record it again")
-    return audio
+    return np.concatenate(
+        list(read_blocks(path, sampling_rate=sampling_rate, offset=offset, duration=duration)), dtype=np.float32
+    )
+
+
+def read_blocks(
+    path: str | Path,
+    *,
+    sampling_rate: int = SAMPLING_RATE,
+    offset: float = 0.0,
+    duration: float | None = None,
+) -> Iterator[np.ndarray]:
+    """Read an audio file block by block: joined, the blocks are what `load_audio` returns.
+
+    The memory that this takes does not grow with the recording's length. Damage that only decoding finds raises in
+    its place, after the blocks before it.
+
+    Raises:
+        AudioError: as in `load_audio`.
+    """
+    with _opened(path) as source:
+        rate = source.rate
+        start, stop = _bounds(source, offset, duration)
+        resampler = soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32") if rate != sampling_rate else None
+        found = given = 0
+        for block in _mono(source.blocks(start, stop)):
+            found += len(block)
+            if resampler is not None:
+                block = resampler.resample_chunk(block)
+            given += len(block)
+            if len(block):
+                yield block
+        missing = stop - start - found
+        if missing > (0 if source.exact else MISSING * rate):
+            part = f"{found / rate:g} s of a part of {(stop - start) / rate:g} s"
+            raise Fault(f"ends after {part}: it is cut short or damaged; {CONVERT}")
+        if resampler is not None and len(block := resampler.resample_chunk(np.empty(0, np.float32), last=True)):
+            given += len(block)
+            yield block
+        if not given:
+            raise Fault("holds no samples; record it again")
 
 
 def seconds_of(path: str | Path) -> float:
-    """Length of a recording in seconds, from its header.
+    """Length of a recording in seconds, from its header, or by counting where its header does not tell.
 
     Raises:
-        AudioError: the file is missing or not audio.
+        AudioError: the file is missing, not audio, or seen to be cut short without decoding it.
     """
-    with _opened(path) as (file, _):
-        _refuse_odd_rate(file)
-        return file.frames / file.samplerate
-
-
-class _Fault(Exception):
-    """What was found and how to mend it, without the file's name."""
+    with _opened(path) as source:
+        return source.frames / source.rate
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, BinaryIO]]:
+def _opened(path: str | Path) -> Iterator[Source]:
     """Open a file for reading; every error with it becomes an AudioError."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise _Fault("is not a file; name an audio file")
+            raise Fault("is not a file; name an audio file")
         if status.st_size == 0:
-            raise _Fault("is empty; record it again")
+            raise Fault("is empty; record it again")
         if Path(path).suffix.lower() == ".raw":  # soundfile would need its rate and format
-            raise _Fault("is raw samples without a header; convert it to WAV")
-        with open(path, "rb") as handle, soundfile.SoundFile(handle) as file:
-            yield file, handle
+            raise Fault("is raw samples without a header; convert it to WAV")
+        with ExitStack() as stack:
+            source = open_source(path, stack.enter_context(open(path, "rb")), stack)
+            if not RATES[0] <= source.rate <= RATES[1]:
+                raise Fault(f"its header says {source.rate} samples a second; {CONVERT}")
+            yield source
     except FileNotFoundError:
         raise AudioError(path, "does not exist; name an audio file") from None
     except OSError as error:
@@ -111,66 +139,49 @@ def _opened(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, BinaryIO]]:
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".") or "damaged"
         raise AudioError(path, f"cannot be decoded ({reason}); {CONVERT}") from None
-    except _Fault as fault:
+    except Fault as fault:
         raise AudioError(path, str(fault)) from None
 
 
-def _read_part(file: soundfile.SoundFile, handle: BinaryIO, offset: float, duration: float | None) -> np.ndarray:
-    """Read a part of the file -> float32 [frames], the mean of the channels."""
+def _bounds(source: Source, offset: float, duration: float | None) -> tuple[int, int]:
+    """The first sample of a part, and the one after its last."""
     if not 0 <= offset < math.inf:
-        raise _Fault(f"offset = {offset:g}; give seconds from 0 up")
+        raise Fault(f"offset = {offset:g}; give seconds from 0 up")
     if duration is not None and not 0 < duration < math.inf:
-        raise _Fault(f"duration = {duration:g}; give seconds above 0, or None")
-    rate = file.samplerate
-    _refuse_odd_rate(file)
-    _refuse_cut_wav(file)
-
-    length = file.frames / rate
+        raise Fault(f"duration = {duration:g}; give seconds above 0, or None")
+    rate = source.rate
+    length = source.frames / rate
     end = length if duration is None else offset + duration
     if offset > 0 and offset >= length:
-        raise _Fault(f"offset = {offset:g} s, but the file lasts {length:g} s; give an offset inside it")
-    if end > length + ROUNDING:
-        raise _Fault(f"offset + duration = {end:g} s, but the file lasts {length:g} s; correct the duration")
-
-    start = round(offset * rate)
-    wanted = min(round(end * rate), file.frames) - start
-    if wanted <= 0 < file.frames:
-        raise _Fault(f"offset = {offset:g} s and end = {end:g} s have no sample between them; give a longer part")
-    if start > 0:
-        file.seek(start)
-    blocks, found = [np.empty(0, np.float32)], 0  # no array of the full length, which is absurd in a damaged header
-    while found < wanted:
-        block = file.read(min(wanted - found, BLOCK), dtype="float32", always_2d=True)
-        if len(block) == 0:
-            raise _Fault(f"ends after {found / rate:g} s of a part of {wanted / rate:g} s; {CONVERT}")
-        blocks.append(block.mean(axis=1))
-        found += len(block)
-    if duration is None and file.format == "MP3":
-        _refuse_misjudged_mp3(handle)
-    return np.concatenate(blocks)
+        raise Fault(f"offset = {offset:g} s, but the file lasts {length:g} s; give an offset inside it")
+    if end > length + (ROUNDING if source.exact else ROUNDING + MISSING):
+        raise Fault(f"offset + duration = {end:g} s, but the file lasts {length:g} s; correct the duration")
+    start, stop = round(offset * rate), min(round(end * rate), source.frames)
+    if stop <= start and source.frames:
+        raise Fault(f"offset = {offset:g} s and end = {end:g} s have no sample between them; give a longer part")
+    return start, stop
 
 
-def _refuse_odd_rate(file: soundfile.SoundFile) -> None:
-    if not RATES[0] <= file.samplerate <= RATES[1]:
-        raise _Fault(f"its header says {file.samplerate} samples a second; {CONVERT}")
+def _mono(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The mean of the channels, float32 [n] of each block [n, channels].
 
-
-def _refuse_cut_wav(file: soundfile.SoundFile) -> None:
-    """Refuse a truncated WAV file. libsndfile shortens it without an error, but its log tells both lengths."""
-    for said, held in re.findall(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE):
-        # recorders that write into a pipe announce about 2 or 4 GiB, and some include the header in the length
-        if int(held) + 1024 < int(said) < 0x7FFF0000:
-            raise _Fault(f"is truncated, {held} of {said} bytes are there; {CONVERT}")
-
-
-def _refuse_misjudged_mp3(handle: BinaryIO) -> None:
-    """Refuse an MP3 file that was not read to its end.
-
-    If its header has no length, libsndfile guesses it from the first bit rate and stops reading there.
+    Raises:
+        Fault: samples are no numbers, or the channels cancel each other.
     """
-    position, size = handle.tell(), os.fstat(handle.fileno()).st_size
-    if position < 0.9 * size:  # only tags may follow the audio, a few kilobytes
-        raise _Fault(f"has no length in its header, {position} of {size} bytes could be read; {CONVERT}")
+    energy, left = 0.0, 0.0
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise Fault("holds NaN or infinite samples; export it again")
+        mean = block.mean(axis=1)
+        if block.shape[1] > 1:
+            energy += float(np.square(block, dtype=np.float64).mean(axis=1).sum())
+            left += float(np.square(mean, dtype=np.float64).sum())
+        yield mean
+    if left < CANCELLED * energy:
+        raise Fault(
+            "has channels of opposite phase, whose mean is next to silent; keep one of them: "
+            "ffmpeg -i FILE -af pan=mono|c0=c0 FILE.wav"
+        )
 
 
 def __getattr__(name: str) -> Any:
