@@ -30,15 +30,14 @@ class Palette(NamedTuple):
     frozen_fill: str
     trained: str  # outline of what is trained, and the kept frames
     trained_fill: str
-    on_trained: str  # text on `trained`
 
 
 PALETTES = {
     "light": Palette(
-        "#1d2026", "#5b616b", "#c9ccd2", "#1b5aa6", "#e8f0fa", "#ab4a06", "#fbeee2", "#ffffff",
+        "#1d2026", "#5b616b", "#c9ccd2", "#1b5aa6", "#e8f0fa", "#ab4a06", "#fbeee2",
     ),
     "dark": Palette(
-        "#e9e6e0", "#a3a9b4", "#454c57", "#82b6f2", "#182637", "#f3a765", "#33241a", "#14161a",
+        "#e9e6e0", "#a3a9b4", "#454c57", "#82b6f2", "#182637", "#f3a765", "#33241a",
     ),
 }  # fmt: skip
 

@@ -333,6 +333,13 @@ def test_every_block_runs(page, home):
         home.run(block)
 
 
+def test_training_on_own_recordings_needs_no_demonstration(home):
+    """Commands take the demonstration's model unless they name one, so the README's block must name its own."""
+    shutil.rmtree("runs/demo")
+    (block,) = [block for block in blocks_of(ROOT / "README.md") if "soundwave train 1" in block.code]
+    home.run(block)
+
+
 BROKEN = {
     "no language": ("```\nls\n```", "'' is none of python"),
     "a language that nobody knows": ("```fortran\nend\n```", "'fortran' is none of python"),
