@@ -10,7 +10,7 @@ from soundwave.data.manifest import Sample, read_manifest
 
 
 class SampleError(ValueError):
-    """A sample that cannot be trained on, with `strict`. The message is one line: sample, file, fault and cure."""
+    """With `strict`, a sample that cannot be trained on. One line: sample, file, what is wrong, how to mend it."""
 
 
 class Selection(NamedTuple):
