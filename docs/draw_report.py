@@ -1,6 +1,6 @@
 """Take `pictures/report-*.webp`: one recording of a report, light and dark. Needs playwright and Chromium.
 
-Run after a demonstration: python docs/draw_report.py runs/demo/report.html --sentence "turn on the light" --word light
+CONTRIBUTING.md has the command that draws the picture of the README.
 """
 
 import argparse
