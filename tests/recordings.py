@@ -90,8 +90,11 @@ LOSSY: dict[str, Callable[[], bytes]] = {
 }
 MAKERS = LOSSLESS | LOSSY
 MP3 = [name for name in MAKERS if name.startswith("mp") and name not in ("mp4-fragments",)]
-# Nothing in these tells how many frames there are: whole frames that are missing at the end cannot be seen.
+# Damage that nothing in a file contradicts: frames of these that are missing as a whole, the sampling rate of those,
+# and the name of a block, which then counts as one of another stream.
 WITHOUT_LENGTH = {"mp3-cbr-bare", "mp3-cbr-bare-44100", "mp3-vbr-bare", "mp2", "aac"}
+WITH_ONE_RATE = {"aiff", "aiff-float", "au", "sphere", "caf", "caf-alac", "m4a", "mp4-fragments"}
+WITHOUT_CHECKSUM = {"mka-flac", "webm", "webm-live"}
 ID3V2 = b"ID3\x03\0\0\0\0\1\0" + b"TIT2\0\0\0\x05\0\0\0abcd".ljust(128, b"\0")
 ID3V1 = b"TAG" + b"title".ljust(125, b"\0")
 

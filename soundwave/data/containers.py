@@ -104,27 +104,7 @@ def _check_wave(data: bytes | mmap) -> list[Fix]:
         if name == b"ds64":
             long_size = int.from_bytes(data[start + 8 : start + 16], order), start
         elif name == b"fmt ":
-            tag, channels, rate, second, block, bits = (
-                int.from_bytes(data[start + a : start + b], order)
-                for a, b in ((0, 2), (2, 4), (4, 8), (8, 12), (12, 14), (14, 16))
-            )
-            usual = RATES[0] <= rate <= RATES[1]  # others are named as such later
-            if (
-                tag in (1, 3, 0xFFFE)
-                and usual
-                and (block != channels * -(-bits // 8) or (second not in (0, rate * block) and rate * block < 2**32))
-            ):
-                raise Fault(
-                    f"has a header that contradicts itself ({channels} channels of {bits} bits, {block} bytes a sample,"
-                    f" {rate} samples and {second} bytes a second); {CONVERT}"
-                )
-            packed = int.from_bytes(data[start + 18 : start + 20], order)  # samples of a block, in three codecs
-            if tag in (2, 0x11, 0x31) and packed and abs(rate * block / packed - second) > 0.1 * second:
-                raise Fault(
-                    f"has a header that contradicts itself ({rate} samples and {second} bytes a second, {packed} "
-                    f"samples in {block} bytes); {CONVERT}"
-                )
-            block = max(block, 1)
+            block = _block_of(data, start, order)
         elif name == b"data":
             held = len(data) - start
             if long_size is not None and size == 0xFFFFFFFF:
@@ -147,10 +127,37 @@ def _check_wave(data: bytes | mmap) -> list[Fix]:
     raise Fault(f"has no samples behind its header, or is damaged; {CONVERT}")
 
 
+def _block_of(data: bytes | mmap, start: int, order: Any) -> int:
+    """The bytes of a block, in which the samples of all channels lie, from the format that begins at `start`.
+
+    Raises:
+        Fault: its numbers contradict each other.
+    """
+    tag, channels, rate, second, block, bits = (
+        int.from_bytes(data[start + a : start + b], order)
+        for a, b in ((0, 2), (2, 4), (4, 8), (8, 12), (12, 14), (14, 16))
+    )
+    if RATES[0] <= rate <= RATES[1]:  # others are named as such later
+        agree = True
+        if tag in (1, 3, 6, 7, 0xFFFE):  # one sample of each channel: integers, floating point, A-law, µ-law
+            agree = block == channels * -(-bits // 8) and second in (0, rate * block)
+        elif tag in (2, 0x11, 0x31):  # ADPCM and GSM, which tell how many samples a block has
+            packed = int.from_bytes(data[start + 18 : start + 20], order)
+            agree = not packed or abs(rate * block / packed - second) <= 0.1 * second
+        if not agree:
+            raise Fault(
+                f"has a header that contradicts itself ({channels} channels of {bits} bits, {block} bytes a block, "
+                f"{rate} samples and {second} bytes a second); {CONVERT}"
+            )
+    return max(block, 1)
+
+
 def _check_w64(data: bytes | mmap) -> list[Fix]:
     position = 40
     while position + 24 <= len(data):
         size = int.from_bytes(data[position + 16 : position + 24], "little")
+        if data[position : position + 4] == b"fmt ":
+            _block_of(data, position + 24, "little")
         if data[position : position + 16] == W64_DATA:
             start = position + 24
             held = len(data) - start
