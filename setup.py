@@ -69,7 +69,7 @@ EXTRAS = {
 setup(
     name="soundwave-fused",
     version=VERSION,
-    description="Teach a text LLM to hear on one 24 GB card: CTC alignment, shrinking and instruction tuning",
+    description="Teach a text LLM to hear, on one 24 GB card or a laptop: CTC alignment, shrinking, instructions",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",

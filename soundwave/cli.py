@@ -132,7 +132,7 @@ def demo(
     summary = run_demo(out, quick=quick, seed=seed)
     console.print(_summary_table(summary))
     _say(f"model {out / 'model'} · report {out / 'report.html'} · summary {out / 'summary.json'}")
-    _say(f'now try: soundwave ask FILE.wav "Is the speaker a woman or a man?" --model {out / "model"}')
+    _say(f'now try: soundwave ask FILE.wav "Is the speaker female or male?" --model {out / "model"}')
 
 
 @app.command()

@@ -18,8 +18,20 @@ import soundfile
 
 from soundwave.data.audio import AudioError, load_audio, read_blocks, seconds_of
 from tests.recordings import (
-    ID3V1, ID3V2, LOSSLESS, LOSSY, MAKERS, MP3, RATE, SECONDS, WITH_ONE_RATE, WITHOUT_CHECKSUM, WITHOUT_LENGTH,
-    by_libsndfile, damaged, samples,
+    ID3V1,
+    ID3V2,
+    LOSSLESS,
+    LOSSY,
+    MAKERS,
+    MP3,
+    RATE,
+    SECONDS,
+    WITH_ONE_RATE,
+    WITHOUT_CHECKSUM,
+    WITHOUT_LENGTH,
+    by_libsndfile,
+    damaged,
+    samples,
 )  # fmt: skip
 
 WHOLE = round(SECONDS * RATE)
@@ -338,6 +350,8 @@ def test_damaged_anywhere(files, tmp_path, capfd, fuzz):
         whole_frames = name in WITHOUT_LENGTH and kind in ("cut", "missing", "zeros")
         rate_alone = name in WITH_ONE_RATE and kind in ("header", "bits")
         block_alone = name in WITHOUT_CHECKSUM and kind == "bits" and len(audio) >= lengths[name] - 1200
-        assert len(audio) >= lengths[name] or whole_frames or rate_alone or block_alone, (number, name, kind)
+        header_counted = name.startswith(("wav", "rf64")) and lengths[name] - len(audio) < 60  # as some recorders do
+        unseen = whole_frames or rate_alone or block_alone or header_counted
+        assert len(audio) >= lengths[name] or unseen, (number, name, kind)
     said = capfd.readouterr()
     assert said.out == said.err == ""

@@ -244,7 +244,7 @@ def _select(config: StageConfig, left_out: list[LeftOut]) -> list[Sample]:
         config.train, left_out, stage=config.stage, allow_outside=config.allow_outside, strict=config.strict
     )
     if chosen.unfit:
-        say(f"{chosen.unfit} of {chosen.read} samples have no recording with a text, which stage 1 needs")
+        say(f"left out {chosen.unfit} of {chosen.read} samples: stage 1 needs a recording with a text")
     if not chosen.samples:
         needed = "recordings with a text" if config.stage == 1 else "samples"
         why = f"; {len(left_out)} were left out, the first: {left_out[0]}" if left_out else ""
