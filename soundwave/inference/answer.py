@@ -86,6 +86,7 @@ def answer(
     audio: Sequence[Tensor | None],
     *,
     max_new_tokens: int = 256,
+    cut_off: list[int] | None = None,
 ) -> list[str]:
     """Let the language model answer prompts by greedy decoding.
 
@@ -93,6 +94,7 @@ def answer(
         prompts: what the user says, one text for each answer.
         audio: for each prompt the log-mel features float32 [n_mels, T_mel] of its recording, or None for text only.
         max_new_tokens: longest answer, in tokens.
+        cut_off: the numbers of the answers that this limit has cut off are added to it.
 
     Returns:
         The answers, without special tokens and outer white space.
@@ -101,4 +103,14 @@ def answer(
     tokens = model.generate(
         **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=processor.pad_token_id
     )
+    if cut_off is not None and tokens.shape[1] >= max_new_tokens:
+        ends = end_tokens(model, processor)
+        cut_off += [number for number, row in enumerate(tokens.tolist()) if ends.isdisjoint(row)]
     return [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def end_tokens(model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor) -> set[int]:
+    """The tokens that end an answer: the tokenizer's, and those that the language model names itself."""
+    named = model.language_model.generation_config.eos_token_id
+    ends = [named] if isinstance(named, int) else named or []
+    return {processor.tokenizer.eos_token_id, *ends} - {None}

@@ -1,8 +1,9 @@
 """Recordings of any length: they are cut into windows of at most 30 s, and transcribed or asked about."""
 
 import os
+import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -13,12 +14,13 @@ import soxr
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from soundwave.data.audio import LONGEST_SECONDS, RATES, SAMPLING_RATE, load_audio, seconds_of
+from soundwave.data.audio import LONGEST_SECONDS, RATES, SAMPLING_RATE, load_audio, read_blocks, seconds_of
 from soundwave.data.collate import TRANSCRIBE_PROMPT
 from soundwave.inference.answer import LoadedModel, answer, load_model, read_ctc
 
 FRAME = 0.02  # seconds of a frame among which `windows` chooses the place of a cut
 SEARCH = 5.0  # seconds before the limit in which `windows` looks for a pause
+MEL_FRAME = 160  # samples of a mel frame
 LOUDEST = 100.0  # Larger samples are integers that were cast to floating point without being scaled.
 
 Audio = str | os.PathLike[str] | ArrayLike
@@ -59,11 +61,18 @@ class Answer(NamedTuple):
 
 @dataclass
 class _Recording:
-    """A recording whose windows are being transcribed; `waiting` of them have no text yet."""
+    """A recording that is being transcribed: `waiting` of its windows have no text yet."""
 
-    seconds: float
-    waiting: int
+    number: int
+    samples: int = 0
+    waiting: int = 0
+    read: bool = False  # to its end, or to its fault
+    fault: ValueError | None = None
+    cut_off: bool = False
     texts: list[str] = field(default_factory=list)
+
+    def transcript(self) -> Transcript:
+        return Transcript(" ".join(" ".join(self.texts).split()), round(self.samples / SAMPLING_RATE, 3))
 
 
 @overload
@@ -139,13 +148,20 @@ def transcribe_each(
     sampling_rate: int = SAMPLING_RATE,
     batch_size: int = 1,
     max_new_tokens: int = 256,
+    leave_out: Callable[[int, ValueError], None] | None = None,
+    cut_off: list[int] | None = None,
 ) -> Iterator[Transcript]:
-    """Transcribe any number of recordings, read and given one after the other, in order.
+    """Transcribe any number of recordings of any length, read and given one after the other, in order.
 
     `recordings` may be an iterator over more recordings than fit into memory: the next one is taken from it only when
-    the batch needs more windows. The other arguments are those of `transcribe`.
+    the batch needs more windows. A file is read block by block, so that an hour of it takes no more memory than a
+    minute. The other arguments are those of `transcribe`.
 
-    A recording that cannot be used raises when its turn comes; the transcripts of those before it are given first.
+    Args:
+        leave_out: called with the number and the fault of each recording that cannot be used, whose transcript is then
+            empty and 0 s long. Without it the fault is raised when its turn comes, after the transcripts before it.
+        cut_off: the number of each recording with a window whose text `max_new_tokens` has cut off is added to it
+            before its transcript is given. Without it a warning says so.
 
     Raises:
         AudioError, ValueError, FileNotFoundError, TypeError: as in `transcribe`.
@@ -154,51 +170,87 @@ def transcribe_each(
         raise ValueError(f"batch_size = {batch_size}, but it must be 1 or more")
     if (path := _path(recordings)) is not None:
         raise TypeError(f"recordings = {path!r}, but it must be an iterable; use transcribe for one file")
-    return _transcripts(recordings, _loaded(model), sampling_rate, batch_size, max_new_tokens)
+    return _transcripts(
+        recordings, _loaded(model), sampling_rate, batch_size, max_new_tokens, leave_out or _raise, cut_off
+    )
+
+
+def _raise(number: int, fault: ValueError) -> None:
+    raise fault
 
 
 def _transcripts(
-    recordings: Iterable[Audio], loaded: LoadedModel, sampling_rate: int, batch_size: int, max_new_tokens: int
+    recordings: Iterable[Audio],
+    loaded: LoadedModel,
+    sampling_rate: int,
+    batch_size: int,
+    max_new_tokens: int,
+    leave_out: Callable[[int, ValueError], None],
+    cut_off: list[int] | None,
 ) -> Iterator[Transcript]:
     started: deque[_Recording] = deque()
     batch: list[tuple[_Recording, Tensor]] = []
 
     def transcribe_batch() -> None:
-        clips = [clip for _, clip in batch]
+        clips, cut = [clip for _, clip in batch], []
         if loaded.model.config.stage == 1:
             texts = read_ctc(*loaded, clips)[0]
         else:
-            texts = answer(*loaded, [TRANSCRIBE_PROMPT] * len(clips), clips, max_new_tokens=max_new_tokens)
-        for (recording, _), text in zip(batch, texts, strict=True):
+            prompts = [TRANSCRIBE_PROMPT] * len(clips)
+            texts = answer(*loaded, prompts, clips, max_new_tokens=max_new_tokens, cut_off=cut)
+        for place, ((recording, _), text) in enumerate(zip(batch, texts, strict=True)):
             recording.texts.append(text)
             recording.waiting -= 1
+            recording.cut_off |= place in cut
         batch.clear()
 
     def finished() -> Iterator[Transcript]:
-        while started and not started[0].waiting:
+        while started and started[0].read and not started[0].waiting:
             recording = started.popleft()
-            yield Transcript(" ".join(" ".join(recording.texts).split()), recording.seconds)
+            if recording.fault is not None:
+                leave_out(recording.number, recording.fault)
+                yield Transcript("", 0.0)
+                continue
+            if recording.cut_off and cut_off is not None:
+                cut_off.append(recording.number)
+            elif recording.cut_off:
+                name = f"recordings[{recording.number}]"
+                warnings.warn(f"{name}: a text was cut off after max_new_tokens = {max_new_tokens}", stacklevel=2)
+            yield recording.transcript()
 
-    fault = None
-    for index, audio in enumerate(recordings):
-        try:
-            samples = as_samples(audio, sampling_rate, name=f"recordings[{index}]")
-        except ValueError as error:
-            fault = error
-            break
-        pieces = windows(samples)
-        recording = _Recording(round(len(samples) / SAMPLING_RATE, 3), len(pieces))
+    for number, audio in enumerate(recordings):
+        recording = _Recording(number)
         started.append(recording)
-        for piece in pieces:
+        pieces = _pieces(audio, sampling_rate, f"recordings[{number}]")
+        while True:
+            try:
+                piece = next(pieces, None)
+            except ValueError as fault:
+                recording.fault = fault
+                piece = None
+            if piece is None:
+                break
+            recording.samples += len(piece)
+            recording.waiting += 1
             batch.append((recording, loaded.processor.features(piece)))
             if len(batch) == batch_size:
                 transcribe_batch()
                 yield from finished()
+        recording.read = True
+        if recording.fault is not None and batch:  # what is known before the fault is given first
+            transcribe_batch()
+        yield from finished()
     if batch:
         transcribe_batch()
     yield from finished()
-    if fault:
-        raise fault
+
+
+def _pieces(audio: Audio, sampling_rate: int, name: str) -> Iterator[np.ndarray]:
+    """The windows of a recording, float32 [samples] at 16 kHz; a file is read only as far as they are taken."""
+    if (path := _path(audio)) is not None:
+        yield from stream_windows(read_blocks(path))
+    else:
+        yield from stream_windows(iter([as_samples(audio, sampling_rate, name=name)]))
 
 
 def ask(
@@ -223,18 +275,15 @@ def ask(
         ValueError: the model has seen stage I only and cannot answer.
         AudioError, ValueError, FileNotFoundError, TypeError: as in `transcribe`.
     """
-    path = _path(audio)
-    seconds = 0.0 if path is None else seconds_of(path)
-    if path is not None and seconds > 2 * LONGEST_SECONDS:
-        # The first window ends within the first 30 s and is the same whatever follows; an hour need not be read.
-        samples = load_audio(path, duration=2 * LONGEST_SECONDS)
+    if (path := _path(audio)) is not None:
+        seconds, pieces = seconds_of(path), stream_windows(read_blocks(path))  # an hour need not be read
     else:
         samples = as_samples(audio, sampling_rate)
-        seconds = len(samples) / SAMPLING_RATE
+        seconds, pieces = len(samples) / SAMPLING_RATE, stream_windows(iter([samples]))
+    first = next(pieces)
     loaded = _loaded(model)
     if loaded.model.config.stage == 1:
         raise ValueError("the model has seen stage 1 only and cannot answer; train stage 2, or transcribe with it")
-    first = windows(samples)[0]
     text = answer(*loaded, [question], [loaded.processor.features(first)], max_new_tokens=max_new_tokens)[0]
     return Answer(text, round(seconds, 3), round(len(first) / SAMPLING_RATE, 3))
 
@@ -317,19 +366,55 @@ def windows(
     Raises:
         ValueError: `seconds` is under 0.08, so there are no two frames among which to choose.
     """
+    limit, frame, search = _sizes(sampling_rate, seconds)
+    pieces = []
+    while len(audio) > limit:
+        cut = _cut(audio, limit, frame, search)
+        pieces.append(audio[:cut])
+        audio = audio[cut:]
+    return [*pieces, audio]
+
+
+def stream_windows(
+    blocks: Iterator[np.ndarray], *, sampling_rate: int = SAMPLING_RATE, seconds: float = LONGEST_SECONDS
+) -> Iterator[np.ndarray]:
+    """Cut a recording that comes block by block, each [samples], where `windows` cuts it; one window is held at a time.
+
+    The last window may be longer than `seconds` by what makes no further mel frame, 159 samples at 16 kHz.
+
+    Raises:
+        ValueError: as in `windows`.
+    """
+    limit, frame, search = _sizes(sampling_rate, seconds)
+    spare = MEL_FRAME - 1
+    waiting: list[np.ndarray] = []
+    count = 0
+    for block in blocks:
+        waiting.append(block)
+        count += len(block)
+        while count > limit + max(search // 5, spare):  # where a cut falls does not depend on what comes later
+            audio = np.concatenate(waiting)
+            cut = _cut(audio, limit, frame, search)
+            yield audio[:cut]
+            waiting, count = [audio[cut:]], count - cut
+    audio = np.concatenate(waiting) if waiting else np.empty(0, np.float32)
+    yield from [audio] if len(audio) <= limit + spare else windows(audio, sampling_rate=sampling_rate, seconds=seconds)
+
+
+def _sizes(sampling_rate: int, seconds: float) -> tuple[int, int, int]:
+    """Samples of a window, of a frame, and of the part before the limit in which a cut is looked for."""
     limit = int(seconds * sampling_rate)
     frame = int(FRAME * sampling_rate)
     search = min(int(SEARCH * sampling_rate), limit // 2)
     if search < 2 * frame:
         raise ValueError(f"seconds = {seconds:g}; wanted at least {4 * FRAME:g}")
-    pieces = []
-    while len(audio) > limit:
-        first = limit - search
-        last = min(limit, len(audio) - search // 5)  # The rest must be long enough to hold a word, too.
-        count = (last - first) // frame
-        frames = audio[first : first + count * frame].reshape(count, frame)
-        quietest = int(np.square(frames).mean(axis=1).argmin())
-        cut = first + quietest * frame + frame // 2
-        pieces.append(audio[:cut])
-        audio = audio[cut:]
-    return [*pieces, audio]
+    return limit, frame, search
+
+
+def _cut(audio: np.ndarray, limit: int, frame: int, search: int) -> int:
+    """Where the first window of a recording ends that is longer than `limit`: in the middle of the quietest frame."""
+    first = limit - search
+    last = min(limit, len(audio) - search // 5)  # The rest must be long enough to hold a word, too.
+    count = (last - first) // frame
+    frames = audio[first : first + count * frame].reshape(count, frame)
+    return first + int(np.square(frames).mean(axis=1).argmin()) * frame + frame // 2
