@@ -4,8 +4,9 @@ import json
 import logging
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -87,6 +88,17 @@ def _quiet_transformers() -> None:
 def _say(line: str) -> None:
     """Print a line that may hold paths: it is neither wrapped nor read as markup."""
     console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _warn(line: str, kind: str = "note") -> None:
+    """Print a line on stderr that may hold paths."""
+    colour = "bold red" if kind == "error" else "yellow"
+    errors.print(f"[{colour}]{kind}:[/] {escape(' '.join(line.split()))}", soft_wrap=True, highlight=False)
+
+
+def _new_file(path: Path) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w", encoding="utf-8")
 
 
 def _table(*headers: str) -> Table:
@@ -190,25 +202,69 @@ def train(
 
 @app.command()
 def transcribe(
-    files: Annotated[list[Path], typer.Argument(help="Audio files: WAV, FLAC, Ogg or MP3.", metavar="FILE")],
+    recordings: Annotated[
+        list[str],
+        typer.Argument(help="Audio files, folders of them, or patterns such as 'talks/*.mp3'.", metavar="FILE"),
+    ],
     model: ModelOption = DEMO_MODEL,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines with file, seconds and text.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON lines with file, seconds and text.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write to instead of the terminal; JSON lines if its name ends in .jsonl."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of at most 30 s that are read together.")] = 1,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum length of the text of a window, in tokens.")
+    ] = 256,
 ) -> None:
     """Write down what is said in recordings.
 
     A recording of more than 30 s is cut into pieces where it is quietest. CTC writes the text if the model has seen
-    stage 1 only, else the language model does.
+    stage 1 only, else the language model does. A file that cannot be used is named and left out.
     """
-    from soundwave.data.audio import load_audio
+    from soundwave.data.audio import AudioError
+    from soundwave.data.files import find_recordings
     from soundwave.inference.long import transcribe_each
 
-    loaded = [load_audio(file) for file in files]
-    for file, transcript in zip(files, transcribe_each(loaded, _load_model(model)), strict=True):
-        if as_json:
-            row = {"file": str(file), "seconds": transcript.seconds, "text": transcript.text}
-            print(json.dumps(row, ensure_ascii=False))
-        else:
-            print(f"{file}: {transcript}" if len(files) > 1 else transcript)
+    files, passed_over = find_recordings(recordings)
+    if not any(file.exists() for file in files):
+        raise AudioError(files[0], "does not exist; name an audio file")
+    if passed_over:
+        shown = ", ".join(map(str, passed_over[:3])) + (", …" if len(passed_over) > 3 else "")
+        _warn(f"passed over {len(passed_over)} files that are no audio by their names: {shown}")
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file")
+    as_json = as_json or (out is not None and out.suffix in (".jsonl", ".json"))
+    loaded = _load_model(model)
+    faults: dict[int, ValueError] = {}
+    cut_off: list[int] = []
+    transcripts = transcribe_each(
+        files,
+        loaded,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        leave_out=faults.__setitem__,
+        cut_off=cut_off,
+    )
+    with ExitStack() as stack:
+        target = None if out is None else stack.enter_context(_new_file(out))
+        for number, (file, transcript) in enumerate(zip(files, transcripts, strict=True)):
+            if number in faults:
+                fault = faults[number]
+                _warn(f"{'' if isinstance(fault, AudioError) else f'{file}: '}{fault}", "error")
+                continue
+            if number in cut_off:
+                _warn(f"{file}: a text was cut off after {max_new_tokens} tokens; raise --max-new-tokens")
+            if as_json:
+                row = {"file": str(file), "seconds": transcript.seconds, "text": transcript.text}
+                line = json.dumps(row, ensure_ascii=False)
+            else:
+                line = f"{file}: {transcript}" if len(files) > 1 else str(transcript)
+            print(line, file=target, flush=True)
+    if faults:
+        if len(files) > 1:
+            _warn(f"{len(faults)} of {len(files)} files could not be used", "error")
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -256,6 +256,58 @@ def test_transcribe_reads_the_whole_of_a_long_recording(soundwave, model_folders
     assert len(row["text"]) > 5 * len(json.loads(short)["text"])
 
 
+def test_transcribe_takes_folders_and_patterns_and_names_what_it_passes_over(
+    soundwave, model_folders, spoken, tmp_path
+):
+    (tmp_path / "a" / "deep").mkdir(parents=True)
+    shutil.copy(spoken / "words.wav", tmp_path / "a" / "deep" / "1.wav")
+    shutil.copy(spoken / "words.flac", tmp_path / "a" / "2.FLAC")
+    (tmp_path / "a" / "notes.txt").write_text("no audio")
+    (tmp_path / "a" / ".hidden.wav").write_text("no audio")
+    status, out, err = soundwave("transcribe", tmp_path / "a", "--model", model_folders[1])
+    assert status == 0
+    assert [line.partition(": ")[0] for line in out.splitlines()] == [
+        f"{tmp_path}/a/2.FLAC",
+        f"{tmp_path}/a/deep/1.wav",
+    ]
+    assert err == f"note: passed over 1 files that are no audio by their names: {tmp_path}/a/notes.txt\n"
+    assert soundwave("transcribe", f"{tmp_path}/**/*.[wF]*", "--model", model_folders[1])[:2] == (0, out)
+
+
+@pytest.mark.parametrize("name", ["empty", "*.mp3"])
+def test_transcribe_names_a_folder_or_pattern_without_recordings(fault, model_folders, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    assert "holds no recording" in (line := fault("transcribe", tmp_path / name)) or "fits no recording" in line
+
+
+def test_one_bad_file_costs_one_file(soundwave, model_folders, spoken, tmp_path):
+    cut = tmp_path / "cut.flac"
+    cut.write_bytes((spoken / "words.flac").read_bytes()[:3000])
+    names = (spoken / "words.wav", cut, tmp_path / "none.wav", spoken / "words.flac")
+    status, out, err = soundwave(
+        "transcribe", *names, "--model", model_folders[1], "--out", tmp_path / "sub" / "x.jsonl"
+    )
+    assert (status, out) == (1, "")
+    rows = [json.loads(line) for line in (tmp_path / "sub" / "x.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in rows] == [str(names[0]), str(names[3])] and all(row["text"] for row in rows)
+    bad, missing, total = err.splitlines()
+    assert bad.startswith(f"error: {cut}: ") and missing.startswith(f"error: {tmp_path / 'none.wav'}: does not exist")
+    assert total == "error: 2 of 4 files could not be used"
+
+
+def test_transcribe_looks_for_the_model_before_it_reads(fault, spoken, tmp_path):
+    (tmp_path / "bad.wav").write_text("no audio")
+    assert "holds no model" in fault("transcribe", tmp_path / "bad.wav", "--model", tmp_path)
+
+
+def test_transcribe_names_a_text_that_was_cut_off(soundwave, model_folders, spoken):
+    words = ("transcribe", spoken / "words.wav", "--model", model_folders[3], "--max-new-tokens")
+    status, _, err = soundwave(*words, "3")
+    assert (status, err) == (
+        0, f"note: {spoken / 'words.wav'}: a text was cut off after 3 tokens; raise --max-new-tokens\n"
+    )  # fmt: skip
+
+
 def test_transcribe_asks_the_language_model_after_stage_one(soundwave, model_folders, spoken):
     ctc = soundwave("transcribe", spoken / "words.wav", "--model", model_folders[1])
     answer = soundwave("transcribe", spoken / "words.wav", "--model", model_folders[3])
