@@ -11,12 +11,17 @@ damaged anywhere     all, at random
 
 import random
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 
 from soundwave.data.audio import AudioError, load_audio, read_blocks, seconds_of
+from soundwave.data.collate import features
+from soundwave.data.selection import select_samples
+from soundwave.inference.long import stream_windows, windows
 from tests.recordings import (
     ID3V1,
     ID3V2,
@@ -355,3 +360,48 @@ def test_damaged_anywhere(files, tmp_path, capfd, fuzz):
         assert len(audio) >= lengths[name] or unseen, (number, name, kind)
     said = capfd.readouterr()
     assert said.out == said.err == ""
+
+
+# --- 30 s and a few samples
+
+
+@pytest.mark.parametrize(("count", "taken"), [(480_000, True), (480_001, True), (480_159, True), (480_160, False)])
+def test_thirty_seconds_and_a_few_samples_are_thirty_seconds(tmp_path, processor, count, taken):
+    """Chunked corpora have such clips. They give as many mel frames as the encoder takes, in training and in use."""
+    audio = np.resize(samples(), count)
+    soundfile.write(tmp_path / "x.flac", audio, RATE)
+    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "x.flac", "text": "one"}\n')
+    left_out = []
+    chosen = select_samples([tmp_path / "m.jsonl"], left_out, stage=1)
+    assert (len(chosen.samples), len(left_out)) == (int(taken), int(not taken))
+    pieces = list(stream_windows(read_blocks(tmp_path / "x.flac")))
+    assert len(pieces) == (1 if taken else 2)
+    if taken:
+        assert features(processor, chosen.samples[0]).shape[1] == processor.features(pieces[0]).shape[1] == 3000
+
+
+@pytest.mark.parametrize("seconds", [0.5, 29.0, 31.0, 61.2, 100.0])
+@pytest.mark.parametrize("block", [577, 16_000, 10**7])
+def test_windows_of_blocks_are_those_of_the_whole(seconds, block):
+    audio = np.random.default_rng(0).normal(0, 0.1, round(seconds * RATE)).astype(np.float32)
+    blocks = (audio[start : start + block] for start in range(0, len(audio), block))
+    for found, wanted in zip(stream_windows(blocks), windows(audio), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_memory_does_not_grow_with_the_length(tmp_path):
+    """Three minutes at 192 kHz, 138 MB as samples, are cut into windows within 60 MB."""
+    with soundfile.SoundFile(tmp_path / "x.flac", "w", 192_000, 1) as file:
+        for _ in range(3):
+            file.write(np.zeros(60 * 192_000, np.float32))
+    program = (
+        "import resource, sys\n"
+        "from soundwave.inference.long import stream_windows\n"
+        "from soundwave.data.audio import read_blocks\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "before = peak()\n"
+        "print(sum(map(len, stream_windows(read_blocks(sys.argv[1])))), peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "x.flac"], capture_output=True, text=True)
+    count, grown = map(int, done.stdout.split())
+    assert count == 180 * RATE and grown < 60

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from soundwave.data.audio import LONGEST_SECONDS, AudioError
+from soundwave.data.audio import LONGEST_SAMPLES, LONGEST_SECONDS, SAMPLING_RATE, AudioError
 from soundwave.data.collate import LeftOut, ctc_text_of, with_duration
 from soundwave.data.manifest import Sample, read_manifest
 
@@ -68,7 +68,7 @@ def select_samples(
 
 def _checked_duration(sample: Sample) -> Sample:
     sample = with_duration(sample)
-    if sample.audio is not None and sample.duration is not None and sample.duration > LONGEST_SECONDS:
+    if sample.audio and sample.duration and round(sample.duration * SAMPLING_RATE) > LONGEST_SAMPLES:
         raise AudioError(
             sample.audio,
             f"duration = {sample.duration:g}, but at most {LONGEST_SECONDS:g} s can be trained on; cut it, or "
