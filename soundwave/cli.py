@@ -269,7 +269,7 @@ def transcribe(
 
 @app.command()
 def ask(
-    file: Annotated[Path, typer.Argument(help="Audio file: WAV, FLAC, Ogg or MP3.")],
+    file: Annotated[Path, typer.Argument(help="Audio file: WAV, FLAC, Ogg, MP3, M4A, WebM, …")],
     question: Annotated[str, typer.Argument(help="Question about the recording.")],
     model: ModelOption = DEMO_MODEL,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 128,

@@ -107,7 +107,7 @@ def transcribe(
     is checked before the model is loaded; of a file only the header is read for this.
 
     Args:
-        audio: a file (WAV, FLAC, Ogg or MP3), or samples: an array, tensor or list of numbers, floating point
+        audio: a file of any usual format, or samples: an array, tensor or list of numbers, floating point
             [samples], mono, full scale ±1. Or a list or tuple of files and samples.
         model: what `soundwave.load` returned, or the folder of a trained model, which is then loaded for this call.
         sampling_rate: sampling rate of the arrays, in Hz. Files bring their own.
