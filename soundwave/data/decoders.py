@@ -119,8 +119,8 @@ def _refuse_more_flac(path: str, frames: int) -> None:
         stream = container.streams.audio[0]
         ticks = sum(packet.duration or 0 for packet in container.demux(stream))
         there = round(ticks * stream.time_base * stream.rate)
-        file.seek(0)
-        second = file.read().find(b"fLaC\0\0\0\x22", 1)
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            second = data.find(b"fLaC\0\0\0\x22", 1)
     if second > 0:
         raise Fault(f"holds a second recording from byte {second} on, which would not be read; split it into two files")
     if there > frames:
