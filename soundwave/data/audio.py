@@ -19,6 +19,7 @@ SAMPLING_RATE = 16_000  # Whisper's
 LONGEST_SECONDS = 30.0  # of one input of Whisper's encoder
 LONGEST_SAMPLES = 480_159  # at 16 kHz; they still give no more mel frames than 30 s, one for every 160 samples
 ROUNDING = 0.05  # s, because manifests often round durations to one decimal
+TO_THE_END = 1 << 62  # samples
 CANCELLED = 0.01  # A mean of channels with less than this share of their energy: one is the other, turned over.
 
 
@@ -95,9 +96,9 @@ def read_blocks(
             given += len(block)
             if len(block):
                 yield block
-        missing = stop - start - found
-        if missing > (0 if source.exact else MISSING * rate):
-            part = f"{found / rate:g} s of a part of {(stop - start) / rate:g} s"
+        wanted = min(stop, source.frames) - start
+        if wanted - found > (0 if source.exact else MISSING * rate):
+            part = f"{found / rate:g} s of a part of {wanted / rate:g} s"
             raise Fault(f"ends after {part}: it is cut short or damaged; {CONVERT}")
         if resampler is not None and len(block := resampler.resample_chunk(np.empty(0, np.float32), last=True)):
             given += len(block)
@@ -159,7 +160,7 @@ def _bounds(source: Source, offset: float, duration: float | None) -> tuple[int,
     start, stop = round(offset * rate), min(round(end * rate), source.frames)
     if stop <= start and source.frames:
         raise Fault(f"offset = {offset:g} s and end = {end:g} s have no sample between them; give a longer part")
-    return start, stop
+    return start, stop if source.exact or stop < source.frames else TO_THE_END
 
 
 def _mono(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
