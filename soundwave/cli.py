@@ -282,10 +282,13 @@ def ask(
     loaded = _load_model(model)
     if loaded.model.config.stage == 1:
         raise ValueError(f"{model} has seen stage 1 only and cannot answer; train stage 2, or use soundwave transcribe")
-    found = ask_about(file, question, loaded, max_new_tokens=max_new_tokens)
+    cut_off: list[int] = []
+    found = ask_about(file, question, loaded, max_new_tokens=max_new_tokens, cut_off=cut_off)
     if found.heard < found.seconds:
         line = f"{file}: only the first {found.heard:.0f} s are heard"
         errors.print(line, soft_wrap=True, markup=False, highlight=False)
+    if cut_off:
+        _warn(f"the answer was cut off after {max_new_tokens} tokens; raise --max-new-tokens")
     print(found)
 
 

@@ -260,6 +260,7 @@ def ask(
     *,
     sampling_rate: int = SAMPLING_RATE,
     max_new_tokens: int = 128,
+    cut_off: list[int] | None = None,
 ) -> Answer:
     """Ask a question about a recording. Of a long recording the model hears the first window, at most 30 s.
 
@@ -267,6 +268,7 @@ def ask(
         audio, model, sampling_rate: as in `transcribe`, for one recording.
         question: what to ask.
         max_new_tokens: longest answer, in tokens of the language model.
+        cut_off: 0 is added to it if `max_new_tokens` has cut off the answer. Without it a warning says so.
 
     Returns:
         An `Answer` (`text`, `seconds`, `heard`).
@@ -284,7 +286,10 @@ def ask(
     loaded = _loaded(model)
     if loaded.model.config.stage == 1:
         raise ValueError("the model has seen stage 1 only and cannot answer; train stage 2, or transcribe with it")
-    text = answer(*loaded, [question], [loaded.processor.features(first)], max_new_tokens=max_new_tokens)[0]
+    clip, cut = loaded.processor.features(first), [] if cut_off is None else cut_off
+    text = answer(*loaded, [question], [clip], max_new_tokens=max_new_tokens, cut_off=cut)[0]
+    if cut and cut_off is None:
+        warnings.warn(f"the answer was cut off after max_new_tokens = {max_new_tokens}", stacklevel=2)
     return Answer(text, round(seconds, 3), round(len(first) / SAMPLING_RATE, 3))
 
 
