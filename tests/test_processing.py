@@ -179,7 +179,7 @@ def test_special_tokens_in_an_answer_are_plain_words(processor, text):
 def test_special_tokens_in_a_transcript_are_plain_words(processor, text):
     ids = processor.ctc_ids(text)
     assert not special_ids(processor) & set(ids)
-    assert processor.ctc_text(torch.tensor(ids), blank=50_000) == text
+    assert processor.ctc_text(torch.tensor(ids), blank=50_000) == " ".join(text.split())
 
 
 def test_a_training_batch_learns_the_answer_and_its_end_alone(processor):
@@ -261,7 +261,7 @@ def test_a_transcript_comes_back_from_any_path_that_reads_as_it(processor, data)
         path += [label] * data.draw(st.integers(1, 3))
         before = label
     path += [BLANK] * data.draw(st.integers(0, 2)) + [-1] * data.draw(st.integers(0, 2))
-    assert processor.ctc_text(torch.tensor(path), BLANK) == text.strip()
+    assert processor.ctc_text(torch.tensor(path), BLANK) == " ".join(text.split())
 
 
 def test_a_repeat_without_a_blank_between_is_read_once(processor):

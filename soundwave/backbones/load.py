@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, WhisperModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    WhisperModel,
+)
 
 from soundwave.backbones.wheels import resolve
 
@@ -69,7 +76,28 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
     if head is None:
         raise ValueError(f"{name} has no output embedding, which is the CTC head; name a causal language model")
     head.register_forward_pre_hook(_contiguous)
+    model.generation_config = _only_special_tokens(model)
     return model.requires_grad_(False)
+
+
+def _only_special_tokens(model: PreTrainedModel) -> GenerationConfig:
+    """The special tokens of a model's generation settings, without the rest.
+
+    The rest is made for chats: sampling, penalties, banned n-grams. `generate` would add it to every setting that a
+    caller leaves out, and a repetition penalty changes the repeated words of a transcript.
+    """
+    theirs, config = model.generation_config, model.config.get_text_config()
+    ends = [*token_ids(getattr(theirs, "eos_token_id", None)), *token_ids(getattr(config, "eos_token_id", None))]
+    return GenerationConfig(
+        bos_token_id=getattr(theirs, "bos_token_id", None),
+        eos_token_id=list(dict.fromkeys(ends)) or None,
+        pad_token_id=getattr(theirs, "pad_token_id", None),
+    )
+
+
+def token_ids(value: int | list[int] | None) -> list[int]:
+    """The ids in a setting that may be one id, several or none."""
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def _refuse_missing(name: str, keys: Iterable[str]) -> None:

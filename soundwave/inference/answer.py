@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from soundwave.backbones.load import token_ids
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
@@ -100,17 +102,22 @@ def answer(
         The answers, without special tokens and outer white space.
     """
     batch = batch_to(dict(processor(prompts, audio)), model.device)
+    ends = end_tokens(model, processor)
     tokens = model.generate(
-        **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=processor.pad_token_id
+        **batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=processor.pad_token_id,
     )
+    rows = tokens.tolist()
     if cut_off is not None and tokens.shape[1] >= max_new_tokens:
-        ends = end_tokens(model, processor)
-        cut_off += [number for number, row in enumerate(tokens.tolist()) if ends.isdisjoint(row)]
-    return [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        cut_off += [number for number, row in enumerate(rows) if ends.isdisjoint(row)]
+    # What follows an end token is padding, and not every end token is a special one, which decoding leaves out.
+    rows = [list(takewhile(lambda token: token not in ends, row)) for row in rows]
+    return [text.strip() for text in processor.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def end_tokens(model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor) -> set[int]:
-    """The tokens that end an answer: the tokenizer's, and those that the language model names itself."""
-    named = model.language_model.generation_config.eos_token_id
-    ends = [named] if isinstance(named, int) else named or []
-    return {processor.tokenizer.eos_token_id, *ends} - {None}
+    """The tokens that end an answer: the tokenizer's, which training uses, and those of the language model."""
+    return {processor.tokenizer.eos_token_id, *token_ids(model.language_model.generation_config.eos_token_id)} - {None}

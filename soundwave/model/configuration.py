@@ -5,6 +5,7 @@
 """
 
 import inspect
+from datetime import date
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -16,6 +17,7 @@ SEMANTICS = {
     "released": {"attend": "self", "keep": "runs", "keys": "kept"},
 }
 CONFIG_VERSION = 1
+TEMPLATE_DATE = "2024-07-26"  # the date that Llama 3's chat templates write where they are given none
 
 
 class SoundwaveConfig(PretrainedConfig):
@@ -45,6 +47,8 @@ class SoundwaveConfig(PretrainedConfig):
         spec_augment_mel_masks, spec_augment_mel_width: number of frequency masks and their largest width in mel bins.
         implementation: "fused" (`soundwave.fused`) or "eager" (`soundwave.eager`, plain PyTorch); the same parameters.
         exact: the fused CTC computes its gradient over all columns instead of skipping those that are almost 0.
+        template_date: the day, as YYYY-MM-DD, that a chat template takes for today. It is saved, so that prompts are
+            the same on every day.
         stage: the last training stage that this model has seen; 0 if it is untrained.
     """
 
@@ -78,6 +82,7 @@ class SoundwaveConfig(PretrainedConfig):
         spec_augment_mel_width: int = 10,
         implementation: str = "fused",
         exact: bool = False,
+        template_date: str = TEMPLATE_DATE,
         stage: int = 0,
         config_version: int = CONFIG_VERSION,
         **kwargs: Any,
@@ -125,6 +130,7 @@ class SoundwaveConfig(PretrainedConfig):
         self.spec_augment_mel_width = spec_augment_mel_width
         self.implementation = _one_of("implementation", implementation, ("fused", "eager"))
         self.exact = exact
+        self.template_date = _day("template_date", template_date)
         self.stage = stage
         self.config_version = config_version
         super().__init__(**kwargs)
@@ -174,6 +180,13 @@ class SoundwaveConfig(PretrainedConfig):
             "audio_placeholder_id": len(AutoTokenizer.from_pretrained(language_folder, trust_remote_code=False)),
         }
         return cls(audio_tower=audio_tower, language_model=language_model, **{**sizes, **kwargs})
+
+
+def _day(name: str, value: Any) -> str:
+    try:
+        return date.fromisoformat(value).isoformat()
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} = {value!r}, but it must be a day, e.g. {TEMPLATE_DATE}") from None
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> Any:

@@ -1,7 +1,10 @@
 """Turn text and audio into the model's tensors: log-mel features, chat prompts with a placeholder, labels."""
 
+import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,11 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, WhisperFea
 
 from soundwave.backbones import wheels
 from soundwave.eager import IGNORE_INDEX
+from soundwave.model.configuration import TEMPLATE_DATE, SoundwaveConfig
 
 AUDIO_TOKEN = "<|soundwave_audio|>"
+# Not seen, and no white space in Python's eyes: zero-width space, word joiner, byte-order mark.
+INVISIBLE = re.compile("[\u200b\u2060\ufeff]")
 MINIMUM_SECONDS = 0.1  # a shorter clip is padded with silence, because the first analysis window needs it
 
 
@@ -22,39 +28,53 @@ class SoundwaveProcessor(ProcessorMixin):
     Args:
         feature_extractor: gives log-mel features [n_mels, T_mel] at 100 Hz from 16 kHz audio.
         tokenizer: must have a chat template; `AUDIO_TOKEN` is added to its tokens.
+        template_date: the day that a chat template takes for today, as in SoundwaveConfig.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template or no end token.
     """
 
     attributes = ["feature_extractor", "tokenizer"]
     feature_extractor_class = "WhisperFeatureExtractor"
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, feature_extractor: WhisperFeatureExtractor, tokenizer: Any, **kwargs: Any):
+    def __init__(
+        self,
+        feature_extractor: WhisperFeatureExtractor,
+        tokenizer: Any,
+        *,
+        template_date: str = TEMPLATE_DATE,
+        **kwargs: Any,
+    ):
         super().__init__(feature_extractor, tokenizer)
         if tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template: use an instruction-tuned language model")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token, which answers end with; set its eos_token")
         tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
         self.audio_placeholder_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         # A tokenizer without a padding token pads with the end token; the attention mask tells the two apart.
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.template_date = template_date
+        # Tokenizers of SentencePiece's kind put a space before the first word themselves.
+        self._adds_space = self._plain_ids("a a") == 2 * self._plain_ids("a")
 
     @classmethod
-    def from_backbones(cls, audio_tower: str, language_model: str) -> "SoundwaveProcessor":
+    def from_backbones(
+        cls, audio_tower: str, language_model: str, *, template_date: str = TEMPLATE_DATE
+    ) -> "SoundwaveProcessor":
         """The processor that fits two backbones (Hub ids, local folders or embedded names)."""
         return cls(
             WhisperFeatureExtractor.from_pretrained(wheels.resolve(audio_tower)),
             AutoTokenizer.from_pretrained(wheels.resolve(language_model), trust_remote_code=False),
+            template_date=template_date,
         )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "SoundwaveProcessor":
         """The processor of a saved model, which is the processor of the backbones that its configuration names."""
-        from soundwave.model.configuration import SoundwaveConfig
-
         config = SoundwaveConfig.from_pretrained(folder)
-        return cls.from_backbones(config.audio_tower, config.language_model)
+        return cls.from_backbones(config.audio_tower, config.language_model, template_date=config.template_date)
 
     def features(self, audio: np.ndarray, sampling_rate: int = 16_000) -> Tensor:
         """Log-mel features float32 [n_mels, T_mel] of one clip, float32 [samples], at its true length.
@@ -84,14 +104,30 @@ class SoundwaveProcessor(ProcessorMixin):
         White space around the prompt is dropped.
         """
         # The user's words are tokenised apart from the template, because only the template may hold special tokens.
-        template = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": AUDIO_TOKEN}], tokenize=False, add_generation_prompt=True
-        )
+        template = self.render([{"role": "user", "content": AUDIO_TOKEN}])
         before, _, after = template.partition(AUDIO_TOKEN)
         words = prompt.strip()
         content = [self.audio_placeholder_id, *self._plain_ids(f"\n{words}")] if has_audio else self._plain_ids(words)
         before, after = self.tokenizer([before, after], add_special_tokens=False)["input_ids"]
         return [*before, *content, *after]
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The text that the chat template makes of messages, up to the start of the answer.
+
+        A template that writes today's date (Llama 3.2's, SmolLM3's, Granite's) writes `template_date` in its place:
+        otherwise the model would read other prompts on each day than those that it was trained on.
+        """
+        template = self.tokenizer.get_chat_template()
+        if self.writes_date:
+            template = _clock(self.template_date) + template
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the chat template asks for today's date."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
 
     def _plain_ids(self, text: str) -> list[int]:
         """Token ids of a text; the name of a special token in it is ordinary text."""
@@ -102,8 +138,16 @@ class SoundwaveProcessor(ProcessorMixin):
         return [*self._plain_ids(answer), self.tokenizer.eos_token_id]
 
     def ctc_ids(self, text: str) -> list[int]:
-        """Token ids of a transcript for CTC: every word, also the first one, has a space before it."""
-        return self._plain_ids(" " + text.strip())
+        """Token ids of a transcript for CTC: every word, also the first one, has a space before it.
+
+        Any white space counts as one space, and what is not seen is left out. There is no label for a space alone at
+        the beginning, where nothing is heard; a text without words has no labels.
+        """
+        words = " ".join(INVISIBLE.sub("", text).split())
+        ids = self._plain_ids(words if self._adds_space else f" {words}") if words else []
+        while ids and not self.tokenizer.decode(ids[:1]).strip():
+            ids = ids[1:]
+        return ids
 
     def ctc_text(self, path: Tensor, blank: int) -> str:
         """Text of one utterance's greedy CTC path, int [T] (-1: padding): repeats are merged, blanks dropped."""
@@ -188,7 +232,7 @@ class SoundwaveProcessor(ProcessorMixin):
 
     def ctc_labels(self, transcripts: Sequence[str | None]) -> Tensor:
         """CTC targets int64 [A, U], padded with -100; without a transcript the whole row is -100."""
-        return pad([self.ctc_ids(text) if text and text.strip() else [] for text in transcripts], IGNORE_INDEX, "right")
+        return pad([self.ctc_ids(text or "") for text in transcripts], IGNORE_INDEX, "right")
 
 
 def pad(rows: list[list[int]], value: int, side: str) -> Tensor:
@@ -204,3 +248,16 @@ def pad(rows: list[list[int]], value: int, side: str) -> Tensor:
         [value] * (width - len(row)) + row if side == "left" else row + [value] * (width - len(row)) for row in rows
     ]
     return torch.tensor(filled, dtype=torch.int64)
+
+
+def _clock(day: str) -> str:
+    """The beginning of a chat template in which `strftime_now`, otherwise transformers' own, tells of one `day`.
+
+    It is a macro, because transformers turns a function that it is given into text.
+    """
+    time, replaced = datetime.fromisoformat(day), ".replace('%%', '\x00')"
+    for directive in ("%" + flag + letter for letter in ascii_letters for flag in ("", "-")):
+        text = time.strftime(directive)
+        if text != directive:
+            replaced += f".replace({directive!r}, {text!r})"
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced}.replace('\x00', '%') }}}}{{%- endmacro %}}\n"
