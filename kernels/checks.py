@@ -4,11 +4,11 @@ A wrong value on the CPU is a ValueError at once. To read a CUDA tensor the CPU 
 GPU finds the first wrong value and copies it to the CPU without waiting. The ValueError comes at backward or at the
 next call, as soon as one of them finds that the copy has arrived.
 
-No operation here has forward-mode or second derivatives. Both are refused, because autograd would otherwise take them
-for 0.
+No operation here has forward-mode or second derivatives, nor those of `torch.func`. They are refused, because autograd
+would otherwise take them for 0, or end in an error that names neither the operation nor what to do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,27 +29,81 @@ def _raise(place: int, value: int, message: Message, shape: torch.Size) -> None:
     raise ValueError(message(*where, value))
 
 
+def as_integers(tensor: Tensor) -> Tensor:
+    """A tensor of another integer dtype, such as int16 or uint8, as int64, as torch's own losses take it."""
+    other = tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool
+    return tensor if other or tensor.dtype in (torch.int32, torch.int64) else tensor.to(torch.int64)
+
+
 def as_lengths(name: str, lengths: Tensor | Sequence[int]) -> Tensor:
-    """A sequence as a tensor (of integers, if it is empty); a tensor as it is. Shape and dtype are not checked.
+    """A sequence as a tensor on the CPU, whatever torch's default device is; integers as int32 or int64.
+
+    The shape is not checked, and of the dtype nothing but that.
 
     Raises:
         TypeError: torch can make no tensor of it.
     """
     if isinstance(lengths, Tensor):
-        return lengths
+        return as_integers(lengths)
     try:
-        found = torch.tensor(lengths)
+        found = torch.tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} = {lengths!r}, but it must be a tensor or a sequence of integers") from None
-    return found if found.numel() else found.long()
+    return as_integers(found) if found.numel() else found.long()
 
 
-def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
-    """NotImplementedError if one of `tensors` has a forward-mode tangent, which the operation `name` would drop."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # nearly always: nobody uses forward mode
+def _func_transforms() -> set[Any]:
+    """The kinds of `torch.func` transforms that are active here; nearly always none."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return set()
+    return {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
+
+
+def _within_transforms(x: Tensor) -> Iterator[Tensor]:
+    """`x` and what each active `torch.func` transform has wrapped."""
+    yield x
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+        yield x
+
+
+def needs_gradient(x: Tensor | None) -> bool:
+    """Whether autograd asks for the gradient of `x`, also where `torch.func.vmap` hides that."""
+    if x is None or not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or bool(_func_transforms()) and any(part.requires_grad for part in _within_transforms(x))
+
+
+def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
+    """NotImplementedError if a derivative of the operation `name` is asked for that it does not have.
+
+    These are forward-mode tangents of `tensors`, which the operation would drop, and the gradients that `torch.func`
+    takes. `torch.func.vmap` is let through.
+    """
+    if torch.compiler.is_compiling():
         return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
         raise NotImplementedError(f"{name}: forward-mode derivatives are not there; use reverse mode")
+    if torch._C._functorch.TransformType.Grad in _func_transforms() and any(map(needs_gradient, tensors)):
+        raise NotImplementedError(
+            f"{name}: the derivatives of torch.func (grad, vjp, jacrev, hessian) are not there; "
+            "use torch.autograd.grad or loss.backward()"
+        )
+
+
+def refuse_vmap(name: str, *tensors: Any) -> None:
+    """NotImplementedError if `torch.func.vmap` runs over one of `tensors`, whose values the operation `name` reads."""
+    if not _func_transforms():
+        return
+    if any(
+        torch._C._functorch.is_batchedtensor(part)
+        for x in tensors
+        if isinstance(x, Tensor)
+        for part in _within_transforms(x)
+    ):
+        raise NotImplementedError(f"{name}: torch.func.vmap is not there, because sizes depend on values; use a batch")
 
 
 def no_second_derivative(name: str, *gradients: Any) -> None:

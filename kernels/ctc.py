@@ -14,7 +14,7 @@ Bitwise deterministic.
 import torch
 from torch import Tensor
 
-from soundwave.kernels.checks import no_second_derivative, raise_pending
+from soundwave.kernels.checks import needs_gradient, no_second_derivative, raise_pending
 from soundwave.kernels.ctc_lattice import LATTICES, spread
 from soundwave.kernels.ctc_targets import check_targets, pad_targets
 from soundwave.kernels.dispatch import ranged
@@ -99,5 +99,5 @@ def ctc_nll(
     """
     if targets.dim() == 1:
         targets = pad_targets(targets, target_lengths)
-    need_gradient = log_probs.requires_grad and torch.is_grad_enabled()
+    need_gradient = needs_gradient(log_probs)
     return _ctc_fwd(log_probs, targets, input_lengths, target_lengths, blank, need_gradient, impl, validate)[0]

@@ -128,7 +128,8 @@ def pad_targets(
             validate,
         )
     valid = length_mask(lengths, int(lengths.max()) if lengths.numel() else 0)
-    places = torch.zeros(valid.shape, dtype=torch.int64).masked_scatter_(valid, torch.arange(targets.shape[0]))
+    places = torch.zeros_like(valid, dtype=torch.int64)
+    places.masked_scatter_(valid, torch.arange(targets.shape[0], device=valid.device))
     return targets[places.to(targets.device)].masked_fill_(~valid.to(targets.device), -1)
 
 

@@ -18,7 +18,7 @@ Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it
 import torch
 from torch import Tensor
 
-from soundwave.kernels.checks import no_second_derivative, raise_or_defer, raise_pending
+from soundwave.kernels.checks import needs_gradient, no_second_derivative, raise_or_defer, raise_pending
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.linear_ctc_path import sum_dtype, without_autocast
 from soundwave.kernels.vocab_rows import RowStats, add_weight_gradient, probabilities_times_weight, vocab_chunks
@@ -212,8 +212,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: a target that is no row of `weight`, at once or later (see `checks`).
     """
-    on = torch.is_grad_enabled()
     return _linear_cross_entropy_fwd(
-        hidden, weight, target, ignore_index, product_dtype, impl, reduction, exact, on and hidden.requires_grad,
-        on and weight.requires_grad, validate,
+        hidden, weight, target, ignore_index, product_dtype, impl, reduction, exact, needs_gradient(hidden),
+        needs_gradient(weight), validate,
     )[0]  # fmt: skip

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from soundwave.kernels.checks import no_second_derivative, raise_pending
+from soundwave.kernels.checks import needs_gradient, no_second_derivative, raise_pending
 from soundwave.kernels.ctc_targets import pad_targets
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.linear_ctc_path import Head, sum_dtype, without_autocast
@@ -267,9 +267,7 @@ def linear_ctc(
     """
     if targets.dim() == 1:
         targets = pad_targets(targets, target_lengths)
-    on = torch.is_grad_enabled()
-    need_blank = any(x is not None and x.requires_grad for x in (blank_weight, blank_bias))
-    need = on and hidden.requires_grad, on and weight.requires_grad, on and need_blank
+    need = needs_gradient(hidden), needs_gradient(weight), needs_gradient(blank_weight) or needs_gradient(blank_bias)
     return _linear_ctc_fwd(
         hidden, weight, blank_weight, blank_bias, targets, input_lengths, target_lengths, blank, product_dtype, impl,
         reduction, zero_infinity, exact, *need, validate,

@@ -75,8 +75,9 @@ class Packed(NamedTuple):
         """`lengths` int [B], each 0 to T. If they are on CUDA, the host waits for them."""
         size, count = hidden.shape[1], lengths.cpu().to(torch.int64)
         ends = count.cumsum(0)
-        utterance = torch.arange(len(count)).repeat_interleave(count)
-        place = torch.arange(len(utterance)) + (torch.arange(len(count)) * size - ends + count)[utterance]
+        each = torch.arange(len(count), device="cpu")  # whatever torch's default device is
+        utterance = each.repeat_interleave(count)
+        place = torch.arange(len(utterance), device="cpu") + (each * size - ends + count)[utterance]
         return cls([0, *ends.tolist()], utterance.to(hidden.device), place.to(hidden.device))
 
     def utterances(self, x: Tensor) -> list[Tensor]:

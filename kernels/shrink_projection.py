@@ -250,7 +250,8 @@ def shrink_projection(
             such a row of q is NaN, and a row that comes twice gets one of its gradients.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on meta
+    if autocast and torch.float64 not in (x.dtype, weight.dtype):
         weight, bias = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (weight, bias))
     elif x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype}, but weight is {weight.dtype}: they must agree outside autocast")

@@ -78,7 +78,7 @@ def _max(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = x[:, :whole].unflatten(1, (-1, GROUP_CPU))
     count = groups.shape[1]
     maximum, group = torch.cat([groups.amax(2), x[:, whole:]], 1).max(1)  # the columns after the groups stand alone
-    inside = groups[torch.arange(len(x)), group.clamp(max=count - 1)].argmax(1)
+    inside = groups[torch.arange(len(x), device=x.device), group.clamp(max=count - 1)].argmax(1)
     return maximum, torch.where(group < count, group * GROUP_CPU + inside, group - count + whole)
 
 

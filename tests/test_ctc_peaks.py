@@ -297,7 +297,7 @@ def test_in_triton_lengths_out_of_range_read_nothing_out_of_bounds(device):
         ({"path": torch.zeros(3)}, r"path has shape \[3\], but it must be \[B, T\]"),
         ({"path": torch.zeros(2, 3)}, "path is torch.float32, but it must be int32 or int64"),
         ({"lengths": torch.tensor([3])}, r"lengths has shape \[1\], but it must be \[2\]"),
-        ({"lengths": torch.tensor([3.0, 2.0])}, "lengths is torch.float32, but it must be int32 or int64"),
+        ({"lengths": torch.tensor([3.0, 2.0])}, "lengths is torch.float32, but it must be of an integer dtype"),
         ({"lengths": torch.tensor([3, 4])}, r"lengths\[1\] = 4, but it must be 0 to 3, the frames of path"),
         ({"lengths": torch.tensor([-1, 3])}, r"lengths\[0\] = -1, but it must be 0 to 3"),
         ({"scores": None}, "scores = None, but keep='peaks' chooses by the score of each frame"),

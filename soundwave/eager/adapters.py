@@ -1,5 +1,6 @@
 """The two adapters in plain PyTorch. Dimension letters as in `operations`."""
 
+import numbers
 from typing import Any
 
 import torch
@@ -10,6 +11,32 @@ from soundwave.eager.operations import Peaks, length_mask
 
 ATTEND = ("frames", "self")
 KEYS = ("all", "kept", "none")
+
+
+def setting(config: Any, name: str) -> Any:
+    """The attribute `name` of an adapter's configuration.
+
+    Raises:
+        AttributeError: it is not there.
+        ValueError: it is a number that no adapter can have, or no number.
+    """
+    if not hasattr(config, name):
+        raise AttributeError(f"config has no attribute {name}; the adapter's docstring says what it needs")
+    value = getattr(config, name)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if name in ("attend", "keys"):
+        choices = ATTEND if name == "attend" else KEYS
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{name} = {value!r}, but it must be one of {', '.join(choices)}")
+    elif name == "adapter_dropout":
+        if not is_number or not 0 <= value <= 1:
+            raise ValueError(f"adapter_dropout = {value!r}, but it must be a number from 0 to 1")
+    elif name == "layer_norm_eps":
+        if not is_number or not 0 <= value < float("inf"):
+            raise ValueError(f"layer_norm_eps = {value!r}, but it must be a number of at least 0")
+    elif not is_number or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} = {value!r}, but it must be an integer of at least 1")
+    return value
 
 
 def check_heads(hidden_size: int, num_heads: int) -> None:
@@ -77,20 +104,31 @@ class AlignmentAdapter(nn.Module):
     """From encoder frames to the embedding space of the language model (arXiv 2502.12900, §2).
 
     `frame_stack` neighbouring frames are concatenated, projected, sent through one Transformer layer and normalised.
+
+    Args:
+        config: a `SoundwaveConfig`, or any object with these attributes:
+
+            - `audio_hidden_size`, `hidden_size`: widths E of the encoder and D of the language model.
+            - `num_attention_heads`: heads of the layer; they divide D.
+            - `frame_stack`: neighbouring frames that are concatenated; 2 in Soundwave.
+            - `attend`: "frames", or "self", where each frame attends to itself alone.
+            - `adapter_dropout`: 0 to 1.
+            - `layer_norm_eps`: of all its LayerNorms, such as 1e-5.
+
+    Raises:
+        AttributeError: an attribute is missing.
+        ValueError: an attribute has a wrong value.
     """
 
     def __init__(self, config: Any):
         super().__init__()
-        self.frame_stack = config.frame_stack
-        self.projector = nn.Linear(config.frame_stack * config.audio_hidden_size, config.hidden_size)
-        self.layer = AdapterLayer(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.attend,
-            config.adapter_dropout,
-            config.layer_norm_eps,
-        )
-        self.out_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        names = "frame_stack", "audio_hidden_size", "hidden_size", "num_attention_heads", "attend", "adapter_dropout"
+        stack, encoder_width, width, heads, attend, dropout = (setting(config, name) for name in names)
+        eps = setting(config, "layer_norm_eps")
+        self.frame_stack = stack
+        self.projector = nn.Linear(stack * encoder_width, width)
+        self.layer = AdapterLayer(width, heads, attend, dropout, eps)
+        self.out_norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """`frames` [B, T_enc, E], `lengths` int [B] -> hidden [B, ceil(T_enc / stack), D] and its lengths.
@@ -111,19 +149,29 @@ class ShrinkingAdapter(nn.Module):
 
     `LayerNorm(x' + Attn(x' W_q, x W_k, x W_v) W_o)` with x' the kept rows of x. `keys = "kept"` attends to the kept
     rows alone, and `keys = "none"` is LayerNorm(x').
+
+    Args:
+        config: a `SoundwaveConfig`, or any object with these attributes:
+
+            - `hidden_size`: width D of the language model.
+            - `num_attention_heads`: heads of the attention; they divide D.
+            - `keys`: "all", "kept" or "none".
+            - `layer_norm_eps`: of the LayerNorm, such as 1e-5.
+
+    Raises:
+        AttributeError: an attribute is missing.
+        ValueError: an attribute has a wrong value.
     """
 
     def __init__(self, config: Any):
         super().__init__()
-        width = config.hidden_size
-        check_heads(width, config.num_attention_heads)
-        if config.keys not in KEYS:
-            raise ValueError(f"keys = {config.keys!r}, but it must be one of {', '.join(KEYS)}")
-        self.num_heads, self.keys = config.num_attention_heads, config.keys
+        width, eps = setting(config, "hidden_size"), setting(config, "layer_norm_eps")
+        self.num_heads, self.keys = setting(config, "num_attention_heads"), setting(config, "keys")
+        check_heads(width, self.num_heads)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm = nn.LayerNorm(width, eps=eps)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 

@@ -1,8 +1,11 @@
-"""The fused losses and adapters as modules; `functional` holds the operations. All are built on the Triton kernels."""
+"""The fused losses and adapters as modules; `functional` holds the operations. All are built on the Triton kernels.
+
+`transformers_ctc_loss` is the CTC loss in the form that the models of Transformers call.
+"""
 
 from soundwave.fused import functional
 from soundwave.fused.adapters import AlignmentAdapter, ShrinkingAdapter
-from soundwave.fused.losses import CTCLoss, LinearCrossEntropyLoss, LinearCTCLoss
+from soundwave.fused.losses import CTCLoss, LinearCrossEntropyLoss, LinearCTCLoss, transformers_ctc_loss
 
 __all__ = [
     "AlignmentAdapter",
@@ -11,6 +14,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "ShrinkingAdapter",
     "functional",
+    "transformers_ctc_loss",
 ]
 
 

@@ -12,21 +12,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from soundwave import eager
-from soundwave.attention import attend
-from soundwave.fused.arguments import expect
+from soundwave.attention import IMPLEMENTATIONS, attend
+from soundwave.fused.arguments import NotScriptable, check_impl, expect
 from soundwave.fused.functional import add_layer_norm, shrink_attention
-from soundwave.kernels.checks import as_lengths, no_forward_mode
+from soundwave.kernels.checks import as_lengths, refuse_transforms, refuse_vmap
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.shrink_projection import shrink_projection
 
 
-def _lengths(lengths: Tensor | Sequence[int], batch: int) -> Tensor:
-    """`lengths` as an integer tensor [B]."""
+def _lengths(lengths: Tensor | Sequence[int], batch: int, read: bool) -> Tensor:
+    """`lengths` as an integer tensor [B]. `read`: the adapter reads their values, so they must have some."""
     lengths = as_lengths("lengths", lengths)
+    if batch == 1 and lengths.dim() == 0:
+        lengths = lengths[None]
     if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"lengths is {lengths.dtype} of shape {list(lengths.shape)}, but it must be int [{batch}], int32 or int64"
-        )
+        raise ValueError(f"lengths is {lengths.dtype} of shape {list(lengths.shape)}, but it must be int [{batch}]")
+    if read and lengths.is_meta:
+        raise ValueError("lengths is on meta, but it must have values, because they give the number of rows")
     return lengths
 
 
@@ -35,7 +37,7 @@ def _as_autocasts_norm(update: Tensor) -> Tensor:
     return update.float() if update.is_cuda and torch.is_autocast_enabled("cuda") else update
 
 
-class AlignmentAdapter(eager.AlignmentAdapter):
+class AlignmentAdapter(NotScriptable, eager.AlignmentAdapter):
     """`eager.AlignmentAdapter` on packed rows: frames past a length cost nothing.
 
     Attention goes through `soundwave.attention`. If each frame attends to itself alone (`config.attend = "self"`), no
@@ -45,13 +47,39 @@ class AlignmentAdapter(eager.AlignmentAdapter):
     padding they are other numbers than eager's.
 
     Args:
-        config: as for eager.
+        config: a `SoundwaveConfig`, or any object with these attributes:
+
+            - `audio_hidden_size`, `hidden_size`: widths E of the encoder and D of the language model.
+            - `num_attention_heads`: heads of the layer; they divide D.
+            - `frame_stack`: neighbouring frames that are concatenated; 2 in Soundwave.
+            - `attend`: "frames", or "self", where each frame attends to itself alone.
+            - `adapter_dropout`: 0 to 1.
+            - `layer_norm_eps`: of all its LayerNorms, such as 1e-5.
         impl: implementation of residual + LayerNorm: "auto", "triton" or "torch".
         attention: "auto", "flash_attn", "varlen" or "sdpa".
+
+    Raises:
+        AttributeError: the configuration lacks an attribute.
+        ValueError: an attribute or argument has a wrong value.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from soundwave import fused
+        >>> config = SimpleNamespace(
+        ...     audio_hidden_size=24, hidden_size=32, num_attention_heads=4, frame_stack=2, attend="frames",
+        ...     adapter_dropout=0.1, layer_norm_eps=1e-5,
+        ... )
+        >>> hidden, lengths = fused.AlignmentAdapter(config)(torch.randn(2, 41, 24), [41, 18])
+        >>> hidden.shape, lengths
+        (torch.Size([2, 21, 32]), tensor([21,  9]))
     """
 
     def __init__(self, config: Any, impl: str = "auto", attention: str = "auto"):
         super().__init__(config)
+        check_impl(impl)
+        if attention not in IMPLEMENTATIONS:
+            raise ValueError(f"attention = {attention!r}, but it must be one of {', '.join(IMPLEMENTATIONS)}")
         self.impl, self.attention = impl, attention
 
     def extra_repr(self) -> str:
@@ -66,9 +94,11 @@ class AlignmentAdapter(eager.AlignmentAdapter):
         Raises:
             ValueError: frames or lengths of another shape or kind of dtype; a length that is negative or beyond T_enc.
         """
+        refuse_transforms("AlignmentAdapter", frames, *self.parameters())
+        refuse_vmap("AlignmentAdapter", lengths)
         expect("frames", frames, ("B", "T_enc", self.projector.in_features // self.frame_stack))
         batch, size, _ = frames.shape
-        lengths = _lengths(lengths, batch)
+        lengths = _lengths(lengths, batch, read=True)
         stack, out_size = self.frame_stack, -(-size // self.frame_stack)
         counts = (lengths + stack - 1) // stack
         some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
@@ -122,19 +152,40 @@ class AlignmentAdapter(eager.AlignmentAdapter):
         return add_layer_norm(update, residual, norm.weight, norm.bias, norm.eps, impl=self.impl)
 
 
-class ShrinkingAdapter(eager.ShrinkingAdapter):
+class ShrinkingAdapter(NotScriptable, eager.ShrinkingAdapter):
     """`eager.ShrinkingAdapter` on packed rows: frames past a length cost nothing.
 
     On CUDA the kept rows x' = x[index] are never stored: the query product and residual + LayerNorm read them in place.
     Attention is packed as well.
 
     Args:
-        config: as for eager.
+        config: a `SoundwaveConfig`, or any object with these attributes:
+
+            - `hidden_size`: width D of the language model.
+            - `num_attention_heads`: heads of the attention; they divide D.
+            - `keys`: "all": a kept frame attends to every frame of its utterance; "kept": to the kept ones; "none": no
+              attention, only the LayerNorm.
+            - `layer_norm_eps`: of the LayerNorm, such as 1e-5.
         impl: implementation of projection, attention and residual + LayerNorm: "auto", "triton" or "torch".
+
+    Raises:
+        AttributeError: the configuration lacks an attribute.
+        ValueError: an attribute or argument has a wrong value.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from soundwave import fused
+        >>> config = SimpleNamespace(hidden_size=32, num_attention_heads=4, keys="all", layer_norm_eps=1e-5)
+        >>> path = torch.tensor([[9, 4, 4, 9, 2], [9, 5, 9, 9, 9]])  # 9 is the blank
+        >>> peaks = fused.functional.ctc_peaks(path, [5, 3], blank=9, scores=torch.zeros(2, 5))
+        >>> fused.ShrinkingAdapter(config)(torch.randn(2, 5, 32), [5, 3], peaks).shape  # 4, 2 and 5
+        torch.Size([3, 32])
     """
 
     def __init__(self, config: Any, impl: str = "auto"):
         super().__init__(config)
+        check_impl(impl)
         self.impl = impl
 
     def extra_repr(self) -> str:
@@ -154,12 +205,13 @@ class ShrinkingAdapter(eager.ShrinkingAdapter):
             TypeError: peaks that are no `Peaks`, such as a plain tuple.
         """
         width, impl = self.in_proj_weight.shape[1], self.impl
+        refuse_vmap("ShrinkingAdapter", lengths, *(peaks if isinstance(peaks, tuple) else ()))
         expect("hidden", hidden, ("B", "T", width))
-        lengths = _lengths(lengths, hidden.shape[0])
+        lengths = _lengths(lengths, hidden.shape[0], read=self.keys == "all")
         _check_peaks(peaks, lengths, hidden)
         if self.keys == "none":
             return super().forward(hidden, lengths, peaks)
-        no_forward_mode("ShrinkingAdapter", hidden, self.in_proj_weight, self.in_proj_bias)
+        refuse_transforms("ShrinkingAdapter", hidden, *self.parameters())
         x, norm, kept = hidden.reshape(-1, width), self.norm, self.keys == "kept"
         index = peaks.index.contiguous()
         cu_seqlens, longest = peaks.cu_seqlens, peaks.max_seqlen
@@ -189,7 +241,7 @@ def _check_peaks(peaks: eager.Peaks, lengths: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"peaks.cu_seqlens = {bounds}, but it must rise from 0 to {len(index)}, the kept frames")
     if batch and int(counts.max()) > longest:
         raise ValueError(f"peaks.max_seqlen = {longest}, but an utterance has {int(counts.max())} kept frames")
-    utterance = torch.arange(batch).repeat_interleave(counts)
+    utterance = torch.arange(batch, device=counts.device).repeat_interleave(counts)
     first = utterance * size
     outside = (index < first) | (index >= first + lengths[utterance])
     falls = F.pad(index.diff() <= 0, (1, 0)) if len(index) else outside

@@ -2,13 +2,25 @@
 
 import operator
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from soundwave.kernels.checks import as_lengths
+from soundwave.kernels.checks import as_integers, as_lengths, refuse_vmap
+from soundwave.kernels.ctc_targets import pad_targets
+from soundwave.kernels.dispatch import resolve_impl
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class NotScriptable:
+    """Base of the modules, which call Triton kernels from Python: `torch.jit.script` says so, also of a whole model."""
+
+    def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script calls it first, on the parts of a model as well
+        raise NotImplementedError(
+            f"fused.{type(self).__name__} cannot be scripted: use torch.compile, or script the rest of the model"
+        )
 
 
 def expect(
@@ -49,33 +61,66 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction = {reduction!r}, but it must be one of {', '.join(REDUCTIONS)}")
 
 
-def check_targets(targets: Tensor, batch: int, name: str, like: Tensor) -> None:
-    """ValueError unless `targets` is int [batch, U] or [S], on the CPU or on the device of `like`, called `name`."""
+def check_impl(impl: str) -> None:
+    """ValueError for an unknown word. The call checks whether `impl` can run, because that depends on the device."""
+    resolve_impl(impl, torch.device("cuda"))  # where every `impl` can run
+
+
+def check_targets(targets: Tensor, batch: int, name: str, like: Tensor) -> Tensor:
+    """`targets` as int32 or int64; ValueError unless they are integers [batch, U] or [S].
+
+    They may be on the CPU or on the device of `like`, which the error calls `name`.
+    """
     expect_tensor("targets", targets)
+    targets = as_integers(targets)
     if targets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"targets is {targets.dtype}, but it must be int32 or int64")
+        raise ValueError(f"targets is {targets.dtype}, but it must be of an integer dtype")
     if targets.dim() != 1 and (targets.dim() != 2 or targets.shape[0] != batch):
         raise ValueError(f"targets has shape {list(targets.shape)}, but it must be [{batch}, U], or [S] concatenated")
     if targets.device.type != "cpu" and targets.device != like.device:
         raise ValueError(f"targets is on {targets.device}, but {name} is on {like.device}")
+    return targets
+
+
+def padded_targets(
+    targets: Tensor, target_lengths: Tensor, classes: int, blank: int, classes_of: str, validate: bool
+) -> Tensor:
+    """`targets` [B, U] as they are, and concatenated ones [S] as [B, U].
+
+    Meta tensors hold no lengths, so U is then S, which is enough: no result has a dimension of U.
+    """
+    if targets.dim() != 1:
+        return targets
+    refuse_vmap("targets [S], one after the other", target_lengths)
+    if targets.is_meta or target_lengths.is_meta:
+        return targets.new_empty(target_lengths.shape[0], targets.shape[0], device="meta")
+    return pad_targets(targets, target_lengths, classes, blank, classes_of, validate)
 
 
 def as_integer(name: str, value: int) -> int:
-    """`value` as an int; ValueError if it is not an integer, such as 0.0."""
-    if isinstance(value, int):
+    """`value` as an int; ValueError if it is not an integer, such as 0.0, or is True or False."""
+    if type(value) is int or isinstance(value, torch.SymInt):
         return value
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} = {value!r}, but it must be an integer") from None
 
 
-def lengths_of(name: str, lengths: Tensor | Sequence[int], batch: int, like: Tensor, single: bool = False) -> Tensor:
-    """`lengths` as a contiguous integer tensor [B]. For a `single` utterance it may be one number."""
+def check_flag(name: str, value: bool) -> None:
+    """ValueError unless `value` is True or False, because 0, None or "no" may mean another thing than it does here."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} = {value!r}, but it must be True or False")
+
+
+def lengths_of(name: str, lengths: Tensor | Sequence[int], batch: int, like: Tensor) -> Tensor:
+    """`lengths` as a contiguous integer tensor [B]. For one utterance it may be one number, as for torch's loss."""
     lengths = as_lengths(name, lengths)
     if lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} is {lengths.dtype}, but it must be int32 or int64")
-    if lengths.shape != (batch,) and not (single and lengths.dim() == 0):
+        raise ValueError(f"{name} is {lengths.dtype}, but it must be of an integer dtype")
+    if lengths.shape != (batch,) and not (batch == 1 and lengths.dim() == 0):
         raise ValueError(f"{name} has shape {list(lengths.shape)}, but it must be [{batch}], one a row of the batch")
     if lengths.device.type != "cpu" and lengths.device != like.device:
         raise ValueError(f"{name} is on {lengths.device}, but the other tensors are on {like.device}")
@@ -85,6 +130,8 @@ def lengths_of(name: str, lengths: Tensor | Sequence[int], batch: int, like: Ten
 def product_dtype_of(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype in which `hidden @ weight.T` runs: that of autocast, else that of the weight."""
     kind = hidden.device.type
+    if not torch.amp.is_autocast_available(kind):  # such as meta
+        return weight.dtype
     autocast = torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype)
     return torch.get_autocast_dtype(kind) if autocast else weight.dtype
 

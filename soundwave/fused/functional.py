@@ -11,15 +11,23 @@ import torch
 from torch import Tensor
 
 from soundwave.eager import IGNORE_INDEX, Peaks
-from soundwave.fused.arguments import as_integer, check_reduction, check_targets, expect, expect_tensor, lengths_of
+from soundwave.fused.arguments import (
+    as_integer,
+    check_flag,
+    check_reduction,
+    check_targets,
+    expect,
+    expect_tensor,
+    lengths_of,
+    padded_targets,
+)
 from soundwave.fused.linear import LinearCTCOutput, linear_cross_entropy, linear_ctc_loss, linear_ctc_path
 from soundwave.kernels import ctc as _ctc
 from soundwave.kernels import ctc_peaks as _ctc_peaks
 from soundwave.kernels import norm as _norm
 from soundwave.kernels import shrink_attention as _shrink_attention
 from soundwave.kernels import splice as _splice
-from soundwave.kernels.checks import no_forward_mode
-from soundwave.kernels.ctc_targets import pad_targets
+from soundwave.kernels.checks import refuse_transforms, refuse_vmap
 from soundwave.kernels.dispatch import resolve_impl
 
 __all__ = [
@@ -60,9 +68,9 @@ def ctc_loss(
 
     Args:
         log_probs: [T, B, C], or [T, C] for one utterance; float16, bfloat16, float32 or float64.
-        targets: int32 or int64 [B, U], padded with anything; or [S], the labels of all utterances one after the other;
-            on the CPU or on the device of log_probs.
-        input_lengths, target_lengths: int [B], tensors on either device or sequences.
+        targets: int [B, U], padded with anything; or [S], the labels of all utterances one after the other; on the CPU
+            or on the device of log_probs.
+        input_lengths, target_lengths: int [B], tensors on either device or sequences; for one utterance also a number.
         blank: class of the blank.
         reduction: "mean" (each loss over its target length, or 1 if that is 0, then over utterances), "sum" or "none".
         zero_infinity: an utterance that cannot be aligned counts 0. Its gradient is 0 in any case.
@@ -82,15 +90,17 @@ def ctc_loss(
             comes at backward or at the next call (it names a label of targets [S] by utterance and place in it).
             Targets [S] with lengths on CUDA cost a synchronisation.
         RuntimeError: a second derivative.
-        NotImplementedError: a forward-mode derivative, here and in every other function.
+        NotImplementedError: a forward-mode derivative or one of `torch.func`, here and in every other function.
     """
     expect_tensor("log_probs", log_probs)
-    no_forward_mode("ctc_loss", log_probs)
+    refuse_transforms("ctc_loss", log_probs)
     if log_probs.dim() not in (2, 3):
         raise ValueError(f"log_probs has shape {list(log_probs.shape)}, but it must be [T, B, C] or [T, C]")
     if log_probs.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"log_probs is {log_probs.dtype}, but it must be float16, bfloat16, float32 or float64")
     check_reduction(reduction)
+    check_flag("zero_infinity", zero_infinity)
+    check_flag("validate", validate)
     impl = resolve_impl(impl, log_probs.device)
     single = log_probs.dim() == 2
     log_probs = log_probs.unsqueeze(1) if single else log_probs
@@ -98,11 +108,10 @@ def ctc_loss(
     blank = as_integer("blank", blank)
     if not 0 <= blank < classes:
         raise ValueError(f"blank = {blank}, but it must be one of the {classes} classes of log_probs")
-    input_lengths = lengths_of("input_lengths", input_lengths, batch, log_probs, single)
-    target_lengths = lengths_of("target_lengths", target_lengths, batch, log_probs, single)
-    check_targets(targets, batch, "log_probs", log_probs)
-    if targets.dim() == 1:
-        targets = pad_targets(targets, target_lengths, classes, blank, "classes of log_probs", validate)
+    input_lengths = lengths_of("input_lengths", input_lengths, batch, log_probs)
+    target_lengths = lengths_of("target_lengths", target_lengths, batch, log_probs)
+    targets = check_targets(targets, batch, "log_probs", log_probs)
+    targets = padded_targets(targets, target_lengths, classes, blank, "classes of log_probs", validate)
     loss = _ctc.ctc_nll(log_probs, targets, input_lengths, target_lengths, blank=blank, impl=impl, validate=validate)
     if zero_infinity:
         loss = torch.where(loss == torch.inf, torch.zeros_like(loss), loss)
@@ -163,7 +172,7 @@ def add_layer_norm(
             With Triton a row that does not exist gives NaN, and a row that comes twice gets one of its gradients.
         RuntimeError: a second derivative.
     """
-    no_forward_mode("add_layer_norm", x, residual, weight, bias)
+    refuse_transforms("add_layer_norm", x, residual, weight, bias)
     expect("x", x, ("N", "D"))
     rows, width = x.shape
     expect("residual", residual, ("R" if residual_index is not None else rows, width), x)
@@ -206,6 +215,9 @@ def ctc_peaks(
             counts as 0 or T.
     """
     expect("path", path, ("B", "T"), floating=False)
+    refuse_vmap("ctc_peaks", path, lengths, scores)
+    if path.is_meta:
+        raise ValueError("path is on meta, but it must have values, because they give the number of kept frames")
     lengths = lengths_of("lengths", lengths, path.shape[0], path)
     blank = as_integer("blank", blank)
     if keep not in _ctc_peaks.KEEP:
@@ -249,7 +261,7 @@ def shrink_attention(
             bounds.
         RuntimeError: a second derivative.
     """
-    no_forward_mode("shrink_attention", query, key, value)
+    refuse_transforms("shrink_attention", query, key, value)
     expect("query", query, ("K", "H", "E"))
     heads, size = query.shape[1:]
     expect("key", key, ("N", heads, size), query)
@@ -312,7 +324,7 @@ def splice(
     """
     expect("input_ids", input_ids, ("B", "L"), floating=False)
     batch, width = input_ids.shape
-    no_forward_mode("splice", embeddings, speech)
+    refuse_transforms("splice", embeddings, speech)
     expect("embeddings", embeddings, (batch, width, "D"), input_ids)
     expect("attention_mask", attention_mask, (batch, width), input_ids, floating=None)
     expect("speech", speech, ("K", embeddings.shape[2]), input_ids)

@@ -13,6 +13,7 @@ from torch import Tensor
 from soundwave.eager import IGNORE_INDEX
 from soundwave.fused.arguments import (
     as_integer,
+    check_flag,
     check_head,
     check_reduction,
     check_targets,
@@ -20,13 +21,13 @@ from soundwave.fused.arguments import (
     expect,
     expect_tensor,
     lengths_of,
+    padded_targets,
     product_dtype_of,
 )
 from soundwave.kernels import linear_cross_entropy as _linear_cross_entropy
 from soundwave.kernels import linear_ctc as _linear_ctc
 from soundwave.kernels import linear_ctc_path as _linear_ctc_path
-from soundwave.kernels.checks import no_forward_mode
-from soundwave.kernels.ctc_targets import pad_targets
+from soundwave.kernels.checks import refuse_transforms
 from soundwave.kernels.dispatch import resolve_impl
 
 
@@ -96,19 +97,20 @@ def linear_ctc_loss(
             validate=validate,
         )  # fmt: skip
         return LinearCTCOutput(None, *path)
-    no_forward_mode("linear_ctc_loss", hidden, weight, blank_weight, blank_bias)
+    refuse_transforms("linear_ctc_loss", hidden, weight, blank_weight, blank_bias)
     blank = as_integer("blank", blank)
     weights = check_head(hidden, weight, blank, blank_weight, blank_bias)
     batch = hidden.shape[0]
     check_reduction(reduction)
+    for name, value in (("zero_infinity", zero_infinity), ("exact", exact), ("validate", validate)):
+        check_flag(name, value)
     if target_lengths is None:
         raise ValueError("target_lengths = None, but targets are given")
-    check_targets(targets, batch, "hidden", hidden)
+    targets = check_targets(targets, batch, "hidden", hidden)
     input_lengths = lengths_of("input_lengths", input_lengths, batch, hidden)
     target_lengths = lengths_of("target_lengths", target_lengths, batch, hidden)
-    if targets.dim() == 1:
-        classes = weight.shape[0] + (blank_weight is not None)
-        targets = pad_targets(targets, target_lengths, classes, blank, "rows of the head", validate)
+    classes = weight.shape[0] + (blank_weight is not None)
+    targets = padded_targets(targets, target_lengths, classes, blank, "rows of the head", validate)
     return LinearCTCOutput(
         *_linear_ctc.linear_ctc(
             hidden, *weights, targets, input_lengths, target_lengths, blank=blank,
@@ -181,11 +183,13 @@ def linear_cross_entropy(
         RuntimeError: a second derivative.
     """
     expect_tensor("hidden", hidden)
-    no_forward_mode("linear_cross_entropy", hidden, weight)
+    refuse_transforms("linear_cross_entropy", hidden, weight)
     expect("hidden", hidden, (*hidden.shape[:-1], "D") if hidden.dim() else ("...", "D"))
     check_weight(weight, hidden)
     expect("target", target, hidden.shape[:-1], hidden, floating=False)
     check_reduction(reduction)
+    check_flag("exact", exact)
+    check_flag("validate", validate)
     loss = _linear_cross_entropy.linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), weight, target, ignore_index=as_integer("ignore_index", ignore_index),
         product_dtype=product_dtype_of(hidden, weight), impl=resolve_impl(impl, hidden.device), reduction=reduction,

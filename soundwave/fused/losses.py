@@ -1,23 +1,25 @@
-"""The fused losses as modules."""
+"""The fused losses as modules, and the CTC loss as the models of Transformers call theirs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from soundwave.eager import IGNORE_INDEX
 from soundwave.fused import functional
-from soundwave.fused.arguments import check_reduction
-from soundwave.kernels.dispatch import resolve_impl
+from soundwave.fused.arguments import NotScriptable, as_integer, check_flag, check_impl, check_reduction
 
 
-def _check(reduction: str, impl: str) -> None:
-    """ValueError for an unknown word. The call checks whether `impl` can run, because that depends on the device."""
-    check_reduction(reduction)
-    resolve_impl(impl, torch.device("cuda"))  # where every `impl` can run
+def _blank(blank: int) -> int:
+    """`blank` as an int; ValueError if no loss can have such a blank. How many classes there are, the call shows."""
+    blank = as_integer("blank", blank)
+    if blank < 0:
+        raise ValueError(f"blank = {blank}, but it must be 0 or more")
+    return blank
 
 
-class CTCLoss(nn.Module):
+class CTCLoss(NotScriptable, nn.Module):
     """`functional.ctc_loss` as a replacement for `torch.nn.CTCLoss`: the same arguments, call and values.
 
     Differences from torch:
@@ -27,8 +29,9 @@ class CTCLoss(nn.Module):
     - An utterance that cannot be aligned has gradient 0, never NaN.
     - A label that is the blank or no class is a `ValueError`.
     - float16 and bfloat16 are accepted and give a float32 loss.
-    - Targets and lengths must be int32 or int64, and lengths [B]. Torch also takes uint8, floating-point targets and
-      lengths [B, 1]; here they are a `ValueError`.
+    - Targets are integers, and lengths are [B]. Torch also takes floating-point targets and lengths [B, 1]; here they
+      are a `ValueError`.
+    - `torch.jit.script` is refused; `torch.compile` works.
     """
 
     def __init__(
@@ -40,8 +43,11 @@ class CTCLoss(nn.Module):
         validate: bool = False,
     ):
         super().__init__()
-        _check(reduction, impl)
-        self.blank, self.reduction, self.zero_infinity = blank, reduction, zero_infinity
+        check_reduction(reduction)
+        check_impl(impl)
+        check_flag("zero_infinity", zero_infinity)
+        check_flag("validate", validate)
+        self.blank, self.reduction, self.zero_infinity = _blank(blank), reduction, zero_infinity
         self.impl, self.validate = impl, validate
 
     def forward(
@@ -70,7 +76,7 @@ class CTCLoss(nn.Module):
         )
 
 
-class LinearCTCLoss(nn.Module):
+class LinearCTCLoss(NotScriptable, nn.Module):
     """`functional.linear_ctc_loss` as a module, which returns the loss alone.
 
     The head is an argument of the call, because it belongs to the language model and not to the loss.
@@ -87,8 +93,12 @@ class LinearCTCLoss(nn.Module):
         validate: bool = False,
     ):
         super().__init__()
-        _check(reduction, impl)
-        self.blank, self.reduction, self.zero_infinity = blank, reduction, zero_infinity
+        check_reduction(reduction)
+        check_impl(impl)
+        check_flag("zero_infinity", zero_infinity)
+        check_flag("validate", validate)
+        self.blank, self.reduction, self.zero_infinity = _blank(blank), reduction, zero_infinity
+        check_flag("exact", exact)
         self.impl, self.exact, self.validate = impl, exact, validate
 
     def forward(
@@ -125,7 +135,7 @@ class LinearCTCLoss(nn.Module):
         )
 
 
-class LinearCrossEntropyLoss(nn.Module):
+class LinearCrossEntropyLoss(NotScriptable, nn.Module):
     """`functional.linear_cross_entropy` as a module: a linear head and `nn.CrossEntropyLoss`, without the logits."""
 
     def __init__(
@@ -138,8 +148,11 @@ class LinearCrossEntropyLoss(nn.Module):
         validate: bool = False,
     ):
         super().__init__()
-        _check(reduction, impl)
-        self.ignore_index, self.reduction = ignore_index, reduction
+        check_reduction(reduction)
+        check_impl(impl)
+        check_flag("validate", validate)
+        self.ignore_index, self.reduction = as_integer("ignore_index", ignore_index), reduction
+        check_flag("exact", exact)
         self.impl, self.exact, self.validate = impl, exact, validate
 
     def forward(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -157,3 +170,44 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, exact={self.exact}, impl={self.impl!r}"
+
+
+def transformers_ctc_loss(
+    logits: Tensor,
+    labels: Tensor,
+    logit_lengths: Tensor,
+    blank_token_id: int,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+    **_: Any,
+) -> Tensor:
+    """The CTC loss as the CTC models of Transformers call theirs: `model.loss_function = transformers_ctc_loss`.
+
+    They ask for `loss_function` since Transformers 5.21; older ones never call it. Set this function and no module:
+    `nn.Module` would file a module away as a part of the model, and the model would keep its own loss.
+
+    Args:
+        logits: [B, T, C], before any softmax.
+        labels: int [B, U]; those that are `ignore_index` or the blank are left out, wherever they stand.
+        logit_lengths: int [B], the valid frames of `logits`.
+        blank_token_id: the blank, `config.pad_token_id`.
+        reduction, zero_infinity: as in `CTCLoss`; the models pass those of their configuration.
+        ignore_index: the label that pads.
+        _: what else a model passes on, such as `num_items_in_batch`; without effect, as in Transformers' own loss.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits): a scalar, or [B] for "none".
+
+    Raises:
+        ValueError: as `functional.ctc_loss`, such as for a label that is negative and not `ignore_index`.
+    """
+    labels = torch.atleast_2d(labels).to(logits.device)
+    used = (labels != ignore_index) & (labels != blank_token_id)
+    # Labels move to the front and keep their order. Picking them out would wait for the GPU, to know their number.
+    labels = labels.gather(1, used.logical_not().to(torch.uint8).argsort(dim=1, stable=True))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = logits.log_softmax(-1, dtype=dtype).transpose(0, 1)
+    return functional.ctc_loss(
+        log_probs, labels, logit_lengths, used.sum(1), blank_token_id, reduction, zero_infinity
+    )  # fmt: skip
