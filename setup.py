@@ -28,6 +28,7 @@ REQUIRES = [
     "soundfile",
     "av>=14",
     "soxr",
+    "jinja2",
     "jiwer",
     "whisper-normalizer",
     "typer",

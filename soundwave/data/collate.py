@@ -7,10 +7,11 @@ import numpy as np
 from torch import Tensor
 
 from soundwave.data.audio import AudioError, load_audio, seconds_of, shown
+from soundwave.data.forms import TRANSCRIBE_PROMPT
 from soundwave.data.manifest import Sample
+from soundwave.model.chat import ChatError, Prompt, text_of
 from soundwave.model.processing import SoundwaveProcessor
 
-TRANSCRIBE_PROMPT = "Transcribe the speech."
 CHARACTERS_A_TOKEN = 4  # in English text
 TOKENS_A_SECOND = 5  # 3 kept frames, and the encoder's work counts as 2 more tokens
 SILENCE = 2**-15  # peak of a silent recording, full scale 1: dithering may leave one step of 16 bits
@@ -61,7 +62,8 @@ class CheckedCollator(Collator):
     """A Collator that leaves out samples that cannot be trained on, and adds the names of the others to the batch.
 
     A sample is left out if its audio cannot be decoded, is silent although it has a transcript, or is so loud that its
-    features are not finite. Stages 1 and 2 also leave out a transcript that needs more frames than its audio has.
+    features are not finite, or if the chat template cannot write its chat. Stages 1 and 2 also leave out a transcript
+    that needs more frames than its audio has.
 
     Args:
         processor, stage: as in Collator.
@@ -84,7 +86,7 @@ class CheckedCollator(Collator):
             try:
                 clip = self.clip(sample)
             except AudioError as error:
-                left_out.append(LeftOut(sample.id, str(sample.audio), error.fault))
+                left_out.append(LeftOut(sample.id, str(error.path), error.fault))
             else:
                 kept.append(sample)
                 clips.append(clip)
@@ -98,6 +100,8 @@ class CheckedCollator(Collator):
         Raises:
             AudioError: the sample must be left out.
         """
+        if self.stage > 1:
+            _check_chat(self.processor, sample)
         if sample.audio is None:
             return None
         audio = load_audio(sample.audio, offset=sample.offset, duration=sample.duration)
@@ -151,7 +155,7 @@ def with_duration(sample: Sample) -> Sample:
 
 def tokens_of(sample: Sample) -> float:
     """Estimated work of a sample, in tokens of the language model."""
-    characters = len(prompt_of(sample)) + len(answer_of(sample))
+    characters = len(text_of(prompt_of(sample))) + len(answer_of(sample))
     return characters / CHARACTERS_A_TOKEN + TOKENS_A_SECOND * (sample.duration or 0.0 if sample.audio else 0.0)
 
 
@@ -159,14 +163,24 @@ def features(processor: SoundwaveProcessor, sample: Sample) -> Tensor | None:
     """Log-mel features [n_mels, T_mel] of a sample's audio; None for text only.
 
     Raises:
-        AudioError: the audio cannot be used.
+        AudioError: the audio cannot be used, or the chat template cannot write the sample's chat.
     """
-    if sample.audio is None:
-        return None
     try:
+        _check_chat(processor, sample)
+        if sample.audio is None:
+            return None
         return processor.features(load_audio(sample.audio, offset=sample.offset, duration=sample.duration))
     except AudioError as error:
         raise _with_id(sample, error) from None
+
+
+def _check_chat(processor: SoundwaveProcessor, sample: Sample) -> None:
+    try:
+        if sample.chat:
+            processor.prompt_ids(sample.chat, has_audio=sample.audio is not None)
+    except ChatError as error:
+        fault = f"{error}; write the chat in other turns, or take another language model"
+        raise AudioError(sample.audio or "no recording", fault) from None
 
 
 def _with_id(sample: Sample, error: AudioError) -> AudioError:
@@ -179,8 +193,10 @@ def ctc_text_of(sample: Sample) -> str | None:
     return sample.ctc_text if sample.ctc_text is not None else sample.text
 
 
-def prompt_of(sample: Sample) -> str:
-    """The user's prompt; `TRANSCRIBE_PROMPT` if the sample has none."""
+def prompt_of(sample: Sample) -> Prompt:
+    """The user's prompt, with its turns where it is a chat; `TRANSCRIBE_PROMPT` if the sample has none."""
+    if sample.chat:
+        return sample.chat
     return sample.prompt if sample.prompt is not None else TRANSCRIBE_PROMPT
 
 

@@ -1,4 +1,4 @@
-"""Manifests: text files with one JSON object per line, which is one sample.
+"""Manifests: text files with one JSON object per line, or a JSON array of objects. Each object is one sample.
 
 Our own form has NeMo's keys and a few more. A transcription needs `audio_filepath` and `text`, any other task
 `task`, `prompt` and `answer`. A sample without audio is text only:
@@ -7,36 +7,48 @@ Our own form has NeMo's keys and a few more. A transcription needs `audio_filepa
     {"audio_filepath": "a/1.wav", "task": "intent", "prompt": "What is wanted?", "answer": "light"}
     {"task": "qa", "prompt": "What is the capital of France?", "answer": "Paris"}
 
-`ctc_text` replaces the transcript in CTC, where CTC should write more than the words.
+`ctc_text` replaces the transcript in CTC, where CTC should write more than the words. `<audio>` in a prompt says where
+the recording stands; by default it stands before the prompt.
 
-Two other forms are read too: `messages` with `audios` (ms-swift, LLaMA-Factory; the task is "chat" unless one is
-given) and SLAM-LLM's `key`, `source`, `target`. Unknown keys are kept in `Sample.extra`; `null` counts as absent.
+`soundwave.data.forms` reads the forms of other trainers. Unknown keys are kept in `Sample.extra`; `null` counts as
+absent.
 """
 
 import difflib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from soundwave.data.audio import shown
+from soundwave.data.chats import Refused
+from soundwave.data.chats import show as _show
+from soundwave.data.forms import AUDIO_KEYS, CHAT_KEYS, READ_KEYS, to_own_form
+from soundwave.model.chat import Turn
 
-AUDIO_TAG = "<audio>"
 KEYS = (
     *("audio_filepath", "offset", "duration", "text"),
     *("task", "prompt", "answer", "ctc_text", "source_lang", "target_lang"),
 )
-OTHER_FORMS_KEYS = ("messages", "audios", "source", "target")
-ONE_OBJECT_A_LINE = "a manifest is UTF-8 text with one JSON object on each line"
+ONE_OBJECT_A_LINE = "a manifest is UTF-8 text with one JSON object on each line, or one JSON array of objects"
 NO_ARRAY = "write its objects one a line, without brackets"
 WANTED = {
     "offset": "give seconds from 0 up, or leave it out",
     "duration": "give seconds above 0, or leave it out",
 }
+# What other tools call our keys, where a spelling that is near would lead astray.
+CALLED = dict.fromkeys(
+    ("wav", "wav_path", "wav_file", "path", "file", "filename", "filepath", "speech"), "audio_filepath"
+)
+CALLED |= dict.fromkeys(("audio_file", "audio_path", "wav_filename", "clip", "recording", "sound"), "audio_filepath")
+CALLED |= dict.fromkeys(("txt", "words", "utterance", "transcripts", "normalized_text", "raw_text"), "text")
+CALLED |= dict.fromkeys(("instructions", "user", "ask", "request"), "prompt")
+CALLED |= dict.fromkeys(("reply", "assistant", "label", "answers", "responses", "caption"), "answer")
 
 
 class ManifestError(ValueError):
@@ -46,8 +58,8 @@ class ManifestError(ValueError):
 class _AudioMissing(ManifestError):
     """The line is correct, but its audio file cannot be read."""
 
-    def __init__(self, name: str, fault: str):
-        super().__init__(f"audio_filepath {_show(name)} {fault}")
+    def __init__(self, key: str, name: str, fault: str):
+        super().__init__(f"{key} {_show(name)} {fault}")
         self.name, self.fault = name, fault
 
 
@@ -55,12 +67,14 @@ class Sample(BaseModel):
     """One line of a manifest, checked.
 
     Attributes:
-        id: the manifest's name and the line number ("train.jsonl:12").
+        id: the manifest's name and the line number ("train.jsonl:12"); in an array the line where the object begins.
         audio: absolute path; None for text only.
         offset, duration: the part of the file that is used, in seconds; with duration None up to the end.
         text: transcript of the audio.
         task: "transcribe" or any other name.
         prompt, answer: the user's prompt and the answer that the language model learns.
+        chat: all turns up to the prompt, where there is more than a prompt after the recording: a system prompt,
+            earlier turns, or a recording that stands elsewhere.
         ctc_text: text that CTC learns instead of `text`, for example with labels of what is heard beside the words
             ("turn on the light female slow").
         source_lang, target_lang: languages of the audio and of the answer.
@@ -77,6 +91,7 @@ class Sample(BaseModel):
     task: str = Field("transcribe", min_length=1)
     prompt: str | None = None
     answer: str | None = None
+    chat: tuple[Turn, ...] = ()
     ctc_text: str | None = None
     source_lang: str | None = None
     target_lang: str | None = None
@@ -84,7 +99,11 @@ class Sample(BaseModel):
 
 
 def read_manifest(
-    path: str | Path, *, allow_outside: bool = False, leave_out: Callable[[str, str, str], None] | None = None
+    path: str | Path,
+    *,
+    allow_outside: bool = False,
+    leave_out: Callable[[str, str, str], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[Sample]:
     """Read a manifest and check every line and every audio file, so that a missing file does not stop a run later.
 
@@ -95,32 +114,38 @@ def read_manifest(
             not, because a manifest from somebody else could name your private files.
         leave_out: called with the sample's id, its audio_filepath and the fault for each line whose audio file is
             missing, empty or unreadable; that line gives no sample. Without it such a line is an error.
+        note: called with one sentence for each thing of other trainers' forms that is passed over or replaced, at the
+            first line that has it. Without it the sentences are warnings.
 
     Raises:
         ManifestError: the manifest is missing, a folder, empty, binary, not UTF-8, or a line is no sample.
     """
     path = Path(path)
-    samples, lines = [], 0
-    try:
-        with open(path, "rb") as file:
-            _refuse_binary(path, file.peek(4096))
-            for number, line in enumerate(file, start=1):
-                if line.strip() in (b"", b"\xef\xbb\xbf"):
-                    continue
-                lines += 1
-                try:
-                    samples.append(_read_line(path, number, line, allow_outside))
-                except _AudioMissing as error:
-                    if leave_out is None:
-                        raise ManifestError(f"{shown(path)}:{number}: {error}") from None
-                    leave_out(f"{shown(path.name)}:{number}", error.name, error.fault)
-    except FileNotFoundError:
-        raise ManifestError(f"{shown(path)}: does not exist; name a manifest (.jsonl)") from None
-    except IsADirectoryError:
-        raise ManifestError(f"{shown(path)}: is a folder; name a manifest (.jsonl) in it") from None
-    except OSError as error:
-        raise ManifestError(f"{shown(path)}: cannot be read ({error.strerror}); name a readable manifest") from None
-    if not lines:
+    samples: list[Sample] = []
+    told: dict[str, str] = {}
+    entries = 0
+
+    def tell(place: str, about: str, sentence: str) -> None:
+        if about not in told:
+            told[about] = f"{shown(path)}:{place}: {sentence}"
+            if note is not None:
+                note(told[about])
+
+    for place, entry in _entries(path):
+        entries += 1
+        try:
+            row = entry if isinstance(entry, dict) else _parse(entry)
+            row = {key: value for key, value in row.items() if value is not None}
+            samples.append(_read_row(path, place, row, allow_outside, tell))
+        except _AudioMissing as error:
+            if leave_out is None:
+                raise ManifestError(f"{shown(path)}:{place}: {error}") from None
+            leave_out(f"{shown(path.name)}:{place}", error.name, error.fault)
+        except (ManifestError, Refused) as error:
+            raise ManifestError(f"{shown(path)}:{place}: {error}") from None
+    for line in told.values() if note is None else ():
+        warnings.warn(line, stacklevel=2)
+    if not entries:
         raise ManifestError(f"{shown(path)}: holds no samples; {ONE_OBJECT_A_LINE}")
     return samples
 
@@ -141,6 +166,76 @@ def write_manifest(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def _entries(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
+    """The lines of a manifest that are not blank, or the objects of its array, each with its place in the file.
+
+    Raises:
+        ManifestError: the file cannot be read, is binary, or its array is damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(65_536)
+            _refuse_binary(path, head)
+            file.seek(0)
+            if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                yield from _array(path, file)
+                return
+            for number, line in enumerate(file, start=1):
+                if line.strip() not in (b"", b"\xef\xbb\xbf"):
+                    yield str(number), line
+    except FileNotFoundError:
+        raise ManifestError(f"{shown(path)}: does not exist; name a manifest (.jsonl)") from None
+    except IsADirectoryError:
+        raise ManifestError(f"{shown(path)}: is a folder; name a manifest (.jsonl) in it") from None
+    except OSError as error:
+        raise ManifestError(f"{shown(path)}: cannot be read ({error.strerror}); name a readable manifest") from None
+
+
+def _array(path: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file that is one JSON array. The second object on a line has the place "7, object 2"."""
+    raw = file.read()
+    at, line, on_line, previous = 0, 1, 0, 0
+
+    def fault(sentence: str) -> ManifestError:
+        return ManifestError(f"{shown(path)}:{line}: {sentence}")
+
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        raise fault(f"byte {raw[error.start]:#04x} is not UTF-8; save the manifest as UTF-8 text") from None
+
+    def skip(start: int) -> int:
+        nonlocal line
+        while start < len(text) and text[start] in " \t\r\n":
+            line += text[start] == "\n"
+            start += 1
+        return start
+
+    at = skip(skip(0) + 1)
+    while text[at : at + 1] != "]":
+        if at >= len(text):
+            raise fault('the JSON array is cut off; it has to end with "]"')
+        on_line = on_line + 1 if line == previous else 1
+        previous = line
+        try:
+            row, end = _decoded(text, at)
+        except ManifestError as error:
+            raise fault(str(error)) from None
+        yield str(line) if on_line == 1 else f"{line}, object {on_line}", row
+        line += text.count("\n", at, end)
+        at = skip(end)
+        if text[at : at + 1] == ",":
+            at = skip(at + 1)
+            if text[at : at + 1] == "]":
+                raise fault('a "," stands before the closing "]" of the array; remove it')
+        elif text[at : at + 1] not in ("]", ""):
+            raise fault(f"the objects of an array are divided by commas, but {_show(text[at : at + 20])} follows one")
+    at = skip(at + 1)
+    if at < len(text):
+        raise fault(f"{_show(text[at : at + 20])} follows the end of the JSON array; write one array, or {NO_ARRAY}")
+
+
 def _refuse_binary(path: Path, head: bytes) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ManifestError(f"{shown(path)}: is UTF-16 text; save it as UTF-8")
@@ -148,113 +243,109 @@ def _refuse_binary(path: Path, head: bytes) -> None:
         raise ManifestError(f"{shown(path)}: is a binary file (audio?); {ONE_OBJECT_A_LINE}")
 
 
-def _read_line(path: Path, number: int, line: bytes, allow_outside: bool) -> Sample:
+def _read_row(
+    path: Path, place: str, row: dict[str, Any], allow_outside: bool, tell: Callable[[str, str, str], None]
+) -> Sample:
     try:
-        row = {key: value for key, value in _parse(line).items() if value is not None}
-        row = _to_own_form(row)
+        row, chat, audio_key = to_own_form(row, lambda about, sentence: tell(place, about, sentence))
         _require(row)
         audio = row.pop("audio_filepath", None)
         if audio is not None:
-            audio = _find_audio(audio, path.parent, allow_outside)
+            audio = _find_audio(audio_key, audio, path.parent, allow_outside)
         known = {key: row.pop(key) for key in KEYS if key in row}
-        sample = Sample(id=f"{shown(path.name)}:{number}", audio=audio, extra=row, **known)
-        return sample if sample.answer is not None else sample.model_copy(update={"answer": sample.text})
+        sample = Sample(id=f"{shown(path.name)}:{place}", audio=audio, chat=chat, extra=row, **known)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
         fault = f"{key} = {_show(first['input'])}: {first['msg']}; {WANTED.get(key, 'write a string')}"
-    except _AudioMissing:
-        raise
-    except ManifestError as error:
-        fault = str(error)
-    raise ManifestError(f"{shown(path)}:{number}: {fault}")
+        raise ManifestError(fault) from None
+    return sample if sample.answer is not None else sample.model_copy(update={"answer": sample.text})
 
 
 def _parse(line: bytes) -> dict[str, Any]:
+    """The object on a line.
+
+    Raises:
+        ManifestError: there is none, or more than one.
+    """
     try:
         text = line.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         byte = line[error.start]
         raise ManifestError(f"byte {byte:#04x} is not UTF-8; save the manifest as UTF-8 text") from None
+    if text.startswith("["):
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            raise ManifestError(f"begins a JSON array; {NO_ARRAY}") from None
+        raise ManifestError(f"is a JSON array; {NO_ARRAY}")
+    row, end = _decoded(text, 0)
+    if text[end:].strip():
+        raise ManifestError(f"is not JSON (Extra data at column {end + 1}); {ONE_OBJECT_A_LINE}")
+    return row
+
+
+def _decoded(text: str, at: int) -> tuple[dict[str, Any], int]:
+    """The JSON object that begins at a character of `text`, and the character after it.
+
+    Raises:
+        ManifestError: there is none, it has a key twice, or it holds what is no text.
+    """
     try:
-        row = json.loads(text)
-        json.dumps(row, ensure_ascii=False).encode()  # json.loads accepts a lone surrogate, but no tokenizer does
+        row, end = json.JSONDecoder(object_pairs_hook=_without_doubles).raw_decode(text, at)
+        json.dumps(row, ensure_ascii=False).encode()  # the decoder accepts a lone surrogate, but no tokenizer does
     except UnicodeEncodeError:
         raise ManifestError("holds half of a surrogate pair (\\ud800 …); write the whole character") from None
     except RecursionError:
         raise ManifestError(f"is nested too deeply; {ONE_OBJECT_A_LINE}") from None
-    except ValueError as error:
-        if text.startswith("["):
-            raise ManifestError(f"begins a JSON array; {NO_ARRAY}") from None
-        fault = getattr(error, "msg", "a number is too long")
-        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ManifestError(f"is not JSON ({fault}{column}); {ONE_OBJECT_A_LINE}") from None
-    if isinstance(row, list):
-        raise ManifestError(f"is a JSON array; {NO_ARRAY}")
+    except json.JSONDecodeError as error:
+        raise ManifestError(f"is not JSON ({error.msg} at column {error.colno}); {ONE_OBJECT_A_LINE}") from None
+    except ManifestError:
+        raise
+    except ValueError:
+        raise ManifestError(f"is not JSON (a number is too long); {ONE_OBJECT_A_LINE}") from None
     if not isinstance(row, dict):
         raise ManifestError(f"is {_show(row)}, not a JSON object; {ONE_OBJECT_A_LINE}")
+    return row, end
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise ManifestError(f"has the key {_show(double)} twice; keep one")
     return row
-
-
-def _to_own_form(row: dict[str, Any]) -> dict[str, Any]:
-    if "messages" in row:
-        given = _from_messages(row.pop("messages"), row.pop("audios", []))
-        row.setdefault("task", "chat")
-    elif {"source", "target"} <= row.keys() and "audio_filepath" not in row:
-        given = {"audio_filepath": row.pop("source"), "answer": row.pop("target")}
-    else:
-        return row
-    if row.get("task", "transcribe") == "transcribe" and "text" not in row:
-        given["text"] = given["answer"]
-    for key in given.keys() & row.keys():
-        raise ManifestError(f'"{key}" is given twice, by its own key and in another form; keep one')
-    return row | given
-
-
-def _from_messages(messages: Any, audios: Any) -> dict[str, Any]:
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ManifestError(f'messages = {_show(messages)}; write a list of {{"role": …, "content": …}}')
-    if not isinstance(audios, list) or len(audios) > 1:
-        raise ManifestError(f"audios = {_show(audios)}; write a list of one path, or leave it out")
-    prompt, answer = (_last_content(messages, role) for role in ("user", "assistant"))
-    tags = prompt.count(AUDIO_TAG)
-    if tags > len(audios):
-        raise ManifestError(f"messages has {tags} {AUDIO_TAG}, but audios {len(audios)} paths; make them agree")
-    given = {"prompt": prompt.replace(AUDIO_TAG, "").strip(), "answer": answer}
-    return given | ({"audio_filepath": audios[0]} if audios else {})
-
-
-def _last_content(messages: list[dict[str, Any]], role: str) -> str:
-    contents = [message.get("content") for message in messages if message.get("role") == role]
-    if not contents:
-        raise ManifestError(f'messages has none with role "{role}"; add one')
-    if not isinstance(contents[-1], str):
-        raise ManifestError(f'content of the last "{role}" message = {_show(contents[-1])}; write a string')
-    return contents[-1]
 
 
 def _require(row: dict[str, Any]) -> None:
     """Refuse a row that lacks a key that its task needs, or that has a misspelt key."""
-    task = row.get("task", "transcribe")
+    task = row["task"]
     needed = ("audio_filepath", "text") if task == "transcribe" else ("prompt", "answer")
     missing = [key for key in needed if key not in row]
-    known, cutoff = (KEYS + OTHER_FORMS_KEYS, 0.7) if missing else (KEYS, 0.85)
+    known, cutoff = (READ_KEYS + KEYS, 0.7) if missing else ((*KEYS, *CHAT_KEYS, *AUDIO_KEYS, "source", "target"), 0.85)
     for key in (key for key in row if key not in KEYS):
         nearest = difflib.get_close_matches(key.lower(), known, n=1, cutoff=cutoff)
-        if nearest and nearest[0] not in row:
+        meant = CALLED.get(key.lower()) if missing else None
+        if meant in missing:
+            raise ManifestError(f'has the unknown key {_show(key)}; write "{meant}", or rename it')
+        if nearest and nearest[0] not in row and key not in known:
             raise ManifestError(f'has the unknown key {_show(key)}; write "{nearest[0]}", or rename it')
     if missing:
-        found = _show(sorted(row))
+        found = _show(sorted(row.keys() - ({"task"} if task == "transcribe" else set())))
         raise ManifestError(f'lacks "{missing[0]}", which task {_show(task)} needs; add it to the keys {found}')
     for key in needed:
-        if key != "text" and isinstance(row[key], str) and not row[key].strip():
+        spoken = key == "prompt" and "audio_filepath" in row  # a recording alone is a prompt, too
+        if key != "text" and not spoken and isinstance(row[key], str) and not row[key].strip():
             raise ManifestError(f"{key} = {_show(row[key])} is empty; fill it in")
 
 
-def _find_audio(name: Any, folder: Path, allow_outside: bool) -> Path:
-    named = f"audio_filepath {_show(name)}"
+def _find_audio(key: str, name: Any, folder: Path, allow_outside: bool) -> Path:
+    named = f"{key} {_show(name)}"
     if not isinstance(name, str):
         raise ManifestError(f"{named} is not a string; write a path relative to the manifest's folder")
+    if "://" in name or name.startswith("data:"):
+        raise ManifestError(f"{named} is an address, no path; save the recording and name its file")
     root = os.path.abspath(folder)
     audio = os.path.abspath(os.path.join(root, name))
     if not allow_outside:
@@ -262,17 +353,17 @@ def _find_audio(name: Any, folder: Path, allow_outside: bool) -> Path:
     try:
         status = os.stat(audio)
     except FileNotFoundError:
-        raise _AudioMissing(name, "does not exist; correct the path, relative to the manifest's folder") from None
+        raise _AudioMissing(key, name, "does not exist; correct the path, relative to the manifest's folder") from None
     except ValueError as error:  # a null byte
         raise ManifestError(f"{named} cannot be opened ({error}); name an audio file") from None
     except OSError as error:  # str(error) would repeat the path
-        raise _AudioMissing(name, f"cannot be opened ({error.strerror}); name an audio file") from None
+        raise _AudioMissing(key, name, f"cannot be opened ({error.strerror}); name an audio file") from None
     if not stat.S_ISREG(status.st_mode):
-        raise _AudioMissing(name, "is not a file; name an audio file")
+        raise _AudioMissing(key, name, "is not a file; name an audio file")
     if status.st_size == 0:
-        raise _AudioMissing(name, "is an empty file; record it again, or leave this line out")
+        raise _AudioMissing(key, name, "is an empty file; record it again, or leave this line out")
     if not os.access(audio, os.R_OK):
-        raise _AudioMissing(name, "is not readable; give yourself permission to read it")
+        raise _AudioMissing(key, name, "is not readable; give yourself permission to read it")
     return Path(audio)
 
 
@@ -288,11 +379,3 @@ def _refuse_outside(named: str, folder: str, audio: str) -> None:
         raise ManifestError(
             f"{named} is a symbolic link out of the manifest's folder, to {_show(real)}; copy the file, or {permit}"
         )
-
-
-def _show(value: Any) -> str:
-    """The value as JSON on one line, shortened."""
-    shown = json.dumps(value, ensure_ascii=False)
-    if not shown.isprintable():
-        shown = json.dumps(value)
-    return shown if len(shown) <= 80 else shown[:77] + "…"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soundwave.backbones.load import token_ids
 from soundwave.hardware import pick_device, pick_dtype
+from soundwave.model.chat import Prompt
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.model.processing import SoundwaveProcessor
@@ -84,7 +85,7 @@ def read_ctc(
 def answer(
     model: SoundwaveForConditionalGeneration,
     processor: SoundwaveProcessor,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     audio: Sequence[Tensor | None],
     *,
     max_new_tokens: int = 256,
@@ -93,7 +94,7 @@ def answer(
     """Let the language model answer prompts by greedy decoding.
 
     Args:
-        prompts: what the user says, one text for each answer.
+        prompts: what the user says, one text or one chat for each answer.
         audio: for each prompt the log-mel features float32 [n_mels, T_mel] of its recording, or None for text only.
         max_new_tokens: longest answer, in tokens.
         cut_off: the numbers of the answers that this limit has cut off are added to it.

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, WhisperFeatureExtractor
 
 from soundwave.backbones import wheels
 from soundwave.eager import IGNORE_INDEX
+from soundwave.model.chat import ChatError, Prompt, Turn, mark, split_at_marks, turns_of
 from soundwave.model.configuration import TEMPLATE_DATE, SoundwaveConfig
 
 AUDIO_TOKEN = "<|soundwave_audio|>"
@@ -98,18 +100,36 @@ class SoundwaveProcessor(ProcessorMixin):
         )
         return torch.from_numpy(features["input_features"][0])
 
-    def prompt_ids(self, prompt: str, *, has_audio: bool = True) -> list[int]:
-        """Token ids of one user turn up to the start of the answer. The placeholder of the recording precedes the text.
+    def prompt_ids(self, prompt: Prompt, *, has_audio: bool = True) -> list[int]:
+        """Token ids of a prompt up to the start of the answer.
 
-        White space around the prompt is dropped.
+        A text is one user turn, in which the placeholder of the recording precedes the text; in a chat it stands where
+        the turns say. White space around each content is dropped.
+
+        Raises:
+            ChatError: the chat template cannot write these turns. ValueError: the turns have another number of places
+                for the recording.
         """
-        # The user's words are tokenised apart from the template, because only the template may hold special tokens.
-        template = self.render([{"role": "user", "content": AUDIO_TOKEN}])
-        before, _, after = template.partition(AUDIO_TOKEN)
-        words = prompt.strip()
-        content = [self.audio_placeholder_id, *self._plain_ids(f"\n{words}")] if has_audio else self._plain_ids(words)
-        before, after = self.tokenizer([before, after], add_special_tokens=False)["input_ids"]
-        return [*before, *content, *after]
+        turns = turns_of(prompt, has_audio)
+        # The words are tokenised apart from the template, because only the template may hold special tokens.
+        try:
+            rendered = self.render([{"role": turn.role, "content": mark(i)} for i, turn in enumerate(turns)])
+        except TemplateError as error:
+            roles = ", ".join(turn.role for turn in turns)
+            raise ChatError(f"the language model's chat template cannot write the turns {roles} ({error})") from None
+        pieces, order = split_at_marks(rendered, len(turns))
+        first, *others = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
+        contents = (self._content_ids(turns[i]) for i in order)
+        return [*first, *(token for parts in zip(contents, others, strict=True) for part in parts for token in part)]
+
+    def _content_ids(self, turn: Turn) -> list[int]:
+        if turn.audio_at is None:
+            return self._plain_ids(turn.content.strip())
+        before, after = turn.content[: turn.audio_at].lstrip(), turn.content[turn.audio_at :].rstrip()
+        if not before:  # as for a prompt that is a text
+            after = f"\n{after.lstrip()}" if after else ""
+        parts = [self._plain_ids(part) if part else [] for part in (before, after)]
+        return [*parts[0], self.audio_placeholder_id, *parts[1]]
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The text that the chat template makes of messages, up to the start of the answer.
@@ -156,7 +176,7 @@ class SoundwaveProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         audio: Sequence[np.ndarray | Tensor | None] | None = None,
         answers: Sequence[str] | None = None,
         transcripts: Sequence[str | None] | None = None,
@@ -166,7 +186,7 @@ class SoundwaveProcessor(ProcessorMixin):
         """A batch for the model's `forward` (with `answers`) or `generate` (without).
 
         Args:
-            prompts: the user's prompts, one per sample.
+            prompts: the user's prompts, one per sample: each a text, or the turns of a chat.
             audio: per sample a clip (float32 [samples], 16 kHz), its features (Tensor [n_mels, T_mel]), or None for
                 text only.
             answers: the answers that the model learns; everything else is -100 in `labels`.

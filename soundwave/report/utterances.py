@@ -25,6 +25,7 @@ from soundwave.data.manifest import Sample, read_manifest
 from soundwave.evaluation.scores import normalise
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.inference.answer import answer, read_ctc
+from soundwave.model.chat import text_of
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.model.processing import SoundwaveProcessor
@@ -304,7 +305,7 @@ def _answer(sample: Sample, given: str, read_by_ctc: bool = False) -> dict[str, 
     reference = (ctc_text_of(sample) or "") if read_by_ctc else answer_of(sample)
     return {
         "task": sample.task,
-        "prompt": prompt_of(sample),
+        "prompt": text_of(prompt_of(sample)),
         "reference": reference,
         "given": given,
         "right": normalise(reference) == normalise(given),
