@@ -1,6 +1,6 @@
 """Choose the samples of the manifests that a stage trains on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ def select_samples(
     stage: int,
     allow_outside: bool = False,
     strict: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> Selection:
     """Read manifests and choose the samples that a stage can train on.
 
@@ -42,6 +43,7 @@ def select_samples(
         stage: stage 1 takes only recordings with a text, because its loss is CTC.
         allow_outside: audio may lie outside the folder of its manifest.
         strict: raise SampleError for a sample that cannot be used.
+        note: as in `read_manifest`.
 
     Raises:
         ManifestError: a manifest cannot be read.
@@ -54,7 +56,9 @@ def select_samples(
             raise SampleError(str(left_out[-1]))
 
     read = [
-        sample for path in manifests for sample in read_manifest(path, allow_outside=allow_outside, leave_out=leave_out)
+        sample
+        for path in manifests
+        for sample in read_manifest(path, allow_outside=allow_outside, leave_out=leave_out, note=note)
     ]
     fitting = [s for s in read if stage > 1 or (s.audio is not None and (ctc_text_of(s) or "").strip())]
     samples = []

@@ -243,7 +243,12 @@ def _select(config: StageConfig, left_out: list[LeftOut]) -> list[Sample]:
         SampleError: with `strict`, a sample cannot be used. ConfigError: no sample is left.
     """
     chosen = select_samples(
-        config.train, left_out, stage=config.stage, allow_outside=config.allow_outside, strict=config.strict
+        config.train,
+        left_out,
+        stage=config.stage,
+        allow_outside=config.allow_outside,
+        strict=config.strict,
+        note=say,
     )
     if chosen.unfit:
         say(f"left out {chosen.unfit} of {chosen.read} samples: stage 1 needs a recording with a text")
