@@ -72,6 +72,7 @@ positions: torch.Tensor = spliced.position_ids
 
 # the modules
 loss = fused.CTCLoss(blank=0, zero_infinity=True)(hidden.transpose(0, 1), targets, frames, labels)
+loss = fused.transformers_ctc_loss(hidden, targets, frames, 0)
 loss = fused.LinearCTCLoss(blank=0)(hidden, weight, targets, frames, labels)
 loss = fused.LinearCrossEntropyLoss()(rows, weight, torch.zeros(5, dtype=torch.int64))
 modules: list[torch.nn.Module] = [fused.AlignmentAdapter(config), fused.ShrinkingAdapter(config)]
