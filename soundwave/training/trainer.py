@@ -30,8 +30,11 @@ BAD_BATCH = "bad-batch"  # name of two files, .json and .safetensors
 class SoundwaveTrainer(Trainer):
     """Trainer that gets its batches from a `BucketBatchSampler` and skips steps whose loss or gradient is not finite.
 
+    A step of several batches (gradient accumulation) has the loss of one batch with all their samples: `lm_loss` is the
+    mean over all answer tokens, `ctc_loss` the mean over all recordings that have a transcript.
+
     It adds these figures to Trainer's log, each over the steps since the last log:
-        loss: mean over the batches that could be trained on.  ctc_loss, lm_loss: its parts.
+        loss: mean over the steps that were not skipped.  ctc_loss, lm_loss: its parts.
         blank_share: share of the frames whose most probable id is blank.
         kept_per_second, kept_per_label: kept frames per second of audio, and per transcript token.
         compression: adapter frames per kept frame.  audio_per_second: seconds of audio trained on per second.
@@ -66,6 +69,8 @@ class SoundwaveTrainer(Trainer):
         self._since = time.perf_counter()
         self._batches: list[dict[str, Any]] = []  # those of the current step
         self._faults: list[str] = []  # those of the current step
+        self._totals: dict[str, Tensor | int] = {}  # what `counts_of` finds in them together
+        self._losses: dict[str, Tensor] = {}  # loss of the current step and its parts, summed over its batches
         self._empty_in_a_row = 0
         self._aside: Path | None = None
 
@@ -93,7 +98,9 @@ class SoundwaveTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], Any]:
         """As in Trainer; the batches of the step are remembered too."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._batches, self._faults = batches, []
+        self._batches, self._faults, self._losses = batches, [], {}
+        counts = [counts_of(batch) for batch in batches]
+        self._totals = {part: sum(count[part] for count in counts) for part in ("lm_loss", "ctc_loss")}
         return batches, items
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -106,24 +113,44 @@ class SoundwaveTrainer(Trainer):
         if not tensors:
             return torch.zeros((), device=self.args.device)
         self._tasks.update(inputs.get("tasks", ()))
-        # Trainer would count the empty batches too, and divide the loss by their number.
-        self.current_gradient_accumulation_steps = sum(1 for batch in self._batches if tensors_of(batch))
+        # Trainer would divide the loss by the number of batches; `compute_loss` weighs them by what they hold.
+        self.current_gradient_accumulation_steps = 1
         return super().training_step(model, tensors, num_items_in_batch)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, SoundwaveOutput]:
-        """The model's loss. A loss that is not finite is recorded and becomes 0, because its step will be skipped."""
+        """The model's loss; in training this batch's part of the loss of the whole step.
+
+        A loss that is not finite is recorded and becomes 0, because its step will be skipped.
+        """
         outputs = model(**inputs)
         loss = outputs.loss
         if model.training and torch.isfinite(loss):
-            self._observe(loss, outputs, inputs)
+            loss = self._part_of_step(outputs, inputs)
+            self._observe(outputs, inputs)
         elif model.training:
             parts = {"ctc_loss": outputs.ctc_loss, "lm_loss": outputs.lm_loss}
             found = ", ".join(f"{name} = {value.item():g}" for name, value in parts.items() if value is not None)
             self._faults.append(f"the loss is not finite ({found})")
             loss = loss.new_zeros((), requires_grad=True)
         return (loss, outputs) if return_outputs else loss
+
+    def _part_of_step(self, outputs: SoundwaveOutput, inputs: dict[str, Tensor]) -> Tensor:
+        """The loss of a batch with its parts weighted by the share of the step's tokens and transcripts that it has."""
+        parts = {}
+        for name, count in counts_of(inputs).items():
+            value = getattr(outputs, name)
+            if value is not None:
+                # As tensors, so that the host need not wait for a GPU.
+                own, all_of_step = (torch.as_tensor(n, device=value.device) for n in (count, self._totals[name]))
+                parts[name] = value * (own / all_of_step.clamp(min=1))
+        loss = parts.get("lm_loss", parts.get("ctc_loss"))
+        if len(parts) == 2:
+            loss = parts["lm_loss"] + self.model.config.ctc_weight * parts["ctc_loss"]
+        for name, value in {"loss": loss, **parts}.items():
+            self._losses[name] = self._losses.get(name, 0.0) + value.detach()
+        return loss
 
     # ---------------------------------------------------------------- steps that are skipped
 
@@ -136,6 +163,10 @@ class SoundwaveTrainer(Trainer):
             model.zero_grad(set_to_none=True)
             self._skip(self._faults[0])
         elif any(tensors_of(batch) for batch in self._batches):
+            for name, value in self._losses.items():
+                if name == "loss" or self._totals[name]:
+                    self._add(name, value)
+                    self._add(f"{name}_steps", 1)
             self.journal.skipped_in_a_row = self._empty_in_a_row = 0
         else:
             self._count_empty_step()
@@ -217,22 +248,15 @@ class SoundwaveTrainer(Trainer):
 
     # ---------------------------------------------------------------- logs
 
-    @torch.no_grad()
-    def _observe(self, loss: Tensor, outputs: SoundwaveOutput, inputs: dict[str, Tensor]) -> None:
-        def add(name: str, value: float | Tensor) -> None:
-            self._sums[name] = self._sums.get(name, 0.0) + value
+    def _add(self, name: str, value: float | Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value
 
+    @torch.no_grad()
+    def _observe(self, outputs: SoundwaveOutput, inputs: dict[str, Tensor]) -> None:
+        add = self._add
         batch = inputs["input_ids"] if "input_ids" in inputs else inputs["input_features"]
         self._sums.setdefault("first_step", self.state.global_step)
         add("samples", batch.shape[0])
-        add("loss", loss.detach())
-        add("batches", 1)
-        if outputs.lm_loss is not None:
-            add("lm_loss", outputs.lm_loss.detach())
-            add("lm_batches", 1)
-        if outputs.ctc_loss is not None:
-            add("ctc_loss", outputs.ctc_loss.detach())
-            add("ctc_batches", 1)
         if outputs.path is not None and outputs.path_lengths is not None:
             path, blank = outputs.path, self.model.blank
             add("frames", outputs.path_lengths.sum())
@@ -256,7 +280,7 @@ class SoundwaveTrainer(Trainer):
         if "loss" not in logs:
             super().log(logs, start_time)
             return
-        logs = logs | (self._observed() if self._sums else {"loss": float("nan")})
+        logs = logs | {"loss": float("nan")} | (self._observed() if self._sums else {})
         logs |= {"skipped_steps": self.journal.skipped, "left_out": len(self.journal.left_out)}
         try:
             # The journal writes before the callbacks: on a full disk TensorBoard's thread would print a traceback.
@@ -275,9 +299,9 @@ class SoundwaveTrainer(Trainer):
             "audio_per_second": seconds / (now - self._since),
         }
         ratios = {
-            "loss": ("loss", "batches"),
-            "ctc_loss": ("ctc_loss", "ctc_batches"),
-            "lm_loss": ("lm_loss", "lm_batches"),
+            "loss": ("loss", "loss_steps"),
+            "ctc_loss": ("ctc_loss", "ctc_loss_steps"),
+            "lm_loss": ("lm_loss", "lm_loss_steps"),
             "blank_share": ("blank_frames", "frames"),
             "kept_per_label": ("kept_of_labels", "labels"),
             "compression": ("frames", "kept"),
@@ -292,3 +316,13 @@ class SoundwaveTrainer(Trainer):
 def tensors_of(batch: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a batch, which the model takes. The other entries are names."""
     return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+def counts_of(batch: dict[str, Any]) -> dict[str, Tensor | int]:
+    """What the two parts of the loss are means over: a batch's answer tokens, and its recordings with a transcript."""
+    counts: dict[str, Tensor | int] = {"lm_loss": 0, "ctc_loss": 0}
+    if "labels" in batch:
+        counts["lm_loss"] = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    if "ctc_labels" in batch:
+        counts["ctc_loss"] = (batch["ctc_labels"] != IGNORE_INDEX).any(1).sum()
+    return counts
