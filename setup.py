@@ -31,6 +31,7 @@ REQUIRES = [
     "jinja2",
     "jiwer",
     "whisper-normalizer",
+    "regex",
     "typer",
     "pydantic>=2",
     "pyyaml",

@@ -4,9 +4,10 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -303,43 +304,93 @@ def evaluate(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            help="Language of the references, for the normaliser: a code such as en or tr; und has the rules of none. "
+            "By default each sample's own, or else its script decides.",
+            metavar="CODE",
+        ),
+    ] = None,
     answers: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="File to write every answer to, as JSON lines.")
+        Path | None, typer.Option(dir_okay=False, help="File to write every answer to as it comes, as JSON lines.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Read all recordings first, and stop at one that cannot be used."),
+    ] = False,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Score a model on a manifest: word error rate, and for other tasks the share of right answers."""
+    """Score a model on a manifest: word error rate, and for other tasks the share of right answers.
+
+    A recording over 30 s is transcribed in pieces; for another task its first 30 s are heard. A sample whose recording
+    cannot be used is named and left out.
+    """
+    from soundwave.data.collate import LeftOut
     from soundwave.data.manifest import read_manifest
     from soundwave.evaluation import run
+    from soundwave.evaluation.progress import NAMED
+    from soundwave.evaluation.words import check_language
 
-    samples = read_manifest(manifest, allow_outside=allow_outside)
+    check_language(language)
+    missing: list[LeftOut] = []
+    leave_out = None if strict else lambda *fault: missing.append(LeftOut(*fault))
+    samples = read_manifest(manifest, allow_outside=allow_outside, leave_out=leave_out)
+    for left in missing[:NAMED]:
+        _warn(f"left out: {left}")
+    if len(missing) > NAMED:
+        _warn(f"left out: {len(missing) - NAMED} more samples, which --json lists")
+    if not samples:
+        raise ValueError(f"{manifest}: every sample was left out")
     if answers is not None:
         answers.parent.mkdir(parents=True, exist_ok=True)
+        answers.open("a").close()  # raises before the work what cannot be written
     network, processor = _load_model(model)
-    if ctc or network.config.stage == 1:
-        scores = run.evaluate_ctc(network, processor, samples, batch_size=batch_size)
-    else:
-        settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        scores = run.evaluate(network, processor, samples, **settings)
-    if answers is not None:
-        rows = [dict(zip(("sample", "task", "reference", "answer"), row, strict=True)) for row in scores.answers]
-        answers.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with ExitStack() as stack:
+        settings: dict[str, Any] = {"batch_size": batch_size, "language": language, "strict": strict}
+        settings["progress"] = None if quiet else f"evaluating {manifest.name}"
+        if answers is not None:
+            settings["each"] = _row_writer(answers, stack)
+        if ctc or network.config.stage == 1:
+            scores = run.evaluate_ctc(network, processor, samples, **settings)
+        else:
+            scores = run.evaluate(network, processor, samples, max_new_tokens=max_new_tokens, **settings)
+    scores.left_out[:0] = missing
     if as_json:
-        print(json.dumps({name: value for name, value in vars(scores).items() if name != "answers"}))
+        print(json.dumps(scores.as_dict(), ensure_ascii=False))
         return
-    table = Table("task", "samples", "score", box=None)
+    table = _table("task", "samples", "score", "normaliser")
     for task, count in scores.samples.items():
-        value = f"WER {scores.wer:.1%}" if task == "transcribe" else f"accuracy {scores.accuracy[task]:.1%}"
-        table.add_row(escape(task), str(count), value)
+        table.add_row(escape(task), str(count), scores.text_of(task), scores.normaliser.get(task, ""))
     console.print(table)
+    for task, count in scores.unparsed.items():
+        if count:
+            _say(f"{task}: {count} of {scores.samples[task]} answers name no option, and count as wrong")
+    if scores.left_out:
+        _say(f"left out: {len(scores.left_out)} of {len(samples) + len(missing)} samples")
+    if scores.cut_off:
+        _say(f"cut off after {max_new_tokens} tokens: {len(scores.cut_off)} answers; raise --max-new-tokens")
     if scores.blank_share is not None:
-        console.print(
+        _say(
             f"blank share {scores.blank_share:.2f} · kept per label {scores.kept_per_label:.2f} "
             f"· compression {scores.compression:.1f} x"
         )
+
+
+def _row_writer(file: Path, stack: ExitStack) -> Callable[[dict[str, Any]], None]:
+    """A function that writes rows to a file as JSON lines, each at once. The file is emptied at the first row."""
+    opened: list[TextIO] = []
+
+    def write(row: dict[str, Any]) -> None:
+        if not opened:
+            opened.append(stack.enter_context(_new_file(file)))
+        print(json.dumps(row, ensure_ascii=False), file=opened[0], flush=True)
+
+    return write
 
 
 @app.command()

@@ -22,6 +22,7 @@ from soundwave.cli import main
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.demo.ablation import VARIANTS
 from soundwave.demo.espeak import Espeak
+from soundwave.evaluation.scores import Scores
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).with_name("soundwave")
@@ -345,7 +346,7 @@ def test_evaluate_prints_a_table(soundwave, model_folders, spoken):
 
 def test_evaluate_prints_the_name_of_a_task_as_it_is(soundwave, spoken, monkeypatch):
     name = "[/b]"  # rich would read it as markup
-    scores = SimpleNamespace(samples={name: 1}, accuracy={name: 1.0}, wer=None, answers=[], blank_share=None)
+    scores = Scores(samples={name: 1}, accuracy={name: 1.0})
     network = SimpleNamespace(config=SimpleNamespace(stage=2))
     monkeypatch.setattr("soundwave.cli._load_model", lambda folder: (network, None))
     monkeypatch.setattr("soundwave.evaluation.run.evaluate", lambda *_, **settings: scores)

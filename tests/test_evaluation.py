@@ -37,12 +37,12 @@ def test_numbers_are_not_read_as_words():
 @pytest.mark.parametrize(
     ("references", "answers", "expected"),
     [
-        (["one two three"], ["one two three"], 0),
-        (["One, two -- three."], ["one two three"], 0),
-        (["one two three four"], ["one three three four five"], 2 / 4),
-        (["one two three", "four"], ["one two three", "five"], 1 / 4),  # errors over all words, not sample by sample
-        (["one two"], [""], 1),
-        (["one"], ["a b c"], 3),
+        (["red green blue"], ["red green blue"], 0),
+        (["Red, green -- blue."], ["red green blue"], 0),
+        (["red green blue white"], ["red blue blue white grey"], 2 / 4),
+        (["red green blue", "white"], ["red green blue", "grey"], 1 / 4),  # errors over all words, not by sample
+        (["red green"], [""], 1),
+        (["red"], ["a b c"], 3),
     ],
 )
 def test_word_error_rate_is_errors_over_reference_words(references, answers, expected):

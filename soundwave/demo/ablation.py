@@ -39,7 +39,7 @@ from soundwave.data.audio import SAMPLING_RATE, load_audio
 from soundwave.data.collate import features, prompt_of
 from soundwave.data.manifest import Sample, read_manifest, write_manifest
 from soundwave.demo import corpus as embedded_corpus
-from soundwave.demo.run import FULL, STAGE, one_task, score
+from soundwave.demo.run import FULL, LANGUAGE, STAGE, one_task, score
 from soundwave.evaluation.intervals import TASKS, differences, estimates, markdown, tally
 from soundwave.evaluation.run import evaluate_ctc
 from soundwave.evaluation.scores import Scores
@@ -190,7 +190,9 @@ def _results(out: Path, corpus: Path) -> dict[str, dict[str, Any]]:
         if not all((out / name / file).is_file() for file in (RESULT, HARD_ANSWERS, TIMING)):
             continue
         result, timing = (json.loads((out / name / file).read_text(encoding="utf-8")) for file in (RESULT, TIMING))
-        easy, hard = tallies = [tally(_rows(out / name / file), sentences) for file in (ANSWERS, HARD_ANSWERS)]
+        easy, hard = tallies = [
+            tally(_rows(out / name / file), sentences, language=LANGUAGE) for file in (ANSWERS, HARD_ANSWERS)
+        ]
         plain = tallies if name == PLAIN else plain
         results[name] = result | timing | estimates(easy) | {"noise": estimates(hard), "differences": None}
         if plain:
@@ -354,7 +356,8 @@ def _train_alignment(name: str, *, out: Path, corpus: Path, scale: float, settin
         changes = settings | (one.settings if model is None else {})
         model = _pass(step, folder / step, manifest, model, scale, changes)
     network, processor = load_model(folder / "stage1" / "model")
-    scores = evaluate_ctc(network, processor, one_task(read_manifest(corpus / "test.jsonl"), "transcribe"))
+    spoken = one_task(read_manifest(corpus / "test.jsonl"), "transcribe")
+    scores = evaluate_ctc(network, processor, spoken, language=LANGUAGE)
     result = {"wer": scores.wer, "jump": _jump(_rows(folder / "stage1" / "log.jsonl"))}
     write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
 
@@ -419,6 +422,7 @@ def _answer_all(folder: Path, samples: list[Sample], out: Path) -> dict[str, int
     """Write the model's answers and the summary that the report reads; return the number of samples of each task."""
     scores = _answer(folder, [sample for task in TASKS for sample in one_task(samples, task)], out / ANSWERS)
     summary = {"stage3": {"wer": scores.wer, "accuracy": scores.accuracy}, "samples": scores.samples}
+    summary["normaliser"] = scores.normaliser
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return scores.samples
 
@@ -427,7 +431,8 @@ def _answer(folder: Path, samples: list[Sample], file: Path) -> Scores:
     """Let the model of a folder answer samples, and write the answers to `file`."""
     scores = score(*load_model(folder), samples)
     keys = "sample", "task", "reference", "answer"
-    write_manifest(file, (dict(zip(keys, row, strict=True)) for row in scores.answers))
+    rows = (dict(zip(keys, row, strict=True)) for row in scores.answers)
+    write_manifest(file, (row | {"normaliser": scores.normaliser[row["task"]]} for row in rows))
     gc.collect()  # The Trainer and its model refer to each other, so only the garbage collector frees them.
     return scores
 

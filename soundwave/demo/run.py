@@ -31,6 +31,9 @@ from soundwave.training.stages import train_stage
 # Longest answer of each task, in tokens. No answer of the corpus in the direct format is longer, and a poorly trained
 # model does not stop by itself.
 LONGEST_ANSWER = {"transcribe": 16, "voice": 6, "rate": 6, "intent": 6, "question": 6}
+# The transcripts hold strings of digits, which the English normaliser would join to one number, so that one wrong digit
+# counts as if all were wrong. Words are counted as they are written, as in every result since the first.
+LANGUAGE = "und"
 EVALUATED_AT_ONCE = 100  # A step of generation reads all weights once, whatever the number of samples that share it.
 VERSIONS_OF = ("torch", "transformers", "peft", "numpy")
 
@@ -163,7 +166,8 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
             continue
         model, processor = load_model(folder)
         if stage == 1:
-            scores = evaluate_ctc(model, processor, one_task(tests["test"], "transcribe"))
+            spoken = one_task(tests["test"], "transcribe")
+            scores = evaluate_ctc(model, processor, spoken, language=LANGUAGE, progress="scoring stage I")
             summary["stage1"] = {
                 "ctc_step1": log[0]["ctc_loss"],
                 "ctc_step100": next((entry["ctc_loss"] for entry in log if entry["step"] == 100), None),
@@ -173,9 +177,10 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
             }
             summary["compression"] = scores.compression
         elif stage == 2:
-            summary["stage2"] = {"wer": score(model, processor, one_task(tests["test"], "transcribe")).wer}
+            spoken = one_task(tests["test"], "transcribe")
+            summary["stage2"] = {"wer": score(model, processor, spoken, progress="scoring stage II").wer}
         else:
-            summary["stage3"], summary["samples"] = _score_stage_3(model, processor, tests, out)
+            summary |= _score_stage_3(model, processor, tests, out)
             model.save_pretrained(out / "model")
         del model
         gc.collect()  # The Trainer and its model refer to each other, so only the garbage collector frees them.
@@ -195,9 +200,20 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     return summary
 
 
-def score(model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, samples: Sequence[Sample]) -> Scores:
-    """Scores of the language model's answers to samples of the corpus, in the demonstration's batches and lengths."""
-    return evaluate(model, processor, samples, batch_size=EVALUATED_AT_ONCE, max_new_tokens=LONGEST_ANSWER)
+def score(
+    model: SoundwaveForConditionalGeneration,
+    processor: SoundwaveProcessor,
+    samples: Sequence[Sample],
+    *,
+    progress: str | None = None,
+) -> Scores:
+    """Scores of the language model's answers to samples of the corpus, in the demonstration's batches and lengths.
+
+    Args:
+        progress: title of the progress, which is not shown without one.
+    """
+    settings = {"batch_size": EVALUATED_AT_ONCE, "max_new_tokens": LONGEST_ANSWER, "language": LANGUAGE}
+    return evaluate(model, processor, samples, **settings, progress=progress)
 
 
 def _last(log: list[dict[str, float]] | None) -> int:
@@ -212,16 +228,22 @@ def one_task(samples: Iterable[Sample], task: str) -> list[Sample]:
 
 def _score_stage_3(
     model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, tests: dict[str, list[Sample]], out: Path
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Write all answers to `answers.jsonl`; return the scores of stage III and the number of samples behind each."""
-    seen = score(model, processor, [sample for task in LONGEST_ANSWER for sample in one_task(tests["test"], task)])
-    unseen = score(model, processor, one_task(tests["test_voices"], "transcribe"))
+) -> dict[str, Any]:
+    """Write all answers to `answers.jsonl`; return the scores of stage III, `samples` behind each, and `normaliser`."""
+    asked = [sample for task in LONGEST_ANSWER for sample in one_task(tests["test"], task)]
+    seen = score(model, processor, asked, progress="scoring stage III")
+    spoken = one_task(tests["test_voices"], "transcribe")
+    unseen = score(model, processor, spoken, progress="scoring stage III, voices never heard")
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
         for identity, task, reference, given in [*seen.answers, *unseen.answers]:
             row = {"sample": identity, "task": task, "reference": reference, "answer": given}
+            row["normaliser"] = seen.normaliser[task]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    results = {"wer": seen.wer, "wer_unseen_voices": unseen.wer, "accuracy": seen.accuracy}
-    return results, seen.samples | {"transcribe_unseen_voices": unseen.samples["transcribe"]}
+    return {
+        "stage3": {"wer": seen.wer, "wer_unseen_voices": unseen.wer, "accuracy": seen.accuracy},
+        "samples": seen.samples | {"transcribe_unseen_voices": unseen.samples["transcribe"]},
+        "normaliser": seen.normaliser,
+    }
 
 
 def plot_losses(logs: dict[int, list[dict[str, float]]], path: Path) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jiwer
 import numpy as np
 
-from soundwave.evaluation.scores import normalise
+from soundwave.evaluation.scores import judge, word_errors
+from soundwave.evaluation.words import rules_for
 
 TASKS = ("transcribe", "voice", "rate", "intent", "question")
 RESAMPLED, CONFIDENCE, FLIPPED = 2000, 0.95, 10_000
@@ -27,7 +27,7 @@ class Counts(NamedTuple):
 
     Attributes:
         count: word errors of a transcription; for other tasks 1 if the answer is right, else 0.
-        of: words of the reference transcript; for other tasks 1.
+        of: words of the reference transcript, characters in a script without spaces; for other tasks 1.
         sentences: the sentence of the sample.
     """
 
@@ -36,20 +36,23 @@ class Counts(NamedTuple):
     sentences: list[str]
 
 
-def tally(answers: Iterable[dict[str, str]], sentences: dict[str, str]) -> dict[str, Counts]:
+def tally(
+    answers: Iterable[dict[str, str]], sentences: dict[str, str], *, language: str | None = None
+) -> dict[str, Counts]:
     """Count errors and right answers of each task.
 
     Args:
         answers: rows with the keys sample, task, reference and answer.
         sentences: sample -> its sentence.
+        language: language of the transcripts, as in `evaluate`.
     """
     counts: dict[str, Counts] = defaultdict(lambda: Counts([], [], []))
-    for row in answers:
-        reference, given = normalise(row["reference"]), normalise(row["answer"])
-        count, of = int(reference == given), 1
-        if row["task"] == "transcribe":
-            words = jiwer.process_words(reference, given)
-            count, of = words.substitutions + words.deletions + words.insertions, len(reference.split())
+    rows = list(answers)
+    spoken = [row["reference"] for row in rows if row["task"] == "transcribe"]
+    rules = iter(rules_for(spoken, language))
+    for row in rows:
+        texts = row["reference"], row["answer"]
+        count, of = word_errors(*texts, next(rules)) if row["task"] == "transcribe" else (int(judge(*texts).right), 1)
         for values, value in zip(counts[row["task"]], (count, of, sentences[row["sample"]]), strict=True):
             values.append(value)
     return dict(counts)

@@ -1,16 +1,35 @@
-"""Evaluation of a model on samples: its transcripts and answers are compared with the references."""
+"""Evaluation of a model on samples: its transcripts and answers are compared with the references.
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+A recording over 30 s is transcribed in pieces, as `soundwave transcribe` does; for another task its first window is
+heard. A sample whose recording cannot be used is left out and named, and the others are scored.
+"""
 
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import regex
 import torch
+from torch import Tensor
 
-from soundwave.data.collate import answer_of, ctc_text_of, features, prompt_of, with_duration
+from soundwave.data.audio import SAMPLING_RATE, AudioError, read_blocks, shown
+from soundwave.data.collate import SILENCE, LeftOut, answer_of, ctc_text_of, prompt_of, with_duration
 from soundwave.data.manifest import Sample
-from soundwave.evaluation.scores import Scores, normalise, word_error_rate
+from soundwave.evaluation.progress import NAMED, Progress, named, say
+from soundwave.evaluation.scores import ANSWER_RULES, Scores, Verdict, has_words, judge, names_of, rate, word_errors
+from soundwave.evaluation.words import Rules, check_language, is_language, rules_for
 from soundwave.inference.answer import answer, read_ctc
+from soundwave.inference.long import stream_windows
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
+
+SHORTEST = 400  # samples at 16 kHz: 25 ms, the first window of Whisper's analysis
+LETTERS_A_SECOND = 50  # Nobody says so many: fast speech has 25. Such a text belongs to another recording.
+
+T = TypeVar("T")
+EachRow = Callable[[dict[str, Any]], None]
 
 
 def alike(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
@@ -21,14 +40,23 @@ def alike(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
     Raises:
         ValueError: a batch size below 1.
     """
+    _check_batch_size(batch_size)
+    for order in _by_task(samples):
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+
+
+def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}, but it must be 1 or more")
+
+
+def _by_task(samples: Sequence[Sample]) -> Iterable[list[int]]:
+    """The indices of the samples of each task, the longest samples first."""
     tasks: dict[str, list[int]] = defaultdict(list)
     for index in sorted(range(len(samples)), key=lambda i: -(samples[i].duration or 0.0)):
         tasks[samples[index].task].append(index)
-    for order in tasks.values():
-        for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size]
+    return tasks.values()
 
 
 def evaluate_ctc(
@@ -37,41 +65,63 @@ def evaluate_ctc(
     samples: Sequence[Sample],
     *,
     batch_size: int = 16,
+    language: str | None = None,
+    strict: bool = False,
+    each: EachRow | None = None,
+    progress: str | None = None,
 ) -> Scores:
     """Score the CTC reading, without the language model: word error rate and use of the blank.
 
     The reference is a sample's `ctc_text`, or its `text` if it has none. Samples without audio or reference are left
-    out.
+    out, and those whose recording cannot be used.
+
+    Args:
+        language, strict, each, progress: as in `evaluate`.
 
     Raises:
-        ValueError: no sample is left, or a batch size below 1.
-        AudioError: a recording cannot be used.
+        ValueError: no sample is left, a batch size below 1, or an unknown language.
+        AudioError: with `strict`, a recording cannot be used.
     """
-    samples = [sample for sample in samples if sample.audio is not None and normalise(ctc_text_of(sample) or "")]
-    if not samples:
-        raise ValueError("samples holds no recording with a transcript")
-    samples = [with_duration(sample) for sample in samples]
+    _check_batch_size(batch_size)
     wanted = [ctc_text_of(sample) or "" for sample in samples]
+    rules = _rules(samples, wanted, language, ("source_lang", "lang", "language", "target_lang"))
+    left = _LeftOut()
+    for index, sample in enumerate(samples):
+        if sample.audio is None:
+            left.add(index, LeftOut(sample.id, "no recording", "there is nothing that CTC could read"))
+        elif not has_words(wanted[index], rules[index]):
+            left.add(index, _wordless(sample, wanted[index]))
+    if len(left) == len(samples):
+        raise ValueError("samples holds no recording with a transcript")
+
+    def read(_: Sequence[Sample], clips: Sequence[Tensor | None]) -> list[_Reading]:
+        texts, path = read_ctc(model, processor, [clip for clip in clips if clip is not None])
+        return [_Reading(text, *_counts(row, model.blank)) for text, row in zip(texts, path, strict=True)]
+
     model.eval()
-    readings: dict[int, str] = {}
-    frames = blanks = peaks = labels = 0
-    for indices in alike(samples, batch_size):
-        texts, path = read_ctc(model, processor, [features(processor, samples[i]) for i in indices])
-        readings.update(zip(indices, texts, strict=True))
-        frames += int((path >= 0).sum())
-        blanks += int((path == model.blank).sum())
-        for row in path:
-            runs = torch.unique_consecutive(row)
-            peaks += int(((runs != model.blank) & (runs >= 0)).sum())
-        labels += sum(len(processor.ctc_ids(wanted[i])) for i in indices)
-    return Scores(
-        wer=word_error_rate(wanted, [readings[i] for i in range(len(samples))]),
-        samples={"transcribe": len(samples)},
-        blank_share=blanks / frames,
-        kept_per_label=peaks / labels,
-        compression=frames / max(peaks, 1),
-        answers=[(sample.id, "transcribe", wanted[i], readings[i]) for i, sample in enumerate(samples)],
-    )
+    counts: Counter[str] = Counter()
+    scores = Scores()
+    texts: dict[int, str] = {}
+    in_pieces = []
+    for heard in _listen(samples, wanted, processor, batch_size, read, left, strict=strict, progress=progress):
+        index, sample = heard.index, samples[heard.index]
+        texts[index] = _joined([reading.text for reading in heard.results])
+        for reading in heard.results:
+            counts.update(frames=reading.frames, blanks=reading.blanks, peaks=reading.peaks)
+        counts["labels"] += len(processor.ctc_ids(wanted[index]))
+        if len(heard.results) > 1:
+            in_pieces.append(index)
+        if each:
+            row = {"sample": sample.id, "task": "transcribe", "reference": wanted[index], "answer": texts[index]}
+            each(row | {"normaliser": rules[index].name})
+    scores.answers = [(samples[i].id, "transcribe", wanted[i], texts[i]) for i in sorted(texts)]
+    scores.left_out = left.in_order()
+    scores.in_pieces = [samples[i].id for i in sorted(in_pieces)]
+    _score_words(scores, wanted, texts, rules)
+    scores.blank_share = counts["blanks"] / counts["frames"]
+    scores.kept_per_label = counts["peaks"] / counts["labels"]
+    scores.compression = counts["frames"] / max(counts["peaks"], 1)
+    return scores
 
 
 def evaluate(
@@ -81,46 +131,326 @@ def evaluate(
     *,
     batch_size: int = 16,
     max_new_tokens: int | Mapping[str, int] = 256,
+    language: str | None = None,
+    strict: bool = False,
+    each: EachRow | None = None,
+    progress: str | None = None,
 ) -> Scores:
     """Score the language model's answers: word error rate of the transcriptions, accuracy of each other task.
 
-    Recordings to transcribe in which nothing is said are left out, because they have no word error rate.
+    A sample is left out, and named on stderr and in the scores, if its recording cannot be read, is silent although
+    something is said in it, or is too short for what is said; and so are recordings to transcribe in which nothing is
+    said, because they have no word error rate.
 
     Args:
-        max_new_tokens: longest answer, in tokens, or the longest answer of each task.
+        max_new_tokens: longest answer, in tokens, or the longest answer of each task. Of a recording that is
+            transcribed in pieces it is the longest text of a piece.
+        language: language of the references: a code such as "en", or "und" for the rules of no language. By default
+            that of each sample (`target_lang`, `lang`, `language`, `source_lang`), or else the script decides; see
+            `soundwave.evaluation.words`.
+        strict: read every recording before the first answer, and raise at the first that cannot be used.
+        each: called with each answer as it comes, in the order of the batches: a dict of sample, task, reference,
+            answer, normaliser, cut_off, and for multiple choice the option that the answer names, or None.
+        progress: title of a progress bar on stderr, or of lines where there is no terminal. By default there is none.
 
     Raises:
-        ValueError: no sample is left, a sample has neither answer nor text, `max_new_tokens` lacks a task, or a batch
-            size below 1.
-        AudioError: a recording cannot be used.
+        ValueError: no sample is left, a sample has neither answer nor text, `max_new_tokens` lacks a task, a batch
+            size below 1, or an unknown language.
+        AudioError: with `strict`, a recording cannot be used.
     """
     if not samples:
         raise ValueError("samples is empty: there is nothing to evaluate")
-    samples = [s for s in map(with_duration, samples) if s.task != "transcribe" or normalise(answer_of(s))]
-    if not samples:
+    _check_batch_size(batch_size)
+    wanted = [answer_of(sample) for sample in samples]
+    rules = _rules(samples, wanted, language, ("target_lang", "lang", "language", "source_lang"))
+    left = _LeftOut()
+    for index, sample in enumerate(samples):
+        if sample.task == "transcribe" and not has_words(wanted[index], rules[index]):
+            left.add(index, _wordless(sample, wanted[index]))
+    if len(left) == len(samples):
         raise ValueError("samples holds only recordings in which nothing is said: there is nothing to evaluate")
-    if isinstance(max_new_tokens, Mapping) and (missing := {s.task for s in samples} - max_new_tokens.keys()):
+    tasks = {sample.task for index, sample in enumerate(samples) if index not in left}
+    if isinstance(max_new_tokens, Mapping) and (missing := tasks - max_new_tokens.keys()):
         raise ValueError(f"max_new_tokens has no entry for task {min(missing)!r}, which a sample has; add it")
+
+    def reply(asked: Sequence[Sample], clips: Sequence[Tensor | None]) -> list[tuple[str, bool]]:
+        limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[asked[0].task]
+        prompts, cut = [prompt_of(sample) for sample in asked], []
+        texts = answer(model, processor, prompts, list(clips), max_new_tokens=limit, cut_off=cut)
+        return [(text, place in cut) for place, text in enumerate(texts)]
+
     model.eval()
-    answers: dict[int, str] = {}
-    for indices in alike(samples, batch_size):
-        limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[samples[indices[0]].task]
-        texts = answer(
-            model,
-            processor,
-            [prompt_of(samples[i]) for i in indices],
-            [features(processor, samples[i]) for i in indices],
-            max_new_tokens=limit,
-        )
-        answers.update(zip(indices, texts, strict=True))
-    scores = Scores(answers=[(s.id, s.task, answer_of(s), answers[i]) for i, s in enumerate(samples)])
-    tasks: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for _, task, reference, given in scores.answers:
-        tasks[task].append((reference, given))
-    for task, pairs in tasks.items():
-        scores.samples[task] = len(pairs)
-        if task == "transcribe":
-            scores.wer = word_error_rate(*zip(*pairs, strict=True))
-        else:
-            scores.accuracy[task] = sum(normalise(a) == normalise(b) for a, b in pairs) / len(pairs)
+    scores = Scores()
+    texts: dict[int, str] = {}
+    in_pieces, first_window, cut_off = [], [], []
+    verdicts: dict[str, list[Verdict]] = {task: [] for task in tasks if task != "transcribe"}
+    for heard in _listen(samples, wanted, processor, batch_size, reply, left, strict=strict, progress=progress):
+        index, sample = heard.index, samples[heard.index]
+        texts[index] = heard.results[0][0]
+        if len(heard.results) > 1:
+            texts[index] = _joined([text for text, _ in heard.results])
+            in_pieces.append(index)
+        if heard.more:
+            first_window.append(index)
+        if cut := any(cut for _, cut in heard.results):
+            cut_off.append(index)
+        row = {"sample": sample.id, "task": sample.task, "reference": wanted[index], "answer": texts[index]}
+        row |= {"normaliser": rules[index].name if sample.task == "transcribe" else ANSWER_RULES, "cut_off": cut}
+        if sample.task != "transcribe":
+            verdict = judge(wanted[index], texts[index], sample.prompt or "", turkish=rules[index].turkish)
+            verdicts[sample.task].append(verdict)
+            row |= {"option": verdict.option} if verdict.choice else {}
+        if each:
+            each(row)
+    scores.answers = [(samples[i].id, samples[i].task, wanted[i], texts[i]) for i in sorted(texts)]
+    scores.left_out = left.in_order()
+    scores.in_pieces, scores.first_window, scores.cut_off = (
+        [samples[i].id for i in sorted(places)] for places in (in_pieces, first_window, cut_off)
+    )
+    _score_words(scores, wanted, {i: texts[i] for i in texts if samples[i].task == "transcribe"}, rules)
+    for task, found in verdicts.items():
+        if found:
+            scores.samples[task] = len(found)
+            scores.accuracy[task] = sum(verdict.right for verdict in found) / len(found)
+            scores.normaliser[task] = ANSWER_RULES
+        if any(verdict.choice for verdict in found):
+            scores.unparsed[task] = sum(verdict.choice and verdict.option is None for verdict in found)
+    if scores.cut_off:
+        say(f"answers cut off at the token limit: {len(scores.cut_off)}, of {named(scores.cut_off)}")
+    if scores.first_window:
+        ids = named(scores.first_window)
+        say(f"recordings of which only the first 30 s were heard: {len(scores.first_window)}, of {ids}")
     return scores
+
+
+def _rules(samples: Sequence[Sample], wanted: Sequence[str], language: str | None, keys: Sequence[str]) -> list[Rules]:
+    """The rules of each reference, by the language that is given for all, or else by the sample's `keys`.
+
+    Where the script decides, transcripts are looked at apart from other answers.
+    """
+    check_language(language)
+    rules: dict[int, Rules] = {}
+    for spoken in (True, False):
+        places = [i for i, sample in enumerate(samples) if (sample.task == "transcribe") is spoken]
+        languages = [language or _language_of(samples[i], keys) for i in places]
+        rules |= zip(places, rules_for([wanted[i] for i in places], languages), strict=True)
+    return [rules[i] for i in range(len(samples))]
+
+
+def _language_of(sample: Sample, keys: Sequence[str]) -> str | None:
+    values = (getattr(sample, key, None) or sample.extra.get(key) for key in keys)
+    return next((value for value in values if is_language(value)), None)
+
+
+def _score_words(scores: Scores, wanted: Sequence[str], texts: Mapping[int, str], rules: Sequence[Rules]) -> None:
+    """Fill in the word error rate, the character error rate, the normalisers and the number of transcriptions."""
+    if not texts:
+        return
+    counted = {index: word_errors(wanted[index], text, rules[index]) for index, text in texts.items()}
+    words = [found for index, found in counted.items() if rules[index].kind != "characters"]
+    characters = [found for index, found in counted.items() if rules[index].kind == "characters"]
+    scores.wer = rate(words) if words else None
+    scores.cer = rate(characters) if characters else None
+    scores.samples["transcribe"] = len(texts)
+    scores.normaliser["transcribe"] = names_of([rules[index] for index in sorted(texts)])
+
+
+def _joined(texts: Sequence[str]) -> str:
+    return texts[0] if len(texts) == 1 else " ".join(" ".join(texts).split())
+
+
+# ---------------------------------------------------------------- recordings
+
+
+class _Reading(NamedTuple):
+    """What CTC reads in a clip, and how many of its frames have a label, hold the blank, and are peaks."""
+
+    text: str
+    frames: int
+    blanks: int
+    peaks: int
+
+
+def _counts(row: Tensor, blank: int) -> tuple[int, int, int]:
+    runs = torch.unique_consecutive(row)
+    return int((row >= 0).sum()), int((row == blank).sum()), int(((runs != blank) & (runs >= 0)).sum())
+
+
+class _LeftOut(dict[int, LeftOut]):
+    """The samples that are left out, by their place. The first `NAMED` are named on stderr at once."""
+
+    def add(self, index: int, one: LeftOut) -> None:
+        self[index] = one
+        if len(self) <= NAMED:
+            say(f"left out: {one}")
+        elif len(self) == NAMED + 1:
+            say("left out: more samples, which the scores list (left_out)")
+
+    def in_order(self) -> list[LeftOut]:
+        return [self[index] for index in sorted(self)]
+
+
+def _wordless(sample: Sample, text: str) -> LeftOut:
+    return LeftOut(sample.id, str(sample.audio), f"its text {text!r} has no words, so it has no word error rate")
+
+
+@dataclass
+class _Heard(Generic[T]):
+    """A sample whose clips are being answered.
+
+    Attributes:
+        index: place of the sample.
+        results: what its clips so far gave, in order.
+        waiting: number of clips that wait for their batch.
+        read: whether all clips were taken from the recording.
+        fault: why it is left out.
+        more: whether the recording goes on behind what is heard of it.
+    """
+
+    index: int
+    results: list[T] = field(default_factory=list)
+    waiting: int = 0
+    read: bool = False
+    fault: AudioError | None = None
+    more: bool = False
+
+
+def _listen(
+    samples: Sequence[Sample],
+    wanted: Sequence[str],
+    processor: SoundwaveProcessor,
+    batch_size: int,
+    respond: Callable[[Sequence[Sample], Sequence[Tensor | None]], Sequence[T]],
+    left: _LeftOut,
+    *,
+    strict: bool,
+    progress: str | None,
+) -> Iterator[_Heard[T]]:
+    """Give every sample that is not in `left` with the results of its clips, as soon as it has them all.
+
+    Batches hold clips of one task and, as far as possible, of similar duration, the longest recordings first. Of a
+    recording no more is in memory than what its batch holds.
+
+    Raises:
+        AudioError: with `strict`, a recording cannot be used.
+        ValueError: no sample can be used.
+    """
+    places = [index for index in range(len(samples)) if index not in left]
+    lengths = {}
+    for index in places:
+        try:
+            lengths[index] = with_duration(samples[index])  # for the order alone: a header may be wrong
+        except AudioError as error:
+            _leave_out(index, samples[index], AudioError(samples[index].audio or "", error.fault), left, strict)
+    places = list(lengths)
+    if strict:
+        with Progress(progress and f"{progress}: recordings", len(places)) as shown:
+            for index in places:
+                try:
+                    for _ in _clips(samples[index], wanted[index], processor, _Heard(index), everything=True):
+                        pass
+                except AudioError as error:
+                    _leave_out(index, samples[index], error, left, strict)
+                shown.step()
+    begun: list[_Heard[T]] = []
+    batch: list[tuple[_Heard[T], Tensor | None]] = []
+    given = 0
+
+    def finished() -> Iterator[_Heard[T]]:
+        nonlocal given
+        for heard in [heard for heard in begun if heard.read and not heard.waiting]:
+            begun.remove(heard)
+            shown.step()
+            if heard.fault is not None:
+                _leave_out(heard.index, samples[heard.index], heard.fault, left, strict)
+            else:
+                given += 1
+                yield heard
+
+    def flush() -> Iterator[_Heard[T]]:
+        if batch:
+            results = respond([samples[heard.index] for heard, _ in batch], [clip for _, clip in batch])
+            for (heard, _), result in zip(batch, results, strict=True):
+                heard.results.append(result)
+                heard.waiting -= 1
+            batch.clear()
+        yield from finished()
+
+    with Progress(progress, len(places)) as shown:
+        for order in _by_task([lengths[index] for index in places]):
+            for place in order:
+                heard: _Heard[T] = _Heard(places[place])
+                begun.append(heard)
+                clips = _clips(samples[heard.index], wanted[heard.index], processor, heard)
+                while not heard.read:
+                    try:
+                        clip = next(clips, _END)
+                    except AudioError as error:
+                        heard.fault, clip = error, _END
+                        batch[:] = [one for one in batch if one[0] is not heard]
+                        heard.waiting = 0
+                    if clip is _END:
+                        heard.read = True
+                        yield from finished()
+                        break
+                    heard.waiting += 1
+                    batch.append((heard, clip))
+                    if len(batch) == batch_size:
+                        yield from flush()
+            yield from flush()
+    if not given:
+        raise ValueError(f"no sample can be used; the first: {left.in_order()[0]}")
+
+
+_END: Any = object()
+
+
+def _leave_out(index: int, sample: Sample, error: AudioError, left: _LeftOut, strict: bool) -> None:
+    if strict:
+        raise AudioError(f"{sample.id}: {shown(error.path)}", error.fault)
+    left.add(index, LeftOut(sample.id, str(sample.audio), error.fault))
+
+
+def _clips(
+    sample: Sample, wanted: str, processor: SoundwaveProcessor, heard: _Heard[Any], *, everything: bool = False
+) -> Iterator[Tensor | None]:
+    """Log-mel features [n_mels, T_mel] of the windows of a sample's recording, at most 30 s each; None for text only.
+
+    Of a recording that is not to be transcribed the first window is given alone, unless `everything` is wanted, and
+    `heard.more` says whether there are more.
+
+    Raises:
+        AudioError: the recording cannot be used.
+    """
+    if sample.audio is None:
+        yield None
+        return
+    text = wanted if sample.task == "transcribe" else sample.text or ""
+    pieces = stream_windows(read_blocks(sample.audio, offset=sample.offset, duration=sample.duration))
+    samples, peak, piece = 0, 0.0, next(pieces)
+    while piece is not None:
+        samples, peak = samples + len(piece), max(peak, float(np.abs(piece).max(initial=0.0)))
+        following = next(pieces, None)
+        if sample.task != "transcribe" and not everything and following is not None:
+            heard.more, following = True, None
+        if following is None:
+            _refuse(sample, text, samples, peak, whole=not heard.more)
+        clip = processor.features(piece)
+        if not clip.isfinite().all():
+            fault = f"has samples up to {np.abs(piece).max():.3g}; export it again with a full scale of 1"
+            raise AudioError(sample.audio, fault)
+        yield clip
+        piece = following
+
+
+def _refuse(sample: Sample, text: str, samples: int, peak: float, whole: bool) -> None:
+    """Raise AudioError for a recording in which `text` cannot have been said."""
+    audio, seconds, short = sample.audio or "", samples / SAMPLING_RATE, text if len(text) <= 40 else f"{text[:40]}…"
+    if samples < SHORTEST:
+        raise AudioError(audio, f"lasts {1000 * seconds:.3g} ms, too short for speech; correct the offset and duration")
+    if peak <= SILENCE and text.strip():
+        raise AudioError(audio, f"is silent, but its text is {short!r}; record it again")
+    letters = len(regex.findall(r"\p{L}", text))
+    if whole and letters > LETTERS_A_SECOND * seconds:
+        fault = f"lasts {seconds:.3g} s, too short for its text {short!r}; correct the text, or the offset and duration"
+        raise AudioError(audio, fault)

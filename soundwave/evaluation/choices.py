@@ -1,0 +1,112 @@
+"""Multiple choice: the options of a prompt, and the option that an answer names.
+
+A prompt lists options behind labels in their order: (A) … (B) …, [A] … [B] …, A) … B) …, A. … B. … or A: … B: …; small
+letters, numbers from 1 and other alphabets likewise. A sample is a choice if its reference names an option of its
+prompt, or, where the prompt lists none, if it is one letter from A to Z by itself: A, (A), A.
+
+An answer names an option by its label, if that is
+    all of the answer, apart from brackets and punctuation    b    (B)    **B.**
+    in brackets, or at the beginning before ")", "." or ":"   the first one (b)    b) male    B. male
+    a capital before punctuation, the end or "because"        The answer is B.    I choose B because …
+    after "answer", "option" or "choice"                      the answer is b    Option b
+or by its text, if that stands in the answer as whole words. An answer names none if it names several, if a label and a
+text disagree, or if it denies in English ("not B").
+"""
+
+from collections.abc import Mapping
+
+import regex
+
+from soundwave.evaluation.words import UNSPACED, fold
+
+FIRST = "Aa1АаΑα"  # the first label in Latin letters, in numbers, in Cyrillic and in Greek letters
+ANY = {letter: "" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}  # the options where the prompt lists none
+LABEL = r"(?<![\w'])(?P<label>\p{L}|[0-9]{1,2})(?![\w'])"
+_AROUND = r"(?:[\s()\[\].,:;!?。，：；！？\"'`]|\*\*)*"
+_STYLES = [rf"\({LABEL}\)", rf"\[{LABEL}\]", rf"{LABEL}\)", rf"{LABEL}[.:](?=\s|$)"]
+_ALONE = regex.compile(_AROUND + LABEL + _AROUND)
+_MARKED = regex.compile(_AROUND + LABEL + r"\s*[)\].:]")
+_BRACKETS = regex.compile(rf"[(\[]{LABEL}[)\]]")
+_CAPITAL = regex.compile(
+    rf"(?<![[\w'-]--[{UNSPACED}]])(?P<label>\p{{Lu}}|[0-9]{{1,2}})"
+    r"(?=\s*(?:$|[)\]\".,;:!?/。，；：！？]|\*\*|(?:or|and|because|since)\b))",
+    regex.V1,
+)
+_NAMED = regex.compile(
+    rf"\b(?:answer|option|choice)(?: is| would be| must be)?\W*{LABEL}(?!\s+[\w\0])", regex.IGNORECASE
+)
+_DENIES = regex.compile(r"\b(?:not|neither|nor|isn't|except)\b", regex.IGNORECASE)
+_LABEL_BEHIND = regex.compile(r"\s*(?:$|[,;?!.]|(?:or|and)\b)")
+_ENDS = " \t\r\n.,;:!?/|*\"'。，；：！？、"
+
+
+def options_of(prompt: str) -> dict[str, str]:
+    """The options of a prompt: label, in capitals -> text. Empty without at least two labels in their order."""
+    prompt = fold(prompt)
+    for style in _STYLES:
+        labels = []
+        for match in regex.finditer(style, prompt):
+            label = match["label"]
+            if (label in FIRST) if not labels else label == _next(labels[-1]["label"]):
+                labels.append(match)
+        if len(labels) > 1:
+            ends = [match.start() for match in labels[1:]] + [len(prompt)]
+            texts = [prompt[match.end() : end] for match, end in zip(labels, ends, strict=True)]
+            if any(map(_LABEL_BEHIND.match, texts)):  # "male (A) or female (B)?"
+                texts = [""] * len(labels)
+            texts[-1] = regex.split(r"[.?!](?=\s)", texts[-1])[0]  # "Answer with the letter."
+            return {match["label"].upper(): _text(text) for match, text in zip(labels, texts, strict=True)}
+    return {}
+
+
+def _next(label: str) -> str:
+    return str(int(label) + 1) if label.isdecimal() else chr(ord(label) + 1)
+
+
+def _text(text: str) -> str:
+    """The text of an option without what leads to the next one, in lower case."""
+    text = text.strip().partition("\n")[0]
+    return regex.sub(r"(?<=\s)(?:or|and)$", "", text.rstrip(_ENDS + "([").lower()).strip(_ENDS)
+
+
+def named_option(answer: str, options: Mapping[str, str]) -> str | None:
+    """The label of the one option that an answer names by the module's rule, or None.
+
+    Args:
+        options: label -> text, from `options_of`; or `ANY`.
+    """
+    answer = fold(answer).strip()
+    alone = _ALONE.fullmatch(answer)
+    if alone and alone["label"].upper() in options:
+        return alone["label"].upper()
+    rest, texts = _without_texts(answer, options)
+    if _DENIES.search(rest):
+        return None
+    found = [match for pattern in (_BRACKETS, _CAPITAL, _NAMED) for match in pattern.finditer(rest)]
+    found += filter(None, [_MARKED.match(rest)])
+    labels = {match["label"].upper() for match in found} & options.keys()
+    named = labels or texts
+    return next(iter(named)) if len(named) == 1 and (not texts or texts == named) else None
+
+
+def _without_texts(answer: str, options: Mapping[str, str]) -> tuple[str, set[str]]:
+    """The answer without the texts of options that stand in it, and the labels of those options."""
+    found = set()
+    for label, text in sorted(options.items(), key=lambda option: -len(option[1])):  # "male" is in "male child"
+        if text:
+            whole = [regex.match(rf"[\w--[{UNSPACED}]]", edge, regex.V1) for edge in (text[0], text[-1])]
+            pattern = r"(?<!\w)" * bool(whole[0]) + regex.escape(text) + r"(?!\w)" * bool(whole[1])
+            answer, count = regex.subn(pattern, "\0", answer, flags=regex.IGNORECASE)
+            if count:
+                found.add(label)
+    return answer, found
+
+
+def option_of(reference: str, prompt: str) -> tuple[str, Mapping[str, str]] | None:
+    """The option that a reference names, and the options; None if the sample is no choice."""
+    options = options_of(prompt)
+    if options:
+        label = named_option(reference, options)
+        return None if label is None else (label, options)
+    alone = regex.fullmatch(r"[(\[]?([A-Za-z])[)\].:]?", fold(reference).strip())
+    return (alone[1].upper(), ANY) if alone else None
