@@ -29,9 +29,17 @@ app = typer.Typer(
     add_completion=False,
 )
 console, errors = Console(), Console(stderr=True)
-DEMO_MODEL = Path("runs/demo/model")
+DEMO, QUICK_DEMO = Path("runs/demo"), Path("runs/demo-quick")
+DEMO_MODEL = DEMO / "model"
 TRAINING = ("train", "demo", "ablate")  # commands that continue from their newest checkpoint
-ModelOption = Annotated[Path, typer.Option("--model", help="Folder of a trained model.", metavar="FOLDER")]
+ModelOption = Annotated[
+    Path,
+    typer.Option(
+        "--model",
+        help=f"Folder of a trained model. Without {DEMO_MODEL} that of {QUICK_DEMO} is used.",
+        metavar="FOLDER",
+    ),
+]
 
 
 def main() -> None:
@@ -125,9 +133,14 @@ def _options(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the model, logs, picture and summary.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Folder for the model, logs, picture and summary.",
+            show_default=f"{DEMO}, with --quick {QUICK_DEMO}",
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Short run of a few minutes instead of twenty; only shows that it works.")
     ] = False,
@@ -142,6 +155,7 @@ def demo(
     from soundwave.demo.run import run_demo
 
     _quiet_transformers()
+    out = out or (QUICK_DEMO if quick else DEMO)
     summary = run_demo(out, quick=quick, seed=seed)
     console.print(_summary_table(summary))
     _say(f"model {out / 'model'} · report {out / 'report.html'} · summary {out / 'summary.json'}")
@@ -182,16 +196,18 @@ def train(
 
     Example: `soundwave train 1 train=data/train.jsonl out=runs/mine/1 steps=300 batch_size=16 learning_rate=1e-3`
     """
-    from soundwave.training.settings import StageConfig, load_config
+    from soundwave.training.settings import StageConfig, allowed_values, load_config
     from soundwave.training.stages import train_stage
 
     flags = {"resume": resume, "strict": strict or None, "allow_outside": allow_outside or None, "quiet": quiet or None}
     words = [f"{name}={str(value).lower()}" for name, value in flags.items() if value is not None]
     values = load_config(stage, config, [*(settings or []), *words], to_show=show)
     if show:
-        table = _table("setting", "value", "meaning")
+        table = _table("setting", "value", "allowed", "meaning")
         for name, value in values.model_dump(mode="json").items():
-            table.add_row(name, escape(str(value)), StageConfig.model_fields[name].description or "")
+            text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+            row = name, text, allowed_values(name), StageConfig.model_fields[name].description or ""
+            table.add_row(*map(escape, row))
         console.print(table)
         return
     _quiet_transformers()
@@ -467,6 +483,10 @@ def report(
         Path | None, typer.Option(dir_okay=False, help="Page to write; by default report.html in the first run.")
     ] = None,
     utterances: Annotated[int, typer.Option(min=0, help="Number of recordings to show in detail.")] = 6,
+    test: Annotated[
+        Path | None,
+        typer.Option(help="Manifest of recordings to show, best of those held out from training.", metavar="MANIFEST"),
+    ] = None,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Show recordings outside their manifest's folder, too.")
     ] = False,
@@ -478,7 +498,8 @@ def report(
     from soundwave.report import write_report
 
     _quiet_transformers()
-    page = write_report(runs, out or runs[0] / "report.html", utterances=utterances, allow_outside=allow_outside)
+    out = out or runs[0] / "report.html"
+    page = write_report(runs, out, utterances=utterances, test=test, allow_outside=allow_outside)
     _say(f"report {page}")
 
 
@@ -534,6 +555,9 @@ def doctor() -> None:
 
 
 def _load_model(folder: Path) -> "LoadedModel":
+    if folder == DEMO_MODEL and not folder.is_dir() and (QUICK_DEMO / "model" / "config.json").is_file():
+        folder = QUICK_DEMO / "model"
+        errors.print(f"there is no {DEMO_MODEL}; using {folder}, the quick demonstration's", soft_wrap=True)
     if not (folder / "config.json").is_file():
         hint = "train one with `soundwave demo`" if folder == DEMO_MODEL else "give the folder that training printed"
         raise FileNotFoundError(f"{folder} holds no model; {hint}, or name another with --model")

@@ -42,28 +42,34 @@ ALL_POINTS = 20_000  # most points of all curves of one kind together, so that a
 PLACES = ("train", "out", "model", "resume")
 
 
-def write_report(runs: list[Path], out: Path, *, utterances: int = 6, allow_outside: bool = False) -> Path:
+def write_report(
+    runs: list[Path], out: Path, *, utterances: int = 6, test: Path | None = None, allow_outside: bool = False
+) -> Path:
     """Write the page of one run, or of several runs side by side, and return `out`.
 
     Args:
         runs: folders of runs: the `out` of a training, or a folder of several such, like a demonstration's. The
-            recordings are shown as the model of the first run hears them.
+            recordings are shown as the model of the last stage hears them; of several such models as the first does.
         out: the HTML file. Its folder is made if it does not exist.
-        utterances: number of recordings to show. They are taken from the run's scored answers; if it was not scored,
-            from its training data, and its model is asked now.
+        utterances: number of recordings to show. They are taken from `test`; without it from the run's scored answers;
+            if it was not scored, from its training data. Unless there are scored answers, the model is asked now.
+        test: a manifest of recordings that were held out from training, with their lines.
         allow_outside: also show recordings that lie outside their manifest's folder. It is off by default, because the
             folder of a run may come from somebody else, and its manifests must not put other files of yours into a
             page.
 
     Raises:
         RunError: `runs` is empty, or a run holds no log or a damaged file.
+        ManifestError: `test` cannot be read.
     """
     if not runs:
         raise RunError("no run was given; name the folder of at least one")
     names = run_names(runs)
     found = dict(zip(names, map(read_run, runs), strict=True))
-    others = {name: found[name] for name in names[1:]}
-    page = make_page(found, describe(found[names[0]], others, utterances, allow_outside))
+    heard = max(names, key=lambda name: found[name].stage)  # the first of equal ones
+    others = {name: found[name] for name in names if name != heard}
+    about = describe(found[heard], others, utterances, allow_outside, test)
+    page = make_page(found, about | {"by": heard})
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
@@ -86,6 +92,8 @@ def make_page(runs: dict[str, Run], utterances: dict[str, Any]) -> str:
                 "passes": [_pass(one, points) for one in run.passes],
                 "scores": score_rows(run.summary),
                 "seconds": run.summary.get("seconds", {}).get("total"),
+                "begun": run.begun,
+                "command": run.command,
             }
             for name, run in runs.items()
         ],
@@ -122,6 +130,7 @@ def _pass(one: Pass, points: int) -> dict[str, Any]:
         "left_out": reasons(one),
         "skipped": max(len(one.skipped), *(entry.get("skipped_steps") or 0 for entry in log)),
         "skipped_steps": [step | {"samples": step.get("samples", [])[:NAMED]} for step in one.skipped[:REASONS]],
+        "unfinished": one.unfinished,
         "last": {name: _last(log, name) for name in ("step", "epoch", "seconds", *CURVES)},
         "settings": {name: value for name, value in one.config.items() if name not in PLACES},
         "about": one.about,

@@ -22,17 +22,35 @@ const sum = (values) => values.reduce((a, b) => a + b, 0);
 
 // ---------------------------------------------------------------- scores and training
 
+/** How far trainings came that did not reach their end, and how to go on. */
+function unfinished() {
+  const lines = data.runs.flatMap((run) => {
+    const stopped = run.passes.filter((pass) => pass.unfinished).map((pass) => {
+      const { step, steps, checkpoint } = pass.unfinished;
+      const from = known(checkpoint) ? `goes on from checkpoint-${checkpoint}` : "starts again: there is no checkpoint yet";
+      return h("p", {}, `${whose(run, pass)} came to step ${whole(step)} of ${whole(steps)}; it was stopped, or still runs. `
+        + `If it was stopped, the same command ${from}.`);
+    });
+    const begun = (run.begun || []).map((name) =>
+      h("p", {}, `${several ? `${run.name} · ` : ""}${name} has begun, but logged no step yet.`));
+    const command = run.command ? h("pre", { class: "command" }, h("code", {}, run.command)) : null;
+    return [...stopped, ...begun, command].filter(Boolean);
+  });
+  return lines.length ? h("div", { class: "unfinished" }, lines) : null;
+}
+
 function heading() {
   const run = data.runs[0], { about, last } = run.passes[run.passes.length - 1];
   const facts = [about.device, about.commit && `commit ${about.commit}`, `page made ${data.made}`].filter(Boolean);
   const title = h("h1", {}, several ? `${data.runs.length} runs compared` : run.name);
-  if (several) return [title, note(`Page made ${data.made}`), legend()];
-  const losses = [["last CTC loss", last.ctc_loss], ["last next-token loss", last.lm_loss]];
+  if (several) return [title, note(`Page made ${data.made}`), legend(), unfinished()];
+  const losses = [["last CTC loss", last.ctc_loss], ["last next-token loss", last.lm_loss],
+    ["kept frames per label", last.kept_per_label]];
   const figures = run.scores.length
     ? run.scores.filter((row) => row.final).map((row) => [row.name, percent(row.value)])
     : losses.filter(([, value]) => known(value)).map(([name, value]) => [name, number(value)]);
   const figure = ([name, value]) => h("div", {}, h("strong", {}, value), h("span", {}, name));
-  return [title, note(facts.join(" · ")), h("div", { class: "figures" }, figures.map(figure))];
+  return [title, note(facts.join(" · ")), h("div", { class: "figures" }, figures.map(figure)), unfinished()];
 }
 
 function scoreTable() {
@@ -66,12 +84,13 @@ function training() {
     const { last, settings } = pass, batch = settings.batch_size;
     const size = !known(batch) ? "–" : settings.accumulation > 1 ? `${batch} × ${settings.accumulation}` : `${batch}`;
     const values = [
-      whole(last.step), known(last.epoch) ? last.epoch.toFixed(2) : "–", size, time(last.seconds),
-      number(last.audio_per_second), number(last.ctc_loss), number(last.lm_loss), whole(pass.skipped),
+      pass.unfinished ? `${whole(last.step)} of ${whole(pass.unfinished.steps)}` : whole(last.step), known(last.epoch) ? last.epoch.toFixed(2) : "–", size, time(last.seconds),
+      number(last.audio_per_second), number(last.ctc_loss), number(last.lm_loss), number(last.kept_per_label),
+      whole(pass.skipped),
     ];
     return h("tr", {}, rowHead(whose(run, pass)), values.map((value) => cell(value)));
   });
-  const heads = ["steps", "epochs", "batch", "time", "audio s / s", "CTC", "next token", "skipped steps"];
+  const heads = ["steps", "epochs", "batch", "time", "audio s / s", "CTC", "next token", "kept per label", "skipped steps"];
   const averaged = Math.max(...everyPass((run, pass) => pass.averaged));
   return section("training", "Training",
     note("Loss in nats per token, on a logarithmic scale. ",
@@ -87,7 +106,7 @@ function training() {
 
 function recordings() {
   const { items, note: how } = data.utterances;
-  const first = several && items.length ? ` Peaks, tokens and attention come from ${data.runs[0].name}.` : "";
+  const first = several && items.length ? ` Peaks, tokens and attention come from ${data.utterances.by}.` : "";
   const hint = " Click a token to see what its frame attends to. Click the spectrogram to listen from there.";
   return section("recordings", "Recordings", note(how, first, items.length ? hint : ""), items.map(utterance));
 }
@@ -95,14 +114,36 @@ function recordings() {
 const block = (title, text, charts) =>
   charts.length ? [subtitle(title), text ? note(text) : null, grid(charts)] : [];
 
+/** Labels a second of the recordings, from the last log entry: kept frames a second over kept frames per label. */
+function labelsASecond(pass) {
+  const { compression, kept_per_label: perLabel } = pass.last, rate = 50 / (pass.settings.frame_stack || 2);
+  return compression && perLabel ? { rate, labels: rate / compression / perLabel } : null;
+}
+
+function expectedBlank() {
+  const rows = everyPass((run, pass) => {
+    const found = labelsASecond(pass);
+    if (!found) return [];
+    const wanted = Math.max(0, 1 - found.labels / found.rate);
+    return [h("tr", {}, rowHead(whose(run, pass)), cell(found.labels.toFixed(1)), cell(percent(wanted)),
+      cell(percent(pass.last.blank_share)), cell(number(pass.last.kept_per_label)))];
+  });
+  if (!rows.length) return null;
+  const heads = ["labels a second", "expected blank share", "last blank share", "kept frames per label"];
+  return table([h("th"), heads.map((name) => columnHead(name, "number"))], rows);
+}
+
 function alignment() {
   const share = curvesOf({ blank_share: "blank share" }, { format: percent, range: [0, 1] });
-  const kept = curvesOf({ kept_per_label: "kept per token" }, {});
+  const kept = curvesOf({ kept_per_label: "kept per label" }, {});
   return section("alignment", "Alignment",
-    block("Blank share", "Share of the frames whose most probable label is blank. It usually settles between 50 and "
-      + "85 %. At 0 or 100 % the model has aligned nothing.", share),
-    block("Compression", "Number of aligned frames for each kept frame.", curvesOf({ compression: "frames" }, {})),
-    block("Kept frames per token of the transcript", "It is close to 1 if CTC writes each token once.", kept));
+    block("Kept frames per label", "A label is a token of the transcript. This is the better sign: it is close to 1 if "
+      + "CTC writes each label once.", kept),
+    block("Blank share", "Share of the frames whose most probable label is blank. What to expect depends on how fast "
+      + "people speak: with one frame a label it is 1 − labels a second / frames a second. Read speech has about 1.5 "
+      + "sub-words a second, so 94 % of 25 frames are blank. At 0 or 100 % the model has aligned nothing.", share),
+    expectedBlank(),
+    block("Compression", "Number of aligned frames for each kept frame.", curvesOf({ compression: "frames" }, {})));
 }
 
 function optimiser() {

@@ -155,7 +155,9 @@ function utterance(item) {
   follow();
   const gauge = h("div"); // Its width is observed, because drawing changes the size of the strips themselves.
   new ResizeObserver(draw).observe(gauge);
-  const facts = `${seconds(item.seconds)} · ${item.kept.length} of ${frames} frames kept · ${item.id}`;
+  const whole = item.whole_seconds || item.seconds; // a long recording is shown up to its first cut
+  const length = whole > item.seconds + 0.01 ? `first ${seconds(item.seconds)} of ${seconds(whole)}` : seconds(whole);
+  const facts = `${length} · ${item.kept.length} of ${frames} frames kept · ${item.id}`;
   return h("article", { class: "utterance" },
     h("header", {}, play, audio, h("h3", {}, item.text || item.id), h("span", { class: "muted small" }, facts)),
     gauge, strips, detail, answers(item));
@@ -172,12 +174,13 @@ function alignedWords(words) {
 }
 
 function oneAnswer(answer) {
-  if (answer.words && !answer.right) return alignedWords(answer.words);
+  const cut = answer.cut_off ? h("p", { class: "muted small" }, "This answer was cut off at the longest length.") : null;
+  if (answer.words && !answer.right) return h("div", {}, alignedWords(answer.words), cut);
   const aside = (text) => h("span", { class: "prompt" }, text);
   return h("div", { class: answer.right ? "right" : "wrong" },
     h("span", { class: "mark" }, answer.right ? "✓" : "✗"), answer.given || "(nothing)",
     answer.right ? null : aside(`right: ${answer.reference}`),
-    answer.task === "transcribe" ? null : aside(answer.prompt));
+    answer.task === "transcribe" ? null : aside(answer.prompt), cut);
 }
 
 function answers(item) {
@@ -186,7 +189,7 @@ function answers(item) {
     const same = (other) => other.task === answer.task && other.reference === answer.reference;
     const theirs = Object.entries(item.others).map(([name, list]) => [name, list.find(same)]);
     return [
-      row(several ? `${answer.task} · ${data.runs[0].name}` : answer.task, answer),
+      row(several ? `${answer.task} · ${data.utterances.by}` : answer.task, answer),
       theirs.filter(([, other]) => other).map(([name, other]) => row(`· ${name}`, other)),
     ];
   }));

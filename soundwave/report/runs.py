@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from soundwave.data.sampling import paper_temperature, temperature_weights
+from soundwave.training.checkpoints import newest_checkpoint, step_of
+from soundwave.training.settings import PAPER, StageConfig
 
 LOG, ABOUT, LEFT_OUT, SKIPPED = "log.jsonl", "run.json", "left_out.jsonl", "skipped_steps.jsonl"
 SUMMARY, ANSWERS = "summary.json", "answers.jsonl"
@@ -19,6 +22,7 @@ CURVES = (
     *("blank_share", "compression", "kept_per_label", "audio_per_second"),
 )
 EXAMPLES = 3  # samples that are named for each reason to leave samples out
+_NO_NAME = re.compile(r"(stage|run|out|train|model)?[-_. ]?[\dI]*", re.IGNORECASE)  # names that many runs have
 REASONS = 30  # reasons that are shown, the most frequent ones; also skipped steps that are shown, the first ones
 
 
@@ -52,21 +56,77 @@ class Pass:
     left_out: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
 
+    @property
+    def has_model(self) -> bool:
+        """Whether the training has written its model, which it does at its end."""
+        return (self.folder / "model" / "config.json").is_file()
+
+    @property
+    def unfinished(self) -> dict[str, Any] | None:
+        """How far a training came that did not reach its end: it was stopped, or still runs. None if it has ended.
+
+        Returns:
+            `step`, the last one that is known, `steps`, the number wanted, and `checkpoint`, the step from which the
+            same command goes on (None: from the beginning).
+        """
+        steps, last = self.config.get("steps"), int(self.log[-1]["step"]) if self.log else 0
+        if self.has_model or not isinstance(steps, int) or last >= steps:
+            return None
+        checkpoint = newest_checkpoint(self.folder)
+        saved = step_of(checkpoint) if checkpoint is not None else None
+        return {"step": max(last, saved or 0), "steps": steps, "checkpoint": saved}
+
+    @property
+    def command(self) -> str:
+        """The command of the training: settings that are not the paper's."""
+        usual = {name: one.default for name, one in StageConfig.model_fields.items()} | PAPER.get(self.stage, {})
+        words = []
+        for name, value in self.config.items():
+            if name in ("stage", "resume") or name in usual and usual[name] == value:
+                continue
+            text = value if isinstance(value, str) else json.dumps(value)
+            if name == "train" and isinstance(value, list) and len(value) == 1:
+                text = str(value[0])
+            words.append(shlex.quote(f"{name}={text}"))
+        return " ".join(["soundwave train", str(self.stage), *words])
+
 
 @dataclass(frozen=True)
 class Run:
-    """The trainings of a folder, in order. `summary` and `answers` are empty if the run was not scored."""
+    """The trainings of a folder, in order. `summary` and `answers` are empty if the run was not scored.
+
+    Attributes:
+        begun: names of the folders of trainings that have begun, but have logged nothing yet.
+    """
 
     folder: Path
     passes: list[Pass]
     summary: dict[str, Any] = field(default_factory=dict)
     answers: list[dict[str, str]] = field(default_factory=list)
+    begun: list[str] = field(default_factory=list)
 
     @property
     def model(self) -> Path | None:
         """Folder of the newest model: the run's own, or else that of the last training that has one; None without."""
         candidates = [self.folder / "model", *(one.folder / "model" for one in reversed(self.passes))]
         return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+
+    @property
+    def stage(self) -> int:
+        """The stage of that model, 0 without one."""
+        if self.model is None:
+            return 0
+        trained = [one.stage for one in self.passes if one.has_model]
+        return max(trained) if trained else self.passes[-1].stage
+
+    @property
+    def command(self) -> str | None:
+        """The command that goes on with the run where it stopped; None if nothing is unfinished."""
+        for name, option in (("full", ""), ("quick", " --quick")):
+            if (self.folder / f"corpus-{name}").is_dir():  # a demonstration, which trains all stages
+                open_end = self.begun or any(one.unfinished for one in self.passes) or not self.summary
+                return f"soundwave demo{option} --out {shlex.quote(str(self.folder))}" if open_end else None
+        return next((one.command for one in self.passes if one.unfinished), None)
 
 
 def read_run(folder: Path) -> Run:
@@ -84,22 +144,28 @@ def read_run(folder: Path) -> Run:
     summary = folder / SUMMARY
     begun = [out for out in outs if (out / LOG).read_bytes().strip()]
     if not begun:
-        raise RunError(f"{outs[0] / LOG} holds no entry yet; wait until training has logged a step")
+        raise RunError(
+            f"{outs[0] / LOG} holds no entry yet; wait until training has logged a step, or repeat its command"
+        )
     return Run(
         folder,
         _ordered([_read_pass(out) for out in begun]),
         _read_object(summary, _Summary) if summary.is_file() else {},
         _read_lines(folder / ANSWERS, _Answer),
+        [out.name for out in outs if out not in begun],
     )
 
 
 def run_names(folders: list[Path]) -> list[str]:
-    """Names for the folders: the shortest ends of their paths that differ from each other."""
+    """Names for the folders: the shortest ends of their paths that differ from each other and say something.
+
+    A folder called 1 or stage2 says nothing alone, so its parent stands before it, as in `mine/1`.
+    """
     parts = [Path(folder).resolve().parts for folder in folders]
     names = [""] * len(parts)
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and not any(map(_NO_NAME.fullmatch, names)):
             break
     return names
 

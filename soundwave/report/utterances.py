@@ -7,6 +7,7 @@ shows are computed in float32 from the aligned frames, as `soundwave.eager` defi
 import base64
 import io
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soundwave.backbones.wheels import EmbeddedError
-from soundwave.data.audio import SAMPLING_RATE, load_audio
+from soundwave.data.audio import SAMPLING_RATE, AudioError, load_audio
 from soundwave.data.collate import answer_of, ctc_text_of, prompt_of
-from soundwave.data.manifest import Sample, read_manifest
+from soundwave.data.manifest import ManifestError, Sample, read_manifest
 from soundwave.evaluation.scores import normalise
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.inference.answer import answer, read_ctc
+from soundwave.inference.long import windows
 from soundwave.model.chat import text_of
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
@@ -36,7 +38,7 @@ ALTERNATIVES = 3  # less probable tokens that are named for a kept frame
 MEL_COLUMNS = 1000  # most columns of a spectrogram; a longer one is averaged
 FLAC_BYTES = 150_000  # Larger audio is embedded as MP3, so that a page of six recordings of 30 s stays below 5 MB.
 ATTENTION_ROWS = 150  # With more kept frames no attention is shown: it takes a byte for each pair of frames.
-NEW_TOKENS = 64  # longest answer
+NEW_TOKENS = 256  # longest answer, as in `soundwave evaluate`
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Recording:
         )
 
 
-def describe(run: Run, others: dict[str, Run], count: int, allow_outside: bool = False) -> dict[str, Any]:
+def describe(
+    run: Run, others: dict[str, Run], count: int, allow_outside: bool = False, test: Path | None = None
+) -> dict[str, Any]:
     """What the page shows of a few recordings.
 
     Args:
@@ -81,6 +85,7 @@ def describe(run: Run, others: dict[str, Run], count: int, allow_outside: bool =
         others: name -> another run, whose answers about the same samples are shown as well.
         count: number of recordings.
         allow_outside: as in `read_manifest`.
+        test: a manifest of recordings that were held out, to show those.
 
     Returns:
         `items`, one for each recording, and `note`, which says how they were chosen or why there are none.
@@ -89,13 +94,17 @@ def describe(run: Run, others: dict[str, Run], count: int, allow_outside: bool =
         return {"items": [], "note": "No recordings were asked for."}
     model = run.model
     if model is None:
-        return {"items": [], "note": f"There is no model in {run.folder} yet."}
+        return {"items": [], "note": f"There is no model in {run.folder} yet: training writes it at its end."}
+    held_out = None if test is None else _held_out(run, Path(test), allow_outside)
     try:
-        if run.answers:
-            chosen, note = _answered(run, count, allow_outside)
+        if held_out is not None:
+            ordered, note = held_out
+        elif run.answers:
+            ordered, note = _answered(run, count, allow_outside)
         else:
-            chosen, note = _trained_on(run, count, allow_outside)
-        return {"items": _items(run, model, others, chosen), "note": note}
+            ordered, note = _trained_on(run, allow_outside)
+        chosen, faults = _readable(ordered, count, spread=held_out is not None or not run.answers)
+        return {"items": _items(model, others, chosen), "note": " ".join([note, *faults])}
     except (ValueError, OSError, EmbeddedError) as error:
         # The recordings or the backbones are gone, but the curves are still worth a page.
         return {"items": [], "note": f"None can be shown: {error}"}
@@ -237,8 +246,75 @@ def _answered(run: Run, count: int, allow_outside: bool) -> tuple[list[Recording
     return chosen, note
 
 
-def _trained_on(run: Run, count: int, allow_outside: bool) -> tuple[list[Recording], str]:
-    """Recordings from the manifests of the last training, at even distances, without answers."""
+def _held_out(run: Run, test: Path, allow_outside: bool) -> tuple[list[Recording], str]:
+    """The recordings of a manifest, without answers, and how many of them the run was trained on.
+
+    Raises:
+        ManifestError: the manifest cannot be read, or holds no recording.
+    """
+    missing: list[str] = []
+    samples = read_manifest(test, allow_outside=allow_outside, leave_out=lambda name, *_: missing.append(name))
+    recordings: dict[tuple, Recording] = {}
+    for sample in samples:
+        if sample.audio is not None:
+            recording = recordings.setdefault((sample.audio, sample.offset, sample.duration), Recording())
+            recording.asked.append(Asked(sample, None))
+    if not recordings:
+        raise ManifestError(f"{test}: holds no recording that can be read; give a manifest with audio_filepath")
+    trained = _training_audio(run, allow_outside)
+    known = sum(key[0] in trained for key in recordings)
+    note = f"From {test.name}, at even distances of {len(recordings)} recordings; the model was asked for this page."
+    if known:
+        note += f" {known} of them are in the manifests of the training, so the model has learned them."
+    if missing:
+        note += f" {len(missing)} could not be opened, such as {missing[0]}."
+    return list(recordings.values()), note
+
+
+def _training_audio(run: Run, allow_outside: bool) -> set[str]:
+    """The audio files of the training, as far as its manifests are still there."""
+    found: set[str] = set()
+    for one in run.passes:
+        for manifest in one.config.get("train", []):
+            with suppress(ValueError, OSError):
+                path = _manifest(run, Path(manifest).name)
+                rows = read_manifest(
+                    path, allow_outside=allow_outside, leave_out=lambda *_: None, note=lambda line: None
+                )
+                found |= {sample.audio for sample in rows if sample.audio is not None}
+    return found
+
+
+def _readable(
+    recordings: list[Recording], count: int, spread: bool
+) -> tuple[list[tuple[Recording, np.ndarray]], list[str]]:
+    """The first `count` recordings that can be read, or `spread`: at even distances, with their samples.
+
+    Returns:
+        The recordings, and sentences about those that could not be read.
+    """
+    places = list(range(len(recordings)))
+    if spread:
+        even = [place * len(recordings) // count for place in range(min(count, len(recordings)))]
+        places = [*even, *sorted(set(places) - set(even))]
+    chosen: dict[int, np.ndarray] = {}
+    faults: list[str] = []
+    for place in places:
+        first = recordings[place].asked[0].sample
+        if len(chosen) == count:
+            break
+        try:
+            assert first.audio is not None
+            chosen[place] = load_audio(first.audio, offset=first.offset, duration=first.duration)
+        except AudioError as error:
+            faults.append(f"Not shown: {error}.")
+            if len(faults) > count and not chosen:
+                raise
+    return [(recordings[place], chosen[place]) for place in sorted(chosen)], faults
+
+
+def _trained_on(run: Run, allow_outside: bool) -> tuple[list[Recording], str]:
+    """Recordings from the manifests of the last training, without answers."""
     last = run.passes[-1]
     samples = [
         sample
@@ -250,16 +326,18 @@ def _trained_on(run: Run, count: int, allow_outside: bool) -> tuple[list[Recordi
     ]
     if not samples:
         raise ValueError("the manifests of the training hold no recording with a transcript")
-    chosen = [samples[place * len(samples) // count] for place in range(min(count, len(samples)))]
-    note = "From the manifests of the training, at even distances: the model was trained on them."
-    return [Recording([Asked(sample, None)]) for sample in chosen], note
+    note = (
+        "From the manifests of the training, at even distances: the model was trained on them. "
+        "`soundwave report --test MANIFEST` shows others."
+    )
+    return [Recording([Asked(sample, None)]) for sample in samples], note
 
 
-def _items(run: Run, folder: Path, others: dict[str, Run], chosen: list[Recording]) -> list[dict[str, Any]]:
-    """The recordings as the page shows them, heard by the model in `folder`."""
+def _items(folder: Path, others: dict[str, Run], chosen: list[tuple[Recording, np.ndarray]]) -> list[dict[str, Any]]:
+    """The recordings and their samples as the page shows them, heard by the model in `folder`."""
     device, _ = pick_device()
     config = SoundwaveConfig.from_pretrained(folder)
-    asks = config.stage > 1 and not run.answers
+    asks = config.stage > 1 and any(one.given is None for recording, _ in chosen for one in recording.asked)
     model = SoundwaveForConditionalGeneration.from_pretrained(
         folder,
         dtype=pick_dtype(device.type)[0],
@@ -272,12 +350,12 @@ def _items(run: Run, folder: Path, others: dict[str, Run], chosen: list[Recordin
         for name, other in others.items()
     }
     items = []
-    for recording in chosen:
-        first = recording.asked[0].sample
-        audio = load_audio(first.audio, offset=first.offset, duration=first.duration)
-        item = examine(model, processor, audio) | {"id": first.id, "text": first.text or ""}
+    for recording, audio in chosen:
+        first, pieces = recording.asked[0].sample, windows(audio)
+        item = examine(model, processor, pieces[0]) | {"id": first.id, "text": first.text or ""}
+        item["whole_seconds"] = len(audio) / SAMPLING_RATE
         item["answers"] = [
-            _answer(one.sample, _ask(model, processor, one.sample, audio), config.stage == 1)
+            _answer(one.sample, *_ask(model, processor, one.sample, pieces), config.stage == 1)
             if one.given is None
             else _answer(one.sample, one.given)
             for one in recording.asked
@@ -291,16 +369,25 @@ def _items(run: Run, folder: Path, others: dict[str, Run], chosen: list[Recordin
 
 
 def _ask(
-    model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, sample: Sample, audio: np.ndarray
-) -> str:
-    """The model's answer to a sample, in stage I its CTC reading."""
-    clip = processor.features(audio)
-    if model.config.stage == 1:
-        return read_ctc(model, processor, [clip])[0][0]
-    return answer(model, processor, [prompt_of(sample)], [clip], max_new_tokens=NEW_TOKENS)[0]
+    model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, sample: Sample, pieces: list[np.ndarray]
+) -> tuple[str, bool]:
+    """The model's answer to a sample, in stage I its CTC reading, and whether `NEW_TOKENS` has cut it off.
+
+    A transcript is that of all pieces of a long recording; other answers are about the first one.
+    """
+    texts: list[str] = []
+    cut_off: list[int] = []
+    for piece in pieces if sample.task == "transcribe" or model.config.stage == 1 else pieces[:1]:
+        clip = processor.features(piece)
+        if model.config.stage == 1:
+            texts += read_ctc(model, processor, [clip])[0]
+        else:
+            limits = {"max_new_tokens": NEW_TOKENS, "cut_off": cut_off}
+            texts += answer(model, processor, [prompt_of(sample)], [clip], **limits)
+    return " ".join(text for text in texts if text), bool(cut_off)
 
 
-def _answer(sample: Sample, given: str, read_by_ctc: bool = False) -> dict[str, Any]:
+def _answer(sample: Sample, given: str, cut_off: bool = False, read_by_ctc: bool = False) -> dict[str, Any]:
     """An answer as the page shows it. Only transcriptions have aligned `words`."""
     reference = (ctc_text_of(sample) or "") if read_by_ctc else answer_of(sample)
     return {
@@ -308,6 +395,7 @@ def _answer(sample: Sample, given: str, read_by_ctc: bool = False) -> dict[str, 
         "prompt": text_of(prompt_of(sample)),
         "reference": reference,
         "given": given,
+        "cut_off": cut_off,
         "right": normalise(reference) == normalise(given),
         "words": align_words(reference, given) if sample.task == "transcribe" else None,
     }

@@ -3,7 +3,8 @@
 import difflib
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,7 +22,7 @@ class StageConfig(BaseModel):
     stage: Literal[1, 2, 3] = Field(description="Training stage: 1 alignment, 2 shrinking, 3 instruction tuning")
     train: list[Path] = Field(min_length=1, description="Manifests to train on")
     out: Path = Field(description="Folder for checkpoints, logs and the model")
-    model: Path | None = Field(None, description="Model of the stage before; None starts from the backbones")
+    model: Path | None = Field(None, description="Model of the stage before; null starts from the backbones")
     audio_tower: str = Field(backbones.WHISPER, description="Whisper model: Hub id, folder or embedded name")
     language_model: str = Field(
         backbones.LANGUAGE_MODEL, description="Causal language model: Hub id, folder or embedded name"
@@ -33,12 +34,12 @@ class StageConfig(BaseModel):
     keep: Literal["peaks", "runs", "frames"] | None = Field(
         None,
         description="Frames that the LLM reads: CTC's peaks, the first frame of each run, or all frames; "
-        "None: decided by semantics or model",
+        "null: decided by semantics or model",
     )
     keys: Literal["all", "kept", "none"] | None = Field(
         None,
         description="Frames that a kept frame attends to: all, the kept ones, or none; "
-        "None: decided by semantics or model",
+        "null: decided by semantics or model",
     )
 
     steps: Positive = Field(description="Number of optimiser steps")
@@ -73,14 +74,14 @@ class StageConfig(BaseModel):
     )
     spec_augment: bool = Field(True, description="Whether parts of the recordings are masked in time and frequency")
     adapter_dropout: float | None = Field(
-        None, ge=0, lt=1, description="Dropout in the alignment adapter; None: 0.1, or that of the model given"
+        None, ge=0, lt=1, description="Dropout in the alignment adapter; null: 0.1, or that of the model given"
     )
     implementation: Literal["fused", "eager"] = Field("fused", description="Fused operations, or eager: plain PyTorch")
     exact: bool = Field(False, description="Whether the fused CTC computes all columns of its gradient")
     gradient_checkpointing: bool | None = Field(
         None,
         description="Whether the LLM computes each layer again in backward, which takes a tenth of the memory; "
-        "None: on CUDA only",
+        "null: on CUDA only",
     )
 
     seed: int = Field(0, ge=0, lt=2**32, description="Seed for fresh weights, dropout and the order of the samples")
@@ -90,7 +91,7 @@ class StageConfig(BaseModel):
     workers: int = Field(0, ge=0, description="Number of processes that load data")
     resume: bool | None = Field(
         None,
-        description="None: continue from the newest checkpoint in out if its run had the same settings and data; "
+        description="null: continue from the newest checkpoint in out if its run had the same settings and data; "
         "true: even if they differ; false: out must hold no checkpoint",
     )
     allow_outside: bool = Field(False, description="Whether manifests may name audio outside their folder")
@@ -115,6 +116,27 @@ OTHER_NAMES = {"lr": "learning_rate", "batch": "batch_size", "gradient_accumulat
 
 class ConfigError(ValueError):
     """Settings that cannot be used. The message is one line with key, value found and value wanted of each."""
+
+
+def allowed_values(name: str) -> str:
+    """The values that a setting may have, in words: "paper, released", "1 or more", "a number above 0, or null"."""
+    field = StageConfig.model_fields[name]
+    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
+    kind = next(kind for kind in kinds if kind is not NoneType)
+    limits = {type(one).__name__: one for one in field.metadata}
+    if get_origin(kind) is Literal:
+        found = ", ".join(map(str, get_args(kind)))
+    elif kind is bool:
+        found = "true, false"
+    elif kind in (int, float):
+        low = f"{limits['Ge'].ge} or more" if "Ge" in limits else f"above {limits['Gt'].gt}" if "Gt" in limits else ""
+        high = f"below {limits['Lt'].lt}" if "Lt" in limits else ""
+        found = f"{'an integer' if kind is int else 'a number'}, {' and '.join(filter(None, (low, high)))}"
+    elif kind is str:
+        found = "text"
+    else:
+        found = "paths" if get_origin(kind) is list else "a path"
+    return f"{found}, or null" if NoneType in kinds else found
 
 
 def load_config(
