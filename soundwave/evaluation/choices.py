@@ -24,12 +24,12 @@ ANY = {letter: "" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}  # the options whe
 LABEL = r"(?<![\w'])(?P<label>\p{L}|[0-9]{1,2})(?![\w'])"
 _AROUND = r"(?:[\s()\[\].,:;!?。，：；！？\"'`]|\*\*)*"
 _STYLES = [rf"\({LABEL}\)", rf"\[{LABEL}\]", rf"{LABEL}\)", rf"{LABEL}[.:](?=\s|$)"]
-_ALONE = regex.compile(_AROUND + LABEL + _AROUND)
+_ALONE = regex.compile(rf"{_AROUND}(?P<label>\p{{L}}|[0-9]{{1,2}}){_AROUND}")
 _MARKED = regex.compile(_AROUND + LABEL + r"\s*[)\].:]")
 _BRACKETS = regex.compile(rf"[(\[]{LABEL}[)\]]")
 _CAPITAL = regex.compile(
     rf"(?<![[\w'-]--[{UNSPACED}]])(?P<label>\p{{Lu}}|[0-9]{{1,2}})"
-    r"(?=\s*(?:$|[)\]\".,;:!?/。，；：！？]|\*\*|(?:or|and|because|since)\b))",
+    r"(?=[^\S\n]*\n|\s*(?:$|[)\]\".,;:!?/。，；：！？]|\*\*|(?:or|and|because|since)\b))",
     regex.V1,
 )
 _NAMED = regex.compile(

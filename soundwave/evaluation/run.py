@@ -4,59 +4,25 @@ A recording over 30 s is transcribed in pieces, as `soundwave transcribe` does; 
 heard. A sample whose recording cannot be used is left out and named, and the others are scored.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
-import regex
 import torch
 from torch import Tensor
 
-from soundwave.data.audio import SAMPLING_RATE, AudioError, read_blocks, shown
-from soundwave.data.collate import SILENCE, LeftOut, answer_of, ctc_text_of, prompt_of, with_duration
+from soundwave.data.collate import LeftOut, answer_of, ctc_text_of, prompt_of
 from soundwave.data.manifest import Sample
-from soundwave.evaluation.progress import NAMED, Progress, named, say
+from soundwave.evaluation.listening import Omissions, check_batch_size, listen
+from soundwave.evaluation.listening import alike as alike
+from soundwave.evaluation.progress import named, say
 from soundwave.evaluation.scores import ANSWER_RULES, Scores, Verdict, has_words, judge, names_of, rate, word_errors
 from soundwave.evaluation.words import Rules, check_language, is_language, rules_for
 from soundwave.inference.answer import answer, read_ctc
-from soundwave.inference.long import stream_windows
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
 
-SHORTEST = 400  # samples at 16 kHz: 25 ms, the first window of Whisper's analysis
-LETTERS_A_SECOND = 50  # Nobody says so many: fast speech has 25. Such a text belongs to another recording.
-
-T = TypeVar("T")
 EachRow = Callable[[dict[str, Any]], None]
-
-
-def alike(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
-    """Give the indices of the samples in batches of one task and similar duration, the longest samples first.
-
-    A batch generates until its longest answer ends. In batches of one task no one-word answer waits for a transcript.
-
-    Raises:
-        ValueError: a batch size below 1.
-    """
-    _check_batch_size(batch_size)
-    for order in _by_task(samples):
-        for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size]
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}, but it must be 1 or more")
-
-
-def _by_task(samples: Sequence[Sample]) -> Iterable[list[int]]:
-    """The indices of the samples of each task, the longest samples first."""
-    tasks: dict[str, list[int]] = defaultdict(list)
-    for index in sorted(range(len(samples)), key=lambda i: -(samples[i].duration or 0.0)):
-        tasks[samples[index].task].append(index)
-    return tasks.values()
 
 
 def evaluate_ctc(
@@ -82,10 +48,10 @@ def evaluate_ctc(
         ValueError: no sample is left, a batch size below 1, or an unknown language.
         AudioError: with `strict`, a recording cannot be used.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     wanted = [ctc_text_of(sample) or "" for sample in samples]
     rules = _rules(samples, wanted, language, ("source_lang", "lang", "language", "target_lang"))
-    left = _LeftOut()
+    left = Omissions()
     for index, sample in enumerate(samples):
         if sample.audio is None:
             left.add(index, LeftOut(sample.id, "no recording", "there is nothing that CTC could read"))
@@ -103,7 +69,8 @@ def evaluate_ctc(
     scores = Scores()
     texts: dict[int, str] = {}
     in_pieces = []
-    for heard in _listen(samples, wanted, processor, batch_size, read, left, strict=strict, progress=progress):
+    settings = {"to_the_end": lambda _: True, "strict": strict, "progress": progress}
+    for heard in listen(samples, wanted, processor, batch_size, read, left, **settings):
         index, sample = heard.index, samples[heard.index]
         texts[index] = _joined([reading.text for reading in heard.results])
         for reading in heard.results:
@@ -160,10 +127,10 @@ def evaluate(
     """
     if not samples:
         raise ValueError("samples is empty: there is nothing to evaluate")
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     wanted = [answer_of(sample) for sample in samples]
     rules = _rules(samples, wanted, language, ("target_lang", "lang", "language", "source_lang"))
-    left = _LeftOut()
+    left = Omissions()
     for index, sample in enumerate(samples):
         if sample.task == "transcribe" and not has_words(wanted[index], rules[index]):
             left.add(index, _wordless(sample, wanted[index]))
@@ -184,7 +151,8 @@ def evaluate(
     texts: dict[int, str] = {}
     in_pieces, first_window, cut_off = [], [], []
     verdicts: dict[str, list[Verdict]] = {task: [] for task in tasks if task != "transcribe"}
-    for heard in _listen(samples, wanted, processor, batch_size, reply, left, strict=strict, progress=progress):
+    settings = {"to_the_end": lambda sample: sample.task == "transcribe", "strict": strict, "progress": progress}
+    for heard in listen(samples, wanted, processor, batch_size, reply, left, **settings):
         index, sample = heard.index, samples[heard.index]
         texts[index] = heard.results[0][0]
         if len(heard.results) > 1:
@@ -259,9 +227,6 @@ def _joined(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else " ".join(" ".join(texts).split())
 
 
-# ---------------------------------------------------------------- recordings
-
-
 class _Reading(NamedTuple):
     """What CTC reads in a clip, and how many of its frames have a label, hold the blank, and are peaks."""
 
@@ -276,181 +241,5 @@ def _counts(row: Tensor, blank: int) -> tuple[int, int, int]:
     return int((row >= 0).sum()), int((row == blank).sum()), int(((runs != blank) & (runs >= 0)).sum())
 
 
-class _LeftOut(dict[int, LeftOut]):
-    """The samples that are left out, by their place. The first `NAMED` are named on stderr at once."""
-
-    def add(self, index: int, one: LeftOut) -> None:
-        self[index] = one
-        if len(self) <= NAMED:
-            say(f"left out: {one}")
-        elif len(self) == NAMED + 1:
-            say("left out: more samples, which the scores list (left_out)")
-
-    def in_order(self) -> list[LeftOut]:
-        return [self[index] for index in sorted(self)]
-
-
 def _wordless(sample: Sample, text: str) -> LeftOut:
     return LeftOut(sample.id, str(sample.audio), f"its text {text!r} has no words, so it has no word error rate")
-
-
-@dataclass
-class _Heard(Generic[T]):
-    """A sample whose clips are being answered.
-
-    Attributes:
-        index: place of the sample.
-        results: what its clips so far gave, in order.
-        waiting: number of clips that wait for their batch.
-        read: whether all clips were taken from the recording.
-        fault: why it is left out.
-        more: whether the recording goes on behind what is heard of it.
-    """
-
-    index: int
-    results: list[T] = field(default_factory=list)
-    waiting: int = 0
-    read: bool = False
-    fault: AudioError | None = None
-    more: bool = False
-
-
-def _listen(
-    samples: Sequence[Sample],
-    wanted: Sequence[str],
-    processor: SoundwaveProcessor,
-    batch_size: int,
-    respond: Callable[[Sequence[Sample], Sequence[Tensor | None]], Sequence[T]],
-    left: _LeftOut,
-    *,
-    strict: bool,
-    progress: str | None,
-) -> Iterator[_Heard[T]]:
-    """Give every sample that is not in `left` with the results of its clips, as soon as it has them all.
-
-    Batches hold clips of one task and, as far as possible, of similar duration, the longest recordings first. Of a
-    recording no more is in memory than what its batch holds.
-
-    Raises:
-        AudioError: with `strict`, a recording cannot be used.
-        ValueError: no sample can be used.
-    """
-    places = [index for index in range(len(samples)) if index not in left]
-    lengths = {}
-    for index in places:
-        try:
-            lengths[index] = with_duration(samples[index])  # for the order alone: a header may be wrong
-        except AudioError as error:
-            _leave_out(index, samples[index], AudioError(samples[index].audio or "", error.fault), left, strict)
-    places = list(lengths)
-    if strict:
-        with Progress(progress and f"{progress}: recordings", len(places)) as shown:
-            for index in places:
-                try:
-                    for _ in _clips(samples[index], wanted[index], processor, _Heard(index), everything=True):
-                        pass
-                except AudioError as error:
-                    _leave_out(index, samples[index], error, left, strict)
-                shown.step()
-    begun: list[_Heard[T]] = []
-    batch: list[tuple[_Heard[T], Tensor | None]] = []
-    given = 0
-
-    def finished() -> Iterator[_Heard[T]]:
-        nonlocal given
-        for heard in [heard for heard in begun if heard.read and not heard.waiting]:
-            begun.remove(heard)
-            shown.step()
-            if heard.fault is not None:
-                _leave_out(heard.index, samples[heard.index], heard.fault, left, strict)
-            else:
-                given += 1
-                yield heard
-
-    def flush() -> Iterator[_Heard[T]]:
-        if batch:
-            results = respond([samples[heard.index] for heard, _ in batch], [clip for _, clip in batch])
-            for (heard, _), result in zip(batch, results, strict=True):
-                heard.results.append(result)
-                heard.waiting -= 1
-            batch.clear()
-        yield from finished()
-
-    with Progress(progress, len(places)) as shown:
-        for order in _by_task([lengths[index] for index in places]):
-            for place in order:
-                heard: _Heard[T] = _Heard(places[place])
-                begun.append(heard)
-                clips = _clips(samples[heard.index], wanted[heard.index], processor, heard)
-                while not heard.read:
-                    try:
-                        clip = next(clips, _END)
-                    except AudioError as error:
-                        heard.fault, clip = error, _END
-                        batch[:] = [one for one in batch if one[0] is not heard]
-                        heard.waiting = 0
-                    if clip is _END:
-                        heard.read = True
-                        yield from finished()
-                        break
-                    heard.waiting += 1
-                    batch.append((heard, clip))
-                    if len(batch) == batch_size:
-                        yield from flush()
-            yield from flush()
-    if not given:
-        raise ValueError(f"no sample can be used; the first: {left.in_order()[0]}")
-
-
-_END: Any = object()
-
-
-def _leave_out(index: int, sample: Sample, error: AudioError, left: _LeftOut, strict: bool) -> None:
-    if strict:
-        raise AudioError(f"{sample.id}: {shown(error.path)}", error.fault)
-    left.add(index, LeftOut(sample.id, str(sample.audio), error.fault))
-
-
-def _clips(
-    sample: Sample, wanted: str, processor: SoundwaveProcessor, heard: _Heard[Any], *, everything: bool = False
-) -> Iterator[Tensor | None]:
-    """Log-mel features [n_mels, T_mel] of the windows of a sample's recording, at most 30 s each; None for text only.
-
-    Of a recording that is not to be transcribed the first window is given alone, unless `everything` is wanted, and
-    `heard.more` says whether there are more.
-
-    Raises:
-        AudioError: the recording cannot be used.
-    """
-    if sample.audio is None:
-        yield None
-        return
-    text = wanted if sample.task == "transcribe" else sample.text or ""
-    pieces = stream_windows(read_blocks(sample.audio, offset=sample.offset, duration=sample.duration))
-    samples, peak, piece = 0, 0.0, next(pieces)
-    while piece is not None:
-        samples, peak = samples + len(piece), max(peak, float(np.abs(piece).max(initial=0.0)))
-        following = next(pieces, None)
-        if sample.task != "transcribe" and not everything and following is not None:
-            heard.more, following = True, None
-        if following is None:
-            _refuse(sample, text, samples, peak, whole=not heard.more)
-        clip = processor.features(piece)
-        if not clip.isfinite().all():
-            fault = f"has samples up to {np.abs(piece).max():.3g}; export it again with a full scale of 1"
-            raise AudioError(sample.audio, fault)
-        yield clip
-        piece = following
-
-
-def _refuse(sample: Sample, text: str, samples: int, peak: float, whole: bool) -> None:
-    """Raise AudioError for a recording in which `text` cannot have been said."""
-    audio, seconds, short = sample.audio or "", samples / SAMPLING_RATE, text if len(text) <= 40 else f"{text[:40]}…"
-    if samples < SHORTEST:
-        raise AudioError(audio, f"lasts {1000 * seconds:.3g} ms, too short for speech; correct the offset and duration")
-    if peak <= SILENCE and text.strip():
-        raise AudioError(audio, f"is silent, but its text is {short!r}; record it again")
-    letters = len(regex.findall(r"\p{L}", text))
-    if whole and letters > LETTERS_A_SECOND * seconds:
-        fault = f"lasts {seconds:.3g} s, too short for its text {short!r}; correct the text, or the offset and duration"
-        raise AudioError(audio, fault)

@@ -1,5 +1,6 @@
 """What answers are worth: word error rates, right answers, and `Scores`, which an evaluation returns."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ def normalise(text: str, *, turkish: bool | None = None) -> str:
     if regex.search(r"[\p{L}\p{N}]", text):  # else it consists of signs, and each of them counts
         text = _QUOTES.sub(lambda match: match[2] or " ", text)
         text = regex.sub(r"\s+(?=[)\]}])", "", _STOPS.sub(" ", _LETTERS_DOTS.sub("", text)))
-    return _UNSPACED_GAP.sub("", " ".join(text.split()))
+    return _UNSPACED_GAP.sub("", " ".join(unicodedata.normalize("NFC", text).split()))
 
 
 class Verdict(NamedTuple):

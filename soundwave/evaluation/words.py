@@ -99,8 +99,9 @@ def rules_for(references: Sequence[str], languages: str | None | Sequence[str | 
     if languages is None or isinstance(languages, str):
         languages = [languages] * len(references)
     codes = [_code(language) for language in languages]
-    latin = [text for text, code in zip(references, codes, strict=True) if code is None and _is_latin(text)]
-    outside = sum(any(c.isalpha() and not c.isascii() for c in fold(text)) for text in latin)
+    undecided = [fold(text) for text, code in zip(references, codes, strict=True) if code is None]
+    latin = [text for text in undecided if _is_latin(text) and not _TURKISH_LETTER.search(text)]
+    outside = sum(any(c.isalpha() and not c.isascii() for c in text) for text in latin)
     english = outside <= OUTSIDE_ENGLISH * len(latin)
     return [_rules(text, code, english) for text, code in zip(references, codes, strict=True)]
 
