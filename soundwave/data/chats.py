@@ -12,9 +12,10 @@ ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assista
 TEXT_PARTS = ("text", "input_text", "output_text")
 AUDIO_PARTS = ("audio", "audio_url", "input_audio")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+SOUND_FILE = re.compile(r"\.(wav|flac|ogg|opus|mp3|m4a|aac|webm|aiff?|au|sph|w64|caf|amr|wma)$", re.IGNORECASE)
 # Marks of other models for a recording or a picture: `<|AUDIO|>`, `<speech>`, `<image>`, `[AUDIO]`, …
 SPEECH_MARK = re.compile(
-    r"<\|?/?(?:start_?of_?|end_?of_?)?(?:audio|speech|sound)[^<>\n]{0,40}>|\[(?:audio|speech)\]", re.IGNORECASE
+    r"<\|?/?(?:start_?of_?|end_?of_?)?(?:audio|speech|sound(?!wave))[^<>\n]{0,40}>|\[(?:audio|speech)\]", re.IGNORECASE
 )
 PICTURE_MARK = re.compile(r"<\|?/?(?:image|img|video|vision)[^<>\n]{0,40}>|\[(?:image|video)\]", re.IGNORECASE)
 
@@ -45,6 +46,13 @@ def show(value: Any) -> str:
     if not shown.isprintable():
         shown = json.dumps(value)
     return shown if len(shown) <= 80 else shown[:77] + "…"
+
+
+def names_sound(value: Any) -> bool:
+    """Whether a value is the name of a sound file, or {"path": name}."""
+    if isinstance(value, dict):
+        value = value.get("path")
+    return isinstance(value, str) and len(value.split()) == 1 and bool(SOUND_FILE.search(value.strip()))
 
 
 def read_chat(key: str, messages: Any) -> Chat:
@@ -100,6 +108,8 @@ def place_recording(turns: list[Turn], names: str, recordings: int) -> list[Turn
     prompt_key, audio_key = names.split()
     for role, content, _ in turns:
         _refuse_marks(prompt_key, content)
+        if names_sound(content):
+            raise Refused(f'{prompt_key} has {show(content)}, the name of a sound file; write it as "audio_filepath"')
         if role != "user" and AUDIO_TAG in content:
             raise Refused(f"{prompt_key} has {AUDIO_TAG} in a {role} turn; only users speak: write it in a user turn")
     tags = sum(turn.content.count(AUDIO_TAG) for turn in turns)
@@ -161,6 +171,14 @@ def _content(key: str, role: str, message: dict[str, Any], recordings: list[dict
     for calls in ("tool_calls", "function_call"):
         if message.get(calls):
             raise Refused(f'{key} has a message with "{calls}", but tools are not read; leave this line out')
+    for name, value in message.items():
+        if (
+            name in (*AUDIO_PARTS, "audios", "audio_filepath")
+            and value
+            or name not in CONTENT_KEYS
+            and names_sound(value)
+        ):
+            raise Refused(f'{key} has a message with {show(name)}; name the recording in "audios", beside {key}')
     names = [name for name in CONTENT_KEYS if message.get(name) is not None]
     content = message[names[0]] if len(names) == 1 else None
     kind = message.get("type", "text")
@@ -186,7 +204,7 @@ def _part(key: str, part: dict[str, Any], recordings: list[dict[str, Any]]) -> s
     """One part of a content list: {"type": "text", "text": …} or {"type": "audio", "audio": path}."""
     kind = part.get("type")
     if kind in TEXT_PARTS:
-        if not isinstance(part.get("text"), str):
+        if not isinstance(part.get("text"), str) or any(part.get(name) for name in AUDIO_PARTS):
             raise Refused(f'{key} has the part {show(part)}; write {{"type": "text", "text": …}}')
         return part["text"]
     if kind not in AUDIO_PARTS:

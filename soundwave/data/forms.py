@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from soundwave.data.chats import AUDIO_TAG, Refused, place_recording, read_chat, show
+from soundwave.data.chats import AUDIO_TAG, Refused, names_sound, place_recording, read_chat, show
 from soundwave.model.chat import Turn
 
 TRANSCRIBE_PROMPT = "Transcribe the speech."
@@ -22,12 +22,13 @@ PROMPT_KEYS = ("prompt", "query", "question", "context", "instruction")
 ANSWER_KEYS = ("answer", "response", "output", "completion")
 SYSTEM_KEYS = ("system", "system_prompt")
 TASK_KEYS = ("task", "taskname")
+LANGUAGE_KEYS = {"source_lang": ("source_language", "src_lang", "src_language")}
+LANGUAGE_KEYS |= {"target_lang": ("target_language", "tgt_lang", "tgt_language")}
 READ_KEYS = (*CHAT_KEYS, *AUDIO_KEYS, *TEXT_KEYS, *PROMPT_KEYS, *ANSWER_KEYS, *SYSTEM_KEYS, *TASK_KEYS)
-READ_KEYS += ("source", "target", "history", "input")
+READ_KEYS += ("source", "target", "history", "input", *LANGUAGE_KEYS["source_lang"], *LANGUAGE_KEYS["target_lang"])
 TRANSCRIBE = {"transcribe", "transcription", "asr", "stt", "s2t", "speech_recognition", "speech_to_text"}
 TRANSLATE = {"translate", "translation", "ast", "st", "s2t_translation", "speech_translation"}
 PLACEHOLDERS = {"na", "n/a", "n.a.", "#n/a", "<na>", "nan", "-", "--"}
-SOUND_FILE = re.compile(r"\.(wav|flac|ogg|opus|mp3|m4a|aac|webm|aiff?|au|sph|w64|caf|amr|wma)$", re.IGNORECASE)
 # Keys that say which part of a file is meant, in other units or from other points than ours.
 PART_KEYS = {"start", "end", "begin", "start_time", "end_time", "begin_time", "stop", "stop_time", "segment_start"}
 PART_KEYS |= {"segment_end", "start_ms", "end_ms", "start_sec", "end_sec", "onset", "start_offset"}
@@ -82,6 +83,8 @@ def to_own_form(row: dict[str, Any], note: Note) -> OwnForm:
     audio_key, recordings = _take_audio(row, inner, note)
     _take_text(row, note)
     _take_task(row)
+    for own, others in LANGUAGE_KEYS.items():
+        _take_first(row, (own, *others), note)
     _drop_placeholders(row, note)
     _settle_task(row, chat_key is not None, note)
     chat: tuple[Turn, ...] = ()
@@ -94,6 +97,9 @@ def to_own_form(row: dict[str, Any], note: Note) -> OwnForm:
         chat, row["prompt"] = _as_chat(turns, f"{prompt_key} {audio_key}", recordings)
     if isinstance(row.get("answer"), str) and AUDIO_TAG in row["answer"]:
         raise Refused(f"the answer has {AUDIO_TAG}, but answers are text; leave this line out")
+    for key in ("text", "answer"):
+        if names_sound(row.get(key)):
+            raise Refused(f"{key} = {show(row[key])} is the name of a sound file; write the words")
     for key in (key for key in PASSED_OVER if row.get(key)):
         note(key, f'the key "{key}" is passed over: {PASSED_OVER[key]}')
     return OwnForm(row, chat, audio_key)
@@ -153,14 +159,14 @@ def _take_exchange(row: dict[str, Any], chat_key: str | None, note: Note) -> tup
     recordings: list[dict[str, Any]] = []
     prompt_key = "prompt"
     if chat_key:
-        for key in row.keys() & {"prompt", "answer", "query", "response", "history"}:
+        for key in sorted(row.keys() & {"prompt", "answer", "query", "response", "history"}):
             raise Refused(f'"{key}" is given twice, by its own key and in another form; keep one')
         chat = read_chat(chat_key, row.pop(chat_key))
         before, prompt_key, recordings = chat.turns[:-1], chat_key, chat.recordings
         row |= {"prompt": chat.turns[-1].content, "answer": chat.answer}
         for key in chat.passed_over:
             note(f"message {key}", f"the key {show(key)} of {chat_key} is passed over")
-        for key in row.keys() & {*PROMPT_KEYS[1:], *ANSWER_KEYS[1:]}:
+        for key in sorted(row.keys() & {*PROMPT_KEYS[1:], *ANSWER_KEYS[1:]}):
             note(key, f'the key "{key}" is passed over, because "{chat_key}" is given')
     else:
         prompt_key = _take_first(row, PROMPT_KEYS, note)
@@ -171,7 +177,8 @@ def _take_exchange(row: dict[str, Any], chat_key: str | None, note: Note) -> tup
         if asks and not row.keys() & {"answer", "target"}:
             raise Refused(f'has "{prompt_key}" = {show(row["prompt"])}, but no answer; add "answer"')
         if answer_key == "output" and "input" in row and "prompt" not in row:
-            raise Refused('has "input" and "output"; write "prompt" and "answer"')
+            meant = "audio_filepath" if names_sound(row["input"]) else "prompt"
+            raise Refused(f'has "input" = {show(row["input"])} and "output"; write "{meant}" and "answer"')
     before = _history(row) + before if "history" in row else before
     if system := _system(row):
         if any(turn.role == "system" for turn in before):
@@ -247,7 +254,7 @@ def _take_audio(row: dict[str, Any], inner: list[dict[str, Any]], note: Note) ->
         row |= inner[0]
         return "audio", 1
     names = list(paths.values())
-    if any(name != names[0] for name in names):
+    if len(names) > 1 and any(name != names[0] for name in names):
         first, second, *_ = paths
         raise Refused(f'has the recordings "{first}" and "{second}", but one a line is read; leave one out')
     if names:
@@ -281,11 +288,14 @@ def _check_sound_keys(row: dict[str, Any], note: Note) -> None:
     for key, value in row.items():
         if key in ("audio_filepath", "prompt", "answer", "ctc_text", "task", *TEXT_KEYS):
             continue
-        if isinstance(value, str) and SOUND_FILE.search(value.strip()) and len(value.split()) < 3:
+        if names_sound(value):
             if "audio_filepath" not in row:
-                raise Refused(f'names no recording, but "{key}" = {show(value)}; write "audio_filepath", or rename it')
-            if not str(row["audio_filepath"]).endswith(value.rpartition("/")[2]):
-                note(key, f'the key "{key}" names another sound file, which is not read')
+                raise Refused(
+                    f'names no recording, but {show(key)} = {show(value)}; write "audio_filepath", or rename it'
+                )
+            name = value["path"] if isinstance(value, dict) else value
+            if not str(row["audio_filepath"]).endswith(name.rpartition("/")[2]):
+                note(key, f"the key {show(key)} names another sound file, which is not read")
         part = key in PART_KEYS and isinstance(value, int | float) and not isinstance(value, bool)
         if part and "audio_filepath" in row and "offset" not in row and (value or "duration" not in row):
             raise Refused(f'has "{key}" = {show(value)}, which is not read; write "offset" and "duration", in seconds')
@@ -346,7 +356,8 @@ def _drop_placeholders(row: dict[str, Any], note: Note) -> None:
             continue
         own_words = key == "answer" and "prompt" in row and "task" not in row
         if transcribed and not own_words and _is_placeholder(row[key], more=("", "none", "null")):
-            note(f"{key} {row[key]}", f"{key} = {show(row[key])} is a place-holder: {instead} is taken")
+            if row[key] != row["text"]:
+                note(f"{key} {row[key]}", f"{key} = {show(row[key])} is a place-holder: {instead} is taken")
             del row[key]
         elif _is_placeholder(row[key]):
             raise Refused(f"{key} = {show(row[key])} is a place-holder; write the {key}")
@@ -363,6 +374,8 @@ def _settle_task(row: dict[str, Any], is_chat: bool, note: Note) -> None:
             task = "chat"
         elif differ:
             task = "translate"
+        elif differ is None and "text" in row and "prompt" not in row and isinstance(row.get("target_lang"), str):
+            raise Refused('has "target_lang", but no "source_lang"; write both, or "task": "transcribe" or "translate"')
         elif "answer" in row and "prompt" not in row and "text" not in row and differ is None:
             raise Refused('has "answer", but neither "text" nor "prompt"; write "text", or "task" and "prompt", too')
         elif "answer" in row and "prompt" not in row and not _same_words(row["answer"], row.get("text", row["answer"])):

@@ -324,7 +324,7 @@ def _require(row: dict[str, Any]) -> None:
     needed = ("audio_filepath", "text") if task == "transcribe" else ("prompt", "answer")
     missing = [key for key in needed if key not in row]
     known, cutoff = (READ_KEYS + KEYS, 0.7) if missing else ((*KEYS, *CHAT_KEYS, *AUDIO_KEYS, "source", "target"), 0.85)
-    for key in (key for key in row if key not in KEYS):
+    for key in (key for key in row if key not in (*KEYS, "source_len", "target_len")):  # SLAM-LLM's and FunASR's
         nearest = difflib.get_close_matches(key.lower(), known, n=1, cutoff=cutoff)
         meant = CALLED.get(key.lower()) if missing else None
         if meant in missing:
