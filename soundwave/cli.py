@@ -355,7 +355,7 @@ def evaluate(
     check_language(language)
     missing: list[LeftOut] = []
     leave_out = None if strict else lambda *fault: missing.append(LeftOut(*fault))
-    samples = read_manifest(manifest, allow_outside=allow_outside, leave_out=leave_out)
+    samples = read_manifest(manifest, allow_outside=allow_outside, leave_out=leave_out, note=_warn)
     for left in missing[:NAMED]:
         _warn(f"left out: {left}")
     if len(missing) > NAMED:
