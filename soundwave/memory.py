@@ -3,8 +3,9 @@
     rich.print(table(predict(2, 16, 30.0)))     a step of stage II on 16 clips of 30 s
     largest_batch(2, 30.0)                      the batch that fits on a card of 24 GiB, with `TOLERANCE` to spare
 
-A step has six phases, each with its own peak. The highest peak must fit:
+A step has six phases, each with its own peak, and stage I one more before its first step. The highest peak must fit:
 
+    blank                the blank's bias is set: logits of the first batch in chunks (stage I)
     encoder              Whisper without gradient, one layer at a time
     ctc                  the alignment adapter has run, CTC computes its loss and gradient
     language model       the LLM's last layer runs, or the loss over its vocabulary is computed
@@ -13,7 +14,7 @@ A step has six phases, each with its own peak. The highest peak must fit:
     optimiser            weights, gradients and states, and a temporary tensor of AdamW
 
 Sizes are bytes, as torch's allocator counts them (`torch.cuda.max_memory_allocated`). Gradients exist from the first
-phase on, as they do while they are accumulated. All clips are equally long; padding takes as much memory as audio.
+phase on, as they do while they are accumulated; that of the blank, which has none yet, is overestimated by them. All clips are equally long; padding takes as much memory as audio.
 """
 
 import math
@@ -44,6 +45,7 @@ ANSWER_TOKENS = 80  # sub-words in 30 s of speech
 MEL_RATE, ENCODER_RATE, STACK = 100, 50, 2
 # NF4 takes half a byte. 64 weights share an 8-bit scale, and 256 scales share a 32-bit one (double quantisation).
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+BLANK_CHUNK_BYTES = 256 << 20  # of the logits in float32 that the model's `initialise_blank` makes at once
 CUBLAS_WORKSPACE = 32 << 20  # torch's choice for Hopper; 8 MiB on other cards
 
 
@@ -409,6 +411,11 @@ class _Step:
         step = math.ceil(rows / math.ceil(rows / most))
         return step * (BF16 * -(-d.vocab // 64) * 64 + 2 * FP32 * d.width)
 
+    def blank_chunk(self) -> int:
+        """Logits of a chunk in bf16 and fp32, and their exponentials, as `initialise_blank` sums them."""
+        rows = min(self.rows, max(1, BLANK_CHUNK_BYTES // (FP32 * self.dims.vocab)))
+        return rows * self.dims.vocab * (BF16 + 2 * FP32)
+
     def ctc(self) -> dict[str, int]:
         """The peak of CTC's forward pass. The fused one includes the gradient, which it computes at the same time."""
         d, rows = self.dims, self.rows
@@ -507,7 +514,16 @@ class _Step:
     def phases(self, checkpointing: bool) -> dict[str, dict[str, int]]:
         standing = self.standing()
         features = standing["batch"]
-        phases = {"encoder": standing | {"batch": 2 * features, "encoder: one layer": self.encoder()}}
+        phases = {}
+        if self.stage == 1:
+            phases["blank"] = standing | {
+                "batch": features,
+                "encoder: output, fp32": self.encoded(),
+                "alignment adapter: output, fp32": 2 * self.hidden(),  # padded, and the rows inside the lengths
+                "blank: a chunk of logits": self.blank_chunk(),
+                "weights cast by autocast, bf16": self.casts("projector", "alignment"),
+            }
+        phases |= {"encoder": standing | {"batch": 2 * features, "encoder: one layer": self.encoder()}}
 
         below = {"alignment adapter: kept for backward": self.alignment_saved()}
         hidden = {"alignment adapter: output, fp32": self.hidden()}

@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, WhisperModel
 
-from soundwave import backbones, eager
+from soundwave import backbones, eager, memory
 from soundwave.backbones import wheels
 from soundwave.backbones.load import load_encoder, load_language_model, load_output_embedding
 from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
+from soundwave.model import modeling
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import (
     WEIGHTS_FILE,
@@ -360,6 +361,26 @@ def test_blank_bias_starts_at_the_heads_log_sum_exp(config, batch):
     assert value == model.blank_bias.item() == pytest.approx(float(expected), rel=1e-4)
     assert not (before.path == model.blank).any()
     assert float((after.path == model.blank).sum() / lengths.sum()) > 0.2
+
+
+def test_the_blanks_bias_is_the_same_from_chunks_of_logits(config, batch, monkeypatch):
+    torch.manual_seed(1)
+    model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=False)
+    inputs = {name: batch[name] for name in ("input_features", "feature_lengths")}
+    whole, sizes, product = model.initialise_blank(**inputs), [], modeling.F.linear
+
+    def linear(x, weight, *bias):
+        sizes.extend([x.shape[0]] if weight is model.head_weight else [])
+        return product(x, weight, *bias)
+
+    monkeypatch.setattr(modeling.F, "linear", linear)
+    monkeypatch.setattr(modeling, "BLANK_CHUNK_BYTES", 7 * 4 * model.head_weight.shape[0])
+    assert model.initialise_blank(**inputs) == pytest.approx(whole, rel=1e-6)
+    assert len(sizes) > 2 and max(sizes) == 7
+
+
+def test_the_prediction_knows_the_chunk_of_logits():
+    assert memory.BLANK_CHUNK_BYTES == modeling.BLANK_CHUNK_BYTES
 
 
 # ---------------------------------------------------------------- SpecAugment

@@ -14,8 +14,8 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
-    WhisperModel,
 )
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from soundwave.backbones.wheels import resolve
 
@@ -29,11 +29,21 @@ def load_encoder(name: str, dtype: torch.dtype) -> nn.Module:
         ValueError: the files are damaged or lack weights of the encoder.
     """
     with _damage_named(name):
-        whisper, info = WhisperModel.from_pretrained(
-            resolve(name), dtype=dtype, use_safetensors=True, output_loading_info=True
+        encoder, info = _WhisperEncoder.from_pretrained(
+            resolve(name),
+            dtype=dtype,
+            key_mapping={r"^(model\.)?encoder\.": ""},
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    _refuse_missing(name, [key for key in info["missing_keys"] if key.startswith("encoder.")])
-    return whisper.get_encoder().requires_grad_(False)
+    _refuse_missing(name, [f"encoder.{key}" for key in info["missing_keys"]])
+    return encoder.requires_grad_(False)
+
+
+class _WhisperEncoder(WhisperEncoder):
+    """Whisper's encoder. Of a whole Whisper's files the decoder is not read: it is half of a large one."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?decoder\.", r"^proj_out\."]
 
 
 def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | None = None) -> PreTrainedModel:

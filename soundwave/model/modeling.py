@@ -23,6 +23,8 @@ from soundwave.model.augment import spec_augment
 from soundwave.model.configuration import SoundwaveConfig
 
 WEIGHTS_FILE = "model.safetensors"
+FP32_BYTES = 4
+BLANK_CHUNK_BYTES = 256 << 20  # of the logits in float32 that `initialise_blank` makes at once
 # The modules that hold the operations and the adapters, by `SoundwaveConfig.implementation`.
 OPERATIONS, ADAPTERS = {"fused": fused.functional, "eager": eager}, {"fused": fused, "eager": eager}
 
@@ -367,7 +369,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             frames, lengths = self.encode(input_features, feature_lengths)
             hidden, lengths = self.alignment(frames, lengths)
             rows = hidden[eager.length_mask(lengths, hidden.shape[1])]
-            normaliser = F.linear(rows, self.head_weight).float().logsumexp(-1).mean()
+            head = self.head_weight
+            # In chunks, because the logits of 32 clips of 30 s take 23 GiB with the vocabulary of Llama 3.
+            chunks = rows.split(max(1, BLANK_CHUNK_BYTES // (FP32_BYTES * head.shape[0])))
+            normaliser = torch.cat([F.linear(chunk, head).float().logsumexp(-1) for chunk in chunks]).mean()
         self.blank_bias.copy_(normaliser)
         return float(normaliser)
 
