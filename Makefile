@@ -14,7 +14,7 @@ STAMP = $(VENV)/.soundwave-installed
 help:
 	@echo "make setup   create $(VENV) and install soundwave with the versions of constraints.txt"
 	@echo "make demo    train the three stages on the embedded default and show the result in runs/demo"
-	@echo "             QUICK=1: a few minutes only;  SEED=1: another corpus and initialisation"
+	@echo "             QUICK=1: a few minutes only, in runs/demo-quick;  SEED=1: another corpus and initialisation"
 	@echo "make test    run the tests"
 	@echo "make lint    check style and formatting"
 	@echo "make clean   remove $(VENV), build outputs and caches of tools; runs/ stays"

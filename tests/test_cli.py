@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+from rich.console import Console
 
 from soundwave import __version__, backbones
 from soundwave.cli import main
@@ -23,6 +24,7 @@ from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.demo.ablation import VARIANTS
 from soundwave.demo.espeak import Espeak
 from soundwave.evaluation.scores import Scores
+from soundwave.training.settings import StageConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).with_name("soundwave")
@@ -379,12 +381,49 @@ def test_train_show_prints_the_settings_and_trains_nothing(soundwave, tmp_path):
     first_lines = [line.split() for line in out.splitlines() if line[1:2].strip()]  # the other lines continue a cell
     rows = {words[0]: words[1] for words in first_lines}
     assert (rows["stage"], rows["steps"], rows["learning_rate"]) == ("2", "123", "3e-05")
+    assert (rows["keep"], rows["quiet"]) == ("null", "false")  # as they are written
     assert not (tmp_path / "o").exists()
 
 
 def test_train_shows_the_defaults_of_a_stage_without_data(soundwave):
     status, out, _ = soundwave("train", "3", "--show")
     assert status == 0 and "4000" in out and "optimiser steps" in out
+
+
+def test_show_lists_what_each_setting_may_be(soundwave, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("soundwave.cli.console", Console(width=300))
+    _, out, _ = soundwave("train", "1", "--show")
+    shown = {line.split()[0]: re.split(r"\s{2,}", line.strip())[2] for line in out.splitlines()[1:]}
+    assert shown.keys() == StageConfig.model_fields.keys()
+    assert shown["keys"] == "all, kept, none, or null"
+    assert shown["scheduler"] == "cosine, linear, constant_with_warmup"
+    assert shown["strict"] == "true, false" and shown["resume"] == "true, false, or null"
+    assert shown["steps"] == "an integer, 1 or more" and shown["learning_rate"] == "a number, above 0"
+    assert shown["adapter_dropout"] == "a number, 0 or more and below 1, or null"
+    assert (shown["train"], shown["model"]) == ("paths", "a path, or null")
+
+
+@pytest.mark.parametrize(("arguments", "folder"), [([], "demo"), (["--quick"], "demo-quick")], ids=["full", "quick"])
+def test_each_demonstration_has_a_folder_of_its_own(fault, monkeypatch, tmp_path, arguments, folder):
+    """An interrupted full demonstration has other settings, so the quick one could not go on in its folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / folder).touch()  # in the way of the folder, so that it ends at once
+    assert f"runs/{folder}: File exists" in fault("demo", *arguments)
+
+
+def test_the_quick_demonstrations_model_is_used_where_there_is_no_other_and_named(
+    soundwave, model_folders, spoken, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folders[1], "runs/demo-quick/model")
+    (tmp_path / "runs" / "demo" / "stage1").mkdir(parents=True)  # a full demonstration that was interrupted
+    status, out, said = soundwave("transcribe", spoken / "words.wav")
+    assert status == 0 and "there is no runs/demo/model; using runs/demo-quick/model" in said
+    shutil.copytree(model_folders[1], "runs/demo/model")
+    status, _, said = soundwave("transcribe", spoken / "words.wav")
+    assert status == 0 and "demo-quick" not in said
 
 
 # ---------------------------------------------------------------- faults

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from soundwave import eager, fused
 from soundwave.data.audio import SAMPLING_RATE, load_audio
-from soundwave.data.manifest import read_manifest, write_manifest
+from soundwave.data.manifest import ManifestError, read_manifest, write_manifest
 from soundwave.data.sampling import paper_temperature, temperature_weights
 from soundwave.evaluation.run import evaluate
 from soundwave.inference.answer import load_model
@@ -28,7 +29,7 @@ from soundwave.model.processing import SoundwaveProcessor
 from soundwave.report import RunError, make_page, write_report
 from soundwave.report.runs import CURVES, Pass, Run, curves, mixture, read_run, reasons, run_names
 from soundwave.report.utterances import ATTENTION_ROWS, align_words, audio_uri, cross_attention, describe, examine
-from soundwave.training.settings import make_config
+from soundwave.training.settings import load_config, make_config
 from soundwave.training.stages import train_stage
 
 HOSTILE = "</script><script>window.hostile = 1</script><img src=x onerror='window.hostile = 1'> & \u2028 “light”"
@@ -195,8 +196,14 @@ def test_no_run_at_all_is_refused(tmp_path):
         (["/a/demo", "/a/other"], ["demo", "other"]),
         (["/a/demo", "/b/demo"], ["a/demo", "b/demo"]),
         (["/demo", "/b/demo"], ["//demo", "/b/demo"]),
+        (["/a/mine/1"], ["mine/1"]),
+        (["/a/mine/stage2"], ["mine/stage2"]),
+        (["/a/mine/1", "/a/mine/2"], ["mine/1", "mine/2"]),
+        (["/a/mine/1", "/a/yours/1"], ["mine/1", "yours/1"]),
+        (["/a/mine/1", "/a/demo"], ["mine/1", "a/demo"]),
+        (["/a/7/1"], ["a/7/1"]),
     ],
-    ids=["one", "different", "same-end", "root"],
+    ids=["one", "different", "same-end", "root", "number", "stage", "numbers", "same-number", "mixed", "only-numbers"],
 )
 def test_runs_are_called_by_the_shortest_end_that_tells_them_apart(folders, names):
     found = run_names([Path(folder) for folder in folders])
@@ -718,10 +725,149 @@ def test_several_runs_share_their_charts_and_one_table(visit, demo, tmp_path):
     assert tab.locator(".answers .task", has_text="· other").count() == 2
 
 
-@pytest.mark.parametrize("width", [1280, 720, 390])
+@pytest.mark.parametrize("width", [1280, 720, 390, 360])
 def test_the_page_fits_the_window(visit, page, width):
     tab = visit(page, width=width)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_every_link_and_caption_is_on_the_screen(visit, page, width):
+    """Elements that can be scrolled sideways hide what lies beyond the window's edge, and a phone shows no bar."""
+    tab = visit(page, width=width)
+    for kind in ("nav a", ".strip-name", "figcaption", "figcaption *", "section > p", "h2", "h3"):
+        boxes = tab.locator(kind).evaluate_all(
+            "all => all.map(one => [one.textContent, one.getBoundingClientRect().left, "
+            "one.getBoundingClientRect().right, one.scrollWidth - one.clientWidth])"
+        )
+        assert boxes, kind
+        for text, left, right, hidden in boxes:
+            assert 0 <= left and right <= width and hidden <= 1, (kind, text, left, right, hidden)
+
+
+def test_kept_frames_per_label_and_the_blank_share_that_they_let_expect_are_shown(visit, tmp_path):
+    """The log has a compression of 8 and 1.0 kept frames a label: 25 / 8 labels a second, and 7 / 8 blank."""
+    tab = visit(write_report([training(tmp_path / "run")], tmp_path / "report.html"))
+    (row,) = tab.locator("#alignment tbody tr").all_inner_texts()
+    assert row.split("\t")[1:] == ["3.1", "87.5 %", "60.0 %", "1"]
+    text = tab.locator("#alignment").inner_text()
+    assert "94 % of 25 frames" in text and "85 %" not in text
+    heads = tab.locator("#training thead th").all_inner_texts()
+    assert tab.locator("#training tbody tr td").nth(heads.index("kept per label") - 1).inner_text() == "1"
+    assert "kept frames per label" in tab.locator(".figures").inner_text()
+
+
+# ---------------------------------------------------------------- runs that were stopped
+
+
+def stopped(demo: Path, folder: Path, steps: int = 100, checkpoint: bool = True) -> Path:
+    """The first stage as it is on the disk if 100 steps were wanted and it was stopped after two."""
+    shutil.copytree(demo / "stage1", folder, ignore=shutil.ignore_patterns("model"))
+    if not checkpoint:
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+    about = json.loads((folder / "run.json").read_text())
+    about["config"] |= {"steps": steps, "out": str(folder)}
+    (folder / "run.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_a_stopped_training_says_how_far_it_came_and_the_command_that_goes_on(visit, demo, tmp_path):
+    folder = stopped(demo, tmp_path / "mine" / "1")
+    tab = visit(write_report([folder], tmp_path / "report.html"), width=360)
+    assert tab.title() == "mine/1 · Soundwave" and tab.locator("h1").inner_text() == "mine/1"
+    said = tab.locator(".unfinished").inner_text()
+    assert "came to step 2 of 100" in said and "goes on from checkpoint-2" in said
+    assert tab.locator("#training tbody td").first.inner_text() == "2 of 100"
+    command = shlex.split(tab.locator(".command").inner_text())
+    assert command[:3] == ["soundwave", "train", "1"]
+    again = load_config(1, overrides=command[3:])
+    wanted = json.loads((folder / "run.json").read_text())["config"]
+    assert again.model_dump(mode="json") == wanted
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_a_stopped_training_without_a_checkpoint_says_that_it_starts_again(visit, demo, tmp_path):
+    folder = stopped(demo, tmp_path / "run", checkpoint=False)
+    tab = visit(write_report([folder], tmp_path / "report.html"))
+    assert "starts again: there is no checkpoint yet" in tab.locator(".unfinished").inner_text()
+
+
+def test_a_finished_training_says_nothing_of_going_on(visit, page):
+    assert visit(page).locator(".unfinished").count() == 0
+
+
+@pytest.mark.parametrize("size", ["full", "quick"])
+def test_a_stopped_demonstration_goes_on_with_its_own_command(demo, tmp_path, size):
+    folder = tmp_path / "my demo"
+    stopped(demo, folder / "stage1")
+    (folder / f"corpus-{size}").mkdir()
+    (folder / "stage2").mkdir()
+    (folder / "stage2" / "log.jsonl").touch()
+    run = read_run(folder)
+    assert run.command == f"soundwave demo{' --quick' if size == 'quick' else ''} --out '{folder}'"
+    assert run.begun == ["stage2"]
+    assert "stage2" in make_page({"run": run}, describe(run, {}, 1))
+
+
+# ---------------------------------------------------------------- recordings that were held out
+
+
+def test_held_out_recordings_are_shown_with_all_their_lines(demo):
+    run, test = read_run(demo / "stage3"), next(demo.glob("corpus-*")) / "test.jsonl"
+    found = describe(run, {}, 2, test=test)
+    assert found["note"].startswith("From test.jsonl, at even distances of ") and "learned" not in found["note"]
+    rows = {sample.id: sample for sample in read_manifest(test)}
+    assert len(found["items"]) == 2
+    for item in found["items"]:
+        lines_of_it = [sample for sample in rows.values() if sample.audio == rows[item["id"]].audio]
+        assert [answer["task"] for answer in item["answers"]] == [sample.task for sample in lines_of_it]
+        assert all(isinstance(answer["given"], str) for answer in item["answers"])
+
+
+def test_a_scored_run_shows_held_out_recordings_too_if_they_are_named(demo):
+    test = next(demo.glob("corpus-*")) / "test_voices.jsonl"
+    found = describe(read_run(demo), {}, 1, test=test)
+    assert found["note"].startswith("From test_voices.jsonl") and found["items"][0]["id"].startswith(
+        "test_voices.jsonl"
+    )
+
+
+def test_recordings_that_were_trained_on_are_no_test(demo):
+    manifest = next(demo.glob("corpus-*")) / "stage1.jsonl"
+    note = describe(read_run(demo / "stage1"), {}, 1, test=manifest)["note"]
+    assert "6 of them are in the manifests of the training, so the model has learned them" in note
+
+
+def test_a_long_recording_is_asked_whole_and_a_bad_one_is_named(demo, spoken, tmp_path):
+    long = np.concatenate([spoken] * (int(31 * SAMPLING_RATE / len(spoken)) + 1))
+    soundfile.write(tmp_path / "long.wav", long, SAMPLING_RATE)
+    soundfile.write(tmp_path / "bad.wav", spoken, SAMPLING_RATE)
+    (tmp_path / "bad.wav").write_bytes((tmp_path / "bad.wav").read_bytes()[:2000])
+    rows = [{"audio_filepath": f"{name}.wav", "text": "turn on the light"} for name in ("bad", "long", "gone")]
+    write_manifest(tmp_path / "t.jsonl", rows)
+    found = describe(read_run(demo / "stage1"), {}, 2, test=tmp_path / "t.jsonl")
+    (item,) = found["items"]
+    assert item["id"] == "t.jsonl:2" and item["seconds"] < 30 < item["whole_seconds"]
+    assert "bad.wav" in found["note"] and "t.jsonl:3" in found["note"]
+
+
+def test_a_test_manifest_that_cannot_be_read_is_an_error(demo, tmp_path):
+    with pytest.raises(ManifestError, match=r"none\.jsonl"):
+        write_report([demo], tmp_path / "report.html", test=tmp_path / "none.jsonl")
+    write_manifest(tmp_path / "text.jsonl", [{"task": "question", "prompt": "Why?", "answer": "so"}])
+    with pytest.raises(ManifestError, match=r"text\.jsonl: holds no recording"):
+        write_report([demo], tmp_path / "report.html", test=tmp_path / "text.jsonl")
+
+
+def test_of_several_stages_the_last_ones_model_hears_the_recordings(visit, demo, tmp_path):
+    stages = [demo / f"stage{stage}" for stage in (1, 3, 2)]
+    path = write_report(stages, tmp_path / "report.html", utterances=1)
+    tab = visit(path)
+    assert tab.title() == "demo/stage1 · demo/stage3 · demo/stage2 · Soundwave"
+    assert "come from demo/stage3." in tab.locator("#recordings").inner_text()
+    assert tab.locator(".attended").count() == 1  # stage I has no attention
+    assert "demo/stage3" in tab.locator(".answers .task").first.inner_text()
 
 
 def test_a_training_that_has_just_begun_has_a_page_too(visit, tmp_path):

@@ -23,6 +23,7 @@ from soundwave.data.manifest import ManifestError, Sample, read_manifest
 from soundwave.data.selection import SampleError
 from soundwave.model.modeling import WEIGHTS_FILE, freeze_all_but
 from soundwave.model.processing import SoundwaveProcessor
+from soundwave.training.callbacks import shown_figures
 from soundwave.training.settings import ConfigError, make_config
 from soundwave.training.stages import TRAINED, _arguments, build_model, build_sampler
 from soundwave.training.trainer import SoundwaveTrainer
@@ -172,6 +173,15 @@ def test_without_a_terminal_progress_is_one_plain_line_a_logging_step(mixed):
     progress = [line for line in err.splitlines() if line.startswith("stage I | step ")]
     assert len(progress) == 6
     assert all(word in progress[-1] for word in ("step 6/6 |", "| audio ", " s/s |", "| memory ", " GiB |", " left"))
+    assert "| kept per label " in progress[-1]
+
+
+@pytest.mark.parametrize(
+    ("heard", "shown"), [(0.034, "0.034 s/s"), (0.4, "0.4 s/s"), (3.26, "3.3 s/s"), (51.6, "52 s/s"), (0.0, None)]
+)
+def test_a_slow_machine_never_hears_0_s_a_second(heard, shown):
+    assert shown_figures({"audio_per_second": heard}).get("audio") == shown
+    assert "audio" not in shown_figures({})  # with text alone
 
 
 @pytest.mark.parametrize("kind", ["missing", "3-hours", "nan"])

@@ -71,7 +71,10 @@ def shown_figures(logs: dict[str, float]) -> dict[str, str]:
     figures = {name: f"{logs[name]:.3f}" for name in ("ctc_loss", "lm_loss") if name in logs}
     if "blank_share" in logs:
         figures["blank"] = f"{logs['blank_share']:.0%}"
-    figures["audio"] = f"{logs.get('audio_per_second', 0):.0f} s/s"
+    if logs.get("kept_per_label") is not None:
+        figures["kept per label"] = f"{logs['kept_per_label']:.2f}"
+    if audio := logs.get("audio_per_second"):  # none with text alone; slow machines hear less than 1 s a second
+        figures["audio"] = f"{audio:.0f} s/s" if audio >= 10 else f"{audio:.2g} s/s"
     figures["memory"] = f"{peak_memory() / 2**30:.1f} GiB"
     return figures
 
