@@ -37,6 +37,8 @@ import soundfile
 
 from soundwave.data.collate import CheckedCollator, Collator, answer_of, ctc_text_of, features, prompt_of, tokens_of
 from soundwave.data.manifest import ManifestError, Sample, read_manifest
+from soundwave.evaluation import evaluate
+from soundwave.inference.answer import load_model
 from soundwave.model.chat import ChatError, Turn, text_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -494,7 +496,7 @@ def test_what_would_be_misread_is_refused_by_name(folder, kind):
 SAID = {
     "na": ({**AUDIO, "text": A, "answer": "na"}, 'answer = "na" is a place-holder: the text is taken'),
     "pnc": ({**AUDIO, "text": A, "pnc": "no"}, '"pnc" is passed over'),
-    "lang": ({**AUDIO, "text": A, "lang": "de"}, '"lang" is passed over: languages are read from "source_lang"'),
+    "locale": ({**AUDIO, "text": A, "locale": "de"}, '"locale" is passed over: languages are read from "source_lang"'),
     "rejected": (
         {"messages": ASK, "audios": ["a.wav"], "rejected_response": "no"},
         '"rejected_response" is passed over',
@@ -554,6 +556,21 @@ def test_a_chat_that_the_template_cannot_write_is_left_out_by_name(folder):
         assert (left_out.sample, left_out.file) == ("m.jsonl:1", str(folder / "a.wav")) and reason in left_out.reason
         with pytest.raises(ValueError, match=reason):
             features(processor, sample)
+
+
+def test_an_evaluation_leaves_such_a_chat_out_and_answers_the_others(folder, model_folders):
+    model, processor = load_model(model_folders[3])
+    samples = [one(folder, row) for row in (CHATS["messages"], {**AUDIO, "text": A})]
+    assert len(evaluate(model, processor, samples, max_new_tokens=2).answers) == 2
+    processor.tokenizer.chat_template = (
+        "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}"
+        + processor.tokenizer.chat_template
+    )
+    scores = evaluate(model, processor, samples, max_new_tokens=2)
+    assert len(scores.answers) == 1 and "one turn only" in scores.left_out[0].reason
+    for strict, chosen in ((True, samples), (False, samples[:1])):
+        with pytest.raises(ValueError, match="m.jsonl:1: the language model's chat template cannot write"):
+            evaluate(model, processor, chosen, max_new_tokens=2, strict=strict)
 
 
 def test_a_chat_needs_as_many_places_as_recordings(processor):

@@ -174,13 +174,19 @@ def features(processor: SoundwaveProcessor, sample: Sample) -> Tensor | None:
         raise _with_id(sample, error) from None
 
 
-def _check_chat(processor: SoundwaveProcessor, sample: Sample) -> None:
+def chat_fault(processor: SoundwaveProcessor, sample: Sample) -> str | None:
+    """Why the language model's chat template cannot write the turns of a sample; None if it can."""
     try:
         if sample.chat:
             processor.prompt_ids(sample.chat, has_audio=sample.audio is not None)
     except ChatError as error:
-        fault = f"{error}; write the chat in other turns, or take another language model"
-        raise AudioError(sample.audio or "no recording", fault) from None
+        return f"{error}; write the chat in other turns, or take another language model"
+    return None
+
+
+def _check_chat(processor: SoundwaveProcessor, sample: Sample) -> None:
+    if fault := chat_fault(processor, sample):
+        raise AudioError(sample.audio or "no recording", fault)
 
 
 def _with_id(sample: Sample, error: AudioError) -> AudioError:

@@ -37,9 +37,7 @@ OTHER_SENSES = dict.fromkeys(("images", "image", "videos", "video"), "only recor
 OTHER_SENSES |= dict.fromkeys(("tools", "functions"), "tools are not read")
 OTHER_SENSES |= dict.fromkeys(("choices", "options"), "the prompt must name them")
 # What is passed over although it may matter, and what that means.
-PASSED_OVER = dict.fromkeys(
-    ("lang", "language", "locale", "text_language"), 'languages are read from "source_lang" and "target_lang"'
-)
+PASSED_OVER = dict.fromkeys(("locale", "text_language"), 'languages are read from "source_lang" and "target_lang"')
 PASSED_OVER |= dict.fromkeys(
     ("pnc", "itn", "timestamp", "diarize", "decodercontext", "prompt_context"), "no prompt depends on it"
 )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from soundwave.data.collate import LeftOut, answer_of, ctc_text_of, prompt_of
+from soundwave.data.collate import LeftOut, answer_of, chat_fault, ctc_text_of, prompt_of
 from soundwave.data.manifest import Sample
 from soundwave.evaluation.listening import Omissions, check_batch_size, listen
 from soundwave.evaluation.listening import alike as alike
@@ -136,6 +136,11 @@ def evaluate(
             left.add(index, _wordless(sample, wanted[index]))
     if len(left) == len(samples):
         raise ValueError("samples holds only recordings in which nothing is said: there is nothing to evaluate")
+    for index, sample in enumerate(samples):
+        if index not in left and (fault := chat_fault(processor, sample)):
+            if strict or len(left) + 1 == len(samples):
+                raise ValueError(f"{sample.id}: {fault}")
+            left.add(index, LeftOut(sample.id, str(sample.audio), fault))
     tasks = {sample.task for index, sample in enumerate(samples) if index not in left}
     if isinstance(max_new_tokens, Mapping) and (missing := tasks - max_new_tokens.keys()):
         raise ValueError(f"max_new_tokens has no entry for task {min(missing)!r}, which a sample has; add it")
