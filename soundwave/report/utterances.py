@@ -23,7 +23,8 @@ from soundwave.backbones.wheels import EmbeddedError
 from soundwave.data.audio import SAMPLING_RATE, AudioError, load_audio
 from soundwave.data.collate import answer_of, ctc_text_of, prompt_of
 from soundwave.data.manifest import ManifestError, Sample, read_manifest
-from soundwave.evaluation.scores import normalise
+from soundwave.evaluation.scores import judge, normalise
+from soundwave.evaluation.words import rules_for, words_of_pair
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.inference.answer import answer, read_ctc
 from soundwave.inference.long import windows
@@ -111,13 +112,13 @@ def describe(
 
 
 def align_words(reference: str, given: str) -> list[dict[str, str]]:
-    """Align two texts word by word (jiwer), normalised as for the word error rate.
+    """Align two texts word by word (jiwer), by the rules of the word error rate (`soundwave.evaluation.words`).
 
     Returns:
         For each place the `kind` (equal, substitute, delete or insert) and the words `reference` and `given`; a
         missing word is empty.
     """
-    wanted, found = normalise(reference).split(), normalise(given).split()
+    wanted, found = words_of_pair(reference, given, rules_for([reference])[0])
     if not wanted:
         return [{"kind": "insert", "reference": "", "given": word} for word in found]
     pairs = []
@@ -390,14 +391,19 @@ def _ask(
 def _answer(sample: Sample, given: str, cut_off: bool = False, read_by_ctc: bool = False) -> dict[str, Any]:
     """An answer as the page shows it. Only transcriptions have aligned `words`."""
     reference = (ctc_text_of(sample) or "") if read_by_ctc else answer_of(sample)
+    words = align_words(reference, given) if sample.task == "transcribe" else None
+    if words:
+        right = all(word["kind"] == "equal" for word in words)
+    else:
+        right = judge(reference, given, sample.prompt or "").right
     return {
         "task": sample.task,
         "prompt": text_of(prompt_of(sample)),
         "reference": reference,
         "given": given,
         "cut_off": cut_off,
-        "right": normalise(reference) == normalise(given),
-        "words": align_words(reference, given) if sample.task == "transcribe" else None,
+        "right": right,
+        "words": words,
     }
 
 
