@@ -40,6 +40,7 @@ from soundwave.data.manifest import ManifestError, Sample, read_manifest
 from soundwave.evaluation import evaluate
 from soundwave.inference.answer import load_model
 from soundwave.model.chat import ChatError, Turn, text_of
+from soundwave.training.record import _digest
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 Q, A, S = "What is said?", "turn it on", "Answer in French."
@@ -129,6 +130,14 @@ QUESTIONS = {
             {"from": "User", "value": Q, "type": "text"},
             {"from": "Assistant", "value": A, "type": "text"},
         ]
+    },
+    "kimi": {
+        "task_type": "understanding",
+        "conversation": [
+            {"role": "user", "message_type": "audio", "content": "a.wav"},
+            {"role": "user", "message_type": "text", "content": Q},
+            {"role": "assistant", "message_type": "text", "content": A},
+        ],
     },
     "ms-swift": {"messages": ASK, "audios": ["a.wav"]},
     "ms-swift-without-tag": {"messages": messages(("user", Q), ("assistant", A)), "audios": ["a.wav"]},
@@ -533,6 +542,15 @@ def test_without_a_listener_it_is_a_warning_at_the_callers_line(folder):
 def test_our_own_form_says_nothing(folder):
     rows = [{**AUDIO, "text": A, "speaker": "anna"}, {"task": "qa", "prompt": Q, "answer": A, "source": "squad"}]
     assert read(folder, *rows)[1] == []
+
+
+# --- runs
+
+
+def test_a_run_of_version_0_1_knows_its_samples_again_and_a_chat_counts():
+    sample = Sample(id="m.jsonl:1", audio=None, task="qa", prompt="?", answer="a", extra={"k": 1})
+    assert _digest([sample]) == "d9e6fa15a0a9a980"  # as 0.1.0 wrote it
+    assert _digest([sample.model_copy(update={"chat": (Turn("system", S), Turn("user", "?"))})]) != _digest([sample])
 
 
 # --- templates that cannot write a chat

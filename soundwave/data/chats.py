@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 from soundwave.model.chat import Turn
 
 AUDIO_TAG = "<audio>"
-ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
-ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant")
+ROLES: dict[str, str] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
+}
 TEXT_PARTS = ("text", "input_text", "output_text")
 AUDIO_PARTS = ("audio", "audio_url", "input_audio")
+TYPE_KEYS = ("type", "message_type")  # NeMo's and Kimi-Audio's
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 SOUND_FILE = re.compile(r"\.(wav|flac|ogg|opus|mp3|m4a|aac|webm|aiff?|au|sph|w64|caf|amr|wma)$", re.IGNORECASE)
 # Marks of other models for a recording or a picture: `<|AUDIO|>`, `<speech>`, `<image>`, `[AUDIO]`, …
@@ -66,7 +70,7 @@ def read_chat(key: str, messages: Any) -> Chat:
     recordings: list[dict[str, Any]] = []
     passed_over: list[str] = []
     turns: list[Turn] = []
-    in_parts = any("type" in message for message in messages)
+    in_parts = any(message.keys() & {*TYPE_KEYS} for message in messages)
     messages = _without_pairs(messages)
     for number, message in enumerate(messages, start=1):
         role = _role(key, message)
@@ -181,7 +185,7 @@ def _content(key: str, role: str, message: dict[str, Any], recordings: list[dict
             raise Refused(f'{key} has a message with {show(name)}; name the recording in "audios", beside {key}')
     names = [name for name in CONTENT_KEYS if message.get(name) is not None]
     content = message[names[0]] if len(names) == 1 else None
-    kind = message.get("type", "text")
+    kind = next((message[name] for name in TYPE_KEYS if name in message), "text")
     if kind == "audio" and isinstance(content, str):
         recordings.append({"audio_filepath": content} | {k: message[k] for k in ("offset", "duration") if k in message})
         return AUDIO_TAG
@@ -238,5 +242,5 @@ def _other_keys(key: str, message: dict[str, Any], *, is_last: bool) -> list[str
         if is_last and isinstance(message.get(name), int | float) and not message[name]:
             raise Refused(f'{key} says "{name}": {show(message[name])} of the answer: it must not be learnt; cut it')
     used = {*ROLE_KEYS, *CONTENT_KEYS, "human", "assistant", "id", "name"}
-    used |= {"type", "offset", "duration", "loss", "weight"}
+    used |= {*TYPE_KEYS, "offset", "duration", "loss", "weight"}
     return [name for name, value in message.items() if name not in used and value]

@@ -22,29 +22,52 @@ PROMPT_KEYS = ("prompt", "query", "question", "context", "instruction")
 ANSWER_KEYS = ("answer", "response", "output", "completion")
 SYSTEM_KEYS = ("system", "system_prompt")
 TASK_KEYS = ("task", "taskname")
-LANGUAGE_KEYS = {"source_lang": ("source_language", "src_lang", "src_language")}
-LANGUAGE_KEYS |= {"target_lang": ("target_language", "tgt_lang", "tgt_language")}
-READ_KEYS = (*CHAT_KEYS, *AUDIO_KEYS, *TEXT_KEYS, *PROMPT_KEYS, *ANSWER_KEYS, *SYSTEM_KEYS, *TASK_KEYS)
-READ_KEYS += ("source", "target", "history", "input", *LANGUAGE_KEYS["source_lang"], *LANGUAGE_KEYS["target_lang"])
+LANGUAGE_KEYS = {
+    "source_lang": ("source_language", "src_lang", "src_language"),
+    "target_lang": ("target_language", "tgt_lang", "tgt_language"),
+}
+READ_KEYS = (
+    *(*CHAT_KEYS, *AUDIO_KEYS, *TEXT_KEYS, *PROMPT_KEYS, *ANSWER_KEYS, *SYSTEM_KEYS, *TASK_KEYS),
+    *("source", "target", "history", "input"),
+    *(key for keys in LANGUAGE_KEYS.values() for key in keys),
+)
 TRANSCRIBE = {"transcribe", "transcription", "asr", "stt", "s2t", "speech_recognition", "speech_to_text"}
 TRANSLATE = {"translate", "translation", "ast", "st", "s2t_translation", "speech_translation"}
 PLACEHOLDERS = {"na", "n/a", "n.a.", "#n/a", "<na>", "nan", "-", "--"}
 # Keys that say which part of a file is meant, in other units or from other points than ours.
-PART_KEYS = {"start", "end", "begin", "start_time", "end_time", "begin_time", "stop", "stop_time", "segment_start"}
-PART_KEYS |= {"segment_end", "start_ms", "end_ms", "start_sec", "end_sec", "onset", "start_offset"}
+PART_KEYS = {
+    *(
+        "start",
+        "end",
+        "begin",
+        "stop",
+        "onset",
+        "start_time",
+        "end_time",
+        "begin_time",
+        "stop_time",
+        "start_ms",
+        "end_ms",
+    ),
+    *("start_sec", "end_sec", "start_offset", "segment_start", "segment_end"),
+}
 # What cannot be read: the key, and why.
-OTHER_SENSES = dict.fromkeys(("images", "image", "videos", "video"), "only recordings are read")
-OTHER_SENSES |= dict.fromkeys(("tools", "functions"), "tools are not read")
-OTHER_SENSES |= dict.fromkeys(("choices", "options"), "the prompt must name them")
+OTHER_SENSES: dict[str, str] = {
+    **dict.fromkeys(("images", "image", "videos", "video"), "only recordings are read"),
+    **dict.fromkeys(("tools", "functions"), "tools are not read"),
+    **dict.fromkeys(("choices", "options"), "the prompt must name them"),
+}
 # What is passed over although it may matter, and what that means.
-PASSED_OVER = dict.fromkeys(("locale", "text_language"), 'languages are read from "source_lang" and "target_lang"')
-PASSED_OVER |= dict.fromkeys(
-    ("pnc", "itn", "timestamp", "diarize", "decodercontext", "prompt_context"), "no prompt depends on it"
-)
-PASSED_OVER |= dict.fromkeys(("rejected_response", "rejected"), "only the answer is learnt")
-PASSED_OVER |= dict.fromkeys(("loss_scale", "loss", "weight", "sample_weight"), "all samples weigh the same")
-PASSED_OVER |= {"translation": 'to learn it, write "task", "prompt" and "answer"'}
-PASSED_OVER |= {"channel_selector": "the channels are averaged", "input": 'it belongs to "instruction"'}
+NO_PROMPT = ("pnc", "itn", "timestamp", "diarize", "decodercontext", "prompt_context")
+PASSED_OVER: dict[str, str] = {
+    **dict.fromkeys(("locale", "text_language"), 'languages are read from "source_lang" and "target_lang"'),
+    **dict.fromkeys(NO_PROMPT, "no prompt depends on it"),
+    **dict.fromkeys(("rejected_response", "rejected"), "only the answer is learnt"),
+    **dict.fromkeys(("loss_scale", "loss", "weight", "sample_weight"), "all samples weigh the same"),
+    "translation": 'to learn it, write "task", "prompt" and "answer"',
+    "channel_selector": "the channels are averaged",
+    "input": 'it belongs to "instruction"',
+}
 
 Note = Callable[[str, str], None]  # what it is about, said once for each, and the sentence
 
@@ -147,7 +170,9 @@ def _refuse_other_senses(row: dict[str, Any], foreign: bool, note: Note) -> None
 # --- prompt and answer
 
 
-def _take_exchange(row: dict[str, Any], chat_key: str | None, note: Note) -> tuple[list[Turn], str, list[dict]]:
+def _take_exchange(
+    row: dict[str, Any], chat_key: str | None, note: Note
+) -> tuple[list[Turn], str, list[dict[str, Any]]]:
     """Set `prompt` and `answer`.
 
     Returns:

@@ -42,13 +42,15 @@ WANTED = {
     "duration": "give seconds above 0, or leave it out",
 }
 # What other tools call our keys, where a spelling that is near would lead astray.
-CALLED = dict.fromkeys(
-    ("wav", "wav_path", "wav_file", "path", "file", "filename", "filepath", "speech"), "audio_filepath"
-)
-CALLED |= dict.fromkeys(("audio_file", "audio_path", "wav_filename", "clip", "recording", "sound"), "audio_filepath")
-CALLED |= dict.fromkeys(("txt", "words", "utterance", "transcripts", "normalized_text", "raw_text"), "text")
-CALLED |= dict.fromkeys(("instructions", "user", "ask", "request"), "prompt")
-CALLED |= dict.fromkeys(("reply", "assistant", "label", "answers", "responses", "caption"), "answer")
+CALLED: dict[str, str] = {
+    **dict.fromkeys(
+        ("wav", "wav_path", "wav_file", "wav_filename", "path", "file", "filename", "filepath"), "audio_filepath"
+    ),
+    **dict.fromkeys(("speech", "audio_file", "audio_path", "clip", "recording", "sound"), "audio_filepath"),
+    **dict.fromkeys(("txt", "words", "utterance", "transcripts", "normalized_text", "raw_text"), "text"),
+    **dict.fromkeys(("instructions", "user", "ask", "request"), "prompt"),
+    **dict.fromkeys(("reply", "assistant", "label", "answers", "responses", "caption"), "answer"),
+}
 
 
 class ManifestError(ValueError):

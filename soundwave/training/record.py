@@ -181,5 +181,6 @@ def _digest(samples: list[Sample]) -> str:
     """Hash of the samples and their order."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(sample.model_dump_json().encode() + b"\n")
+        # Runs of version 0.1 knew no chats.
+        digest.update(sample.model_dump_json(exclude=None if sample.chat else {"chat"}).encode() + b"\n")
     return digest.hexdigest()[:16]
