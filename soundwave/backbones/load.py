@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from soundwave.backbones.check import check_whisper, read_config
 from soundwave.backbones.wheels import resolve
 
 WEIGHTS_FILE = "model.safetensors"
@@ -28,6 +29,7 @@ def load_encoder(name: str, dtype: torch.dtype) -> nn.Module:
     Raises:
         ValueError: the files are damaged or lack weights of the encoder.
     """
+    check_whisper(name)
     with _damage_named(name):
         encoder, info = _WhisperEncoder.from_pretrained(
             resolve(name),
@@ -56,9 +58,10 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
     Raises:
         ValueError: the model has no output embedding, or the files are damaged or lack weights.
     """
-    quantization_config = None
-    if quantization == "nf4":
-        quantization_config = BitsAndBytesConfig(
+    stored = stored_quantization(name)
+    settings: dict[str, Any] = {}
+    if quantization == "nf4" and not stored:
+        settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -68,19 +71,14 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
         model, info = AutoModelForCausalLM.from_pretrained(
             resolve(name),
             dtype=dtype,
-            quantization_config=quantization_config,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **settings,
         )
     _refuse_missing(name, info["missing_keys"])
-    if quantization_config is not None:
-        import bitsandbytes
-
-        for module in model.modules():
-            # On CPUs with AVX512-BF16 an evaluation would repack the weights, and then no gradient would pass them.
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                module.support_avx512bf16_for_cpu = False
+    if settings or stored:
+        _set_dtype(model, dtype)
     # generate() projects a strided view (each row's last token), for which the CPU copies the head once for every row.
     head = model.get_output_embeddings()
     if head is None:
@@ -88,6 +86,42 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
     head.register_forward_pre_hook(_contiguous)
     model.generation_config = _only_special_tokens(model)
     return model.requires_grad_(False)
+
+
+def stored_quantization(name: str) -> str | None:
+    """The form in which a language model's files are quantised, e.g. "bitsandbytes"; None if they are not.
+
+    Raises:
+        ValueError: it is a form that cannot be trained on.
+    """
+    found = getattr(read_config("language_model", name), "quantization_config", None)
+    if not found:
+        return None
+    found = found if isinstance(found, dict) else found.to_dict()
+    method = str(found.get("quant_method", "unknown"))
+    if method != "bitsandbytes" or not (found.get("load_in_4bit") or found.get("_load_in_4bit")):
+        kind = "8 bits of bitsandbytes" if method == "bitsandbytes" else method
+        raise ValueError(
+            f"language_model = {name!r} is stored in a quantised form ({kind}) that cannot be trained on; name the "
+            "unquantised model, or one in 4 bits of bitsandbytes"
+        )
+    return method
+
+
+def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the products of 4-bit weights, and all other weights, a dtype: files in 4 bits have one of their own."""
+    import bitsandbytes
+
+    quantised = set()
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            # On CPUs with AVX512-BF16 an evaluation would repack the weights, and then no gradient would pass them.
+            module.support_avx512bf16_for_cpu = False
+            quantised.add(id(module.weight))
+    for parameter in model.parameters():
+        if id(parameter) not in quantised and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _only_special_tokens(model: PreTrainedModel) -> GenerationConfig:
@@ -143,7 +177,7 @@ def load_output_embedding(name: str) -> Tensor:
 
 def _read_output_embedding(name: str) -> Tensor:
     folder = resolve(name)
-    tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().tie_word_embeddings
+    tied = read_config("language_model", name).get_text_config().tie_word_embeddings
     names = ("lm_head.weight", "model.embed_tokens.weight") if tied else ("lm_head.weight",)
     index = _checkpoint_file(folder, "model.safetensors.index.json")
     if index is not None:
@@ -175,4 +209,7 @@ def _checkpoint_file(folder: str, file: str) -> str | None:
 
 def _read_tensor(path: str, tensor: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(tensor)
+        found = file.get_tensor(tensor)
+    if not found.is_floating_point():
+        raise ValueError(f"{path}: {tensor} is quantised, but it is the CTC head; name a model whose head is not")
+    return found

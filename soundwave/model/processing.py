@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, WhisperFeatureExtractor
+from transformers import BatchFeature, ProcessorMixin, WhisperFeatureExtractor
 
 from soundwave.backbones import wheels
+from soundwave.backbones.check import check_tokenizer, check_whisper
 from soundwave.eager import IGNORE_INDEX
 from soundwave.model.chat import ChatError, Prompt, Turn, mark, split_at_marks, turns_of
 from soundwave.model.configuration import TEMPLATE_DATE, SoundwaveConfig
@@ -66,11 +67,14 @@ class SoundwaveProcessor(ProcessorMixin):
         cls, audio_tower: str, language_model: str, *, template_date: str = TEMPLATE_DATE
     ) -> "SoundwaveProcessor":
         """The processor that fits two backbones (Hub ids, local folders or embedded names)."""
-        return cls(
-            WhisperFeatureExtractor.from_pretrained(wheels.resolve(audio_tower)),
-            AutoTokenizer.from_pretrained(wheels.resolve(language_model), trust_remote_code=False),
-            template_date=template_date,
-        )
+        audio = check_whisper(audio_tower)
+        extractor = WhisperFeatureExtractor.from_pretrained(wheels.resolve(audio_tower))
+        if extractor.feature_size != audio.num_mel_bins:
+            raise ValueError(
+                f"audio_tower = {audio_tower!r} reads {audio.num_mel_bins} mel bins, but its preprocessor_config.json "
+                f"makes {extractor.feature_size}; copy the file that belongs to the model"
+            )
+        return cls(extractor, check_tokenizer(language_model), template_date=template_date)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "SoundwaveProcessor":

@@ -1,0 +1,168 @@
+"""Refuse backbones that cannot be used before their weights are read, by name of the setting and its value."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from soundwave.backbones import wheels
+
+GIB = 2**30
+# Settings of a configuration that change the logits of the head: Granite's, Cohere's, Gemma 2's, and the like.
+LOGITS = re.compile(r"logits?_?(scal|soft_?cap|mult)|lm_head_mult")
+
+
+def read_config(setting: str, name: str) -> PretrainedConfig:
+    """The configuration of a backbone, which is a Hub id, a folder or an embedded name.
+
+    Args:
+        setting: what the user called it, "audio_tower" or "language_model", for messages.
+
+    Raises:
+        ValueError: there is no such model, or it has a form that is not read.
+    """
+    folder, what = wheels.resolve(name), f"{setting} = {name!r}"
+    path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"{what} is a file, but it must be a folder or a Hub id; name its folder")
+    if path.is_dir() and not (path / "config.json").is_file():
+        if any(path.glob("*.gguf")):
+            raise ValueError(
+                f"{what} is a folder of GGUF files, which are not read; name the model that they were made of, as "
+                "safetensors"
+            )
+        raise ValueError(f"{what} has no config.json; name the folder of a model in Hugging Face's form")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if not path.is_dir() and path.is_absolute():
+            raise ValueError(f"{what}: there is no such folder; was it moved? Correct the path") from None
+        if not path.is_dir():
+            raise ValueError(
+                f"{what}: there is no such folder here, and Hugging Face's Hub gives no such model ({reason}); correct "
+                "the path or the Hub id"
+            ) from None
+        raise ValueError(f"{what} cannot be read ({reason})") from None
+
+
+def check_whisper(name: str) -> PretrainedConfig:
+    """The configuration of a Whisper model.
+
+    Raises:
+        ValueError: it is none, or there is no such model.
+    """
+    config = read_config("audio_tower", name)
+    if config.model_type != "whisper":
+        raise ValueError(f"audio_tower = {name!r} is a {config.model_type} model, but it must be a Whisper model")
+    return config
+
+
+def check_language_model(name: str, targets: list[str] | tuple[str, ...] = ()) -> PretrainedConfig:
+    """The configuration of a causal language model that can be trained on.
+
+    Args:
+        targets: names of the modules that LoRA adapts; none if it is not used.
+
+    Raises:
+        ValueError: it is no causal language model, has no module of such a name, or its logits are not those of its
+            head alone, so that training would learn other probabilities than the model's own.
+    """
+    config = read_config("language_model", name)
+    what = f"language_model = {name!r} is a {config.model_type} model"
+    text = config.get_text_config()
+    if config.model_type == "whisper" or getattr(text, "is_encoder_decoder", False):
+        raise ValueError(f"{what}, but it must be a causal language model, such as Llama or Qwen")
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{what}, which is no causal language model that transformers knows")
+    model = skeleton(text)
+    if model is not None:
+        there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        missing = [target for target in targets if target not in there]
+        if missing:
+            raise ValueError(
+                f"lora_target_modules names {missing[0]!r}, but {name} has no such module: Soundwave trains language "
+                "models of Llama's layout"
+            )
+    fault = _foreign_logits(text)
+    if fault:
+        raise ValueError(f"{what}, whose logits are {fault}: Soundwave trains on the plain logits of the head")
+    return config
+
+
+def skeleton(config: PretrainedConfig) -> Any:
+    """The causal language model of a configuration without memory for its weights; None if it cannot be built so."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return AutoModelForCausalLM.from_config(_without_quantization(config))
+    except Exception:  # whatever a model's code raises on the meta device; loading it will tell more
+        return None
+
+
+def _without_quantization(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
+    values = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
+    return type(config).from_dict(values | changes)
+
+
+def _foreign_logits(config: PretrainedConfig) -> str | None:
+    """What else than the head makes a model's logits; None if they are `states @ head.weight.T`.
+
+    A model without layers and with a vocabulary of 16 is made of the configuration, and its logits are compared.
+    """
+    named = {
+        name: value
+        for name, value in config.to_dict().items()
+        if LOGITS.search(name) and not name.startswith("attn") and value not in (None, False, 1, 1.0)
+    }
+    names = f" ({', '.join(f'{name} = {value!r}' for name, value in named.items())})" if named else ""
+    try:
+        changes: dict[str, Any] = {"num_hidden_layers": 0, "vocab_size": 16, "pad_token_id": None}
+        if getattr(config, "layer_types", None):
+            changes["layer_types"] = []
+        small = _without_quantization(config, **changes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+            head = model.get_output_embeddings()
+            for parameter in head.parameters():
+                nn.init.normal_(parameter)
+            inputs = torch.randn(1, 3, config.hidden_size)
+        with torch.no_grad():
+            logits = model(inputs_embeds=inputs, use_cache=False).logits
+    except Exception:  # a model that has no such small form: its configuration's names must do
+        return f"scaled or capped{names}" if named else None
+    with torch.no_grad():
+        decoder = model.base_model
+        if decoder is model:
+            return "made in one piece with its layers"
+        plain = decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state @ head.weight.T
+    if torch.allclose(logits, plain, rtol=1e-3, atol=1e-3):
+        return None
+    biased = getattr(head, "bias", None) is not None and torch.allclose(logits, plain + head.bias, rtol=1e-3, atol=1e-3)
+    return "its head's plus a bias" if biased else f"scaled or capped{names}"
+
+
+def check_tokenizer(name: str) -> Any:
+    """The tokenizer of a language model.
+
+    Raises:
+        ValueError: there is none, or it has no chat template or no end token.
+    """
+    what = f"language_model = {name!r}"
+    folder = wheels.resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
+        read_config("language_model", name)  # if the model itself is not there, this tells
+        files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        there = not Path(folder).is_dir() or any((Path(folder) / file).is_file() for file in files)
+        reason = str(error).strip().splitlines()[0] if there else "tokenizer.json is missing"
+        raise ValueError(f"{what}: its tokenizer cannot be read ({reason}); copy the model's whole folder") from None
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{what}: the tokenizer has no chat template: use an instruction-tuned language model")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{what}: the tokenizer has no end token, which answers end with; set its eos_token")
+    return tokenizer
