@@ -107,7 +107,6 @@ class AlignmentAdapter(nn.Module):
 
     Args:
         config: a `SoundwaveConfig`, or any object with these attributes:
-
             - `audio_hidden_size`, `hidden_size`: widths E of the encoder and D of the language model.
             - `num_attention_heads`: heads of the layer; they divide D.
             - `frame_stack`: neighbouring frames that are concatenated; 2 in Soundwave.
@@ -152,7 +151,6 @@ class ShrinkingAdapter(nn.Module):
 
     Args:
         config: a `SoundwaveConfig`, or any object with these attributes:
-
             - `hidden_size`: width D of the language model.
             - `num_attention_heads`: heads of the attention; they divide D.
             - `keys`: "all", "kept" or "none".

@@ -48,7 +48,6 @@ class AlignmentAdapter(NotScriptable, eager.AlignmentAdapter):
 
     Args:
         config: a `SoundwaveConfig`, or any object with these attributes:
-
             - `audio_hidden_size`, `hidden_size`: widths E of the encoder and D of the language model.
             - `num_attention_heads`: heads of the layer; they divide D.
             - `frame_stack`: neighbouring frames that are concatenated; 2 in Soundwave.
@@ -160,7 +159,6 @@ class ShrinkingAdapter(NotScriptable, eager.ShrinkingAdapter):
 
     Args:
         config: a `SoundwaveConfig`, or any object with these attributes:
-
             - `hidden_size`: width D of the language model.
             - `num_attention_heads`: heads of the attention; they divide D.
             - `keys`: "all": a kept frame attends to every frame of its utterance; "kept": to the kept ones; "none": no
