@@ -112,8 +112,8 @@ def place_recording(turns: list[Turn], names: str, recordings: int) -> list[Turn
     prompt_key, audio_key = names.split()
     for role, content, _ in turns:
         _refuse_marks(prompt_key, content)
-        if names_sound(content):
-            raise Refused(f'{prompt_key} has {show(content)}, the name of a sound file; write it as "audio_filepath"')
+        if sound := next(filter(names_sound, content.splitlines()), None):
+            raise Refused(f'{prompt_key} has {show(sound)}, the name of a sound file; write it as "audio_filepath"')
         if role != "user" and AUDIO_TAG in content:
             raise Refused(f"{prompt_key} has {AUDIO_TAG} in a {role} turn; only users speak: write it in a user turn")
     tags = sum(turn.content.count(AUDIO_TAG) for turn in turns)

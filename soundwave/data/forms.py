@@ -62,7 +62,7 @@ NO_PROMPT = ("pnc", "itn", "timestamp", "diarize", "decodercontext", "prompt_con
 PASSED_OVER: dict[str, str] = {
     **dict.fromkeys(("locale", "text_language"), 'languages are read from "source_lang" and "target_lang"'),
     **dict.fromkeys(NO_PROMPT, "no prompt depends on it"),
-    **dict.fromkeys(("rejected_response", "rejected"), "only the answer is learnt"),
+    **dict.fromkeys(("rejected_response", "rejected_messages", "rejected"), "only the answer is learnt"),
     **dict.fromkeys(("loss_scale", "loss", "weight", "sample_weight"), "all samples weigh the same"),
     "translation": 'to learn it, write "task", "prompt" and "answer"',
     "channel_selector": "the channels are averaged",
@@ -196,7 +196,7 @@ def _take_exchange(
         answer_key = _take_first(row, ANSWER_KEYS, note)
         if prompt_key == "instruction" and isinstance(row.get("input"), str):
             row["prompt"] = "\n".join(filter(str.strip, (row["prompt"], row.pop("input"))))
-        asks = prompt_key != "prompt" and not _is_placeholder(row["prompt"])
+        asks = prompt_key != "prompt" and not _is_placeholder(row["prompt"], more=("",))
         if asks and not row.keys() & {"answer", "target"}:
             raise Refused(f'has "{prompt_key}" = {show(row["prompt"])}, but no answer; add "answer"')
         if answer_key == "output" and "input" in row and "prompt" not in row:
@@ -350,6 +350,8 @@ def _take_task(row: dict[str, Any]) -> None:
     """Set `task`, for which Canary says `taskname`, to "transcribe" or "translate" where it means that."""
     names = {}
     for key in TASK_KEYS:
+        if key == "taskname" and not isinstance(row.get(key, ""), str):
+            raise Refused(f"taskname = {show(row[key])}; write a string")
         if isinstance(row.get(key), str):
             name = row[key].strip().strip("<|>").lower().replace("-", "_").replace(" ", "_")
             whole = "prompt" in row and "answer" in row  # such a line may call its task as it likes
@@ -431,9 +433,9 @@ def _settle_translation(row: dict[str, Any], note: Note, differ: bool | None) ->
 
 
 def _same_words(one: Any, other: Any) -> bool:
-    """Whether two texts are equal but for capitals, marks and spaces."""
+    """Whether two texts are equal but for capitals, marks and spaces. What is no text is refused later."""
     if not isinstance(one, str) or not isinstance(other, str):
-        return one == other
+        return True
     return re.sub(r"[\W_]", "", one).casefold() == re.sub(r"[\W_]", "", other).casefold()
 
 

@@ -331,8 +331,16 @@ def _require(row: dict[str, Any]) -> None:
         meant = CALLED.get(key.lower()) if missing else None
         if meant in missing:
             raise ManifestError(f'has the unknown key {_show(key)}; write "{meant}", or rename it')
+        if meant in ("prompt", "answer") and "text" in missing:
+            wanted = '"text" for what is said, or "task", "prompt" and "answer"'
+            raise ManifestError(f"has the unknown key {_show(key)}, but no text; write {wanted}")
+        if meant:
+            continue
         if nearest and nearest[0] not in row and key not in known:
             raise ManifestError(f'has the unknown key {_show(key)}; write "{nearest[0]}", or rename it')
+    lists = [key for key, value in row.items() if missing and isinstance(value, list) and value]
+    if lists and not row.keys() & set(KEYS) - {"task"} and all(isinstance(item, dict) for item in row[lists[0]]):
+        raise ManifestError(f"holds a list under {_show(lists[0])}; write its objects one a line, or the list alone")
     if missing:
         found = _show(sorted(row.keys() - ({"task"} if task == "transcribe" else set())))
         raise ManifestError(f'lacks "{missing[0]}", which task {_show(task)} needs; add it to the keys {found}')
