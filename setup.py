@@ -42,6 +42,7 @@ REQUIRES = [
     "matplotlib",
     "nvtx",
     "filelock",
+    "psutil",
 ]
 EXTRAS = {
     "dev": [

@@ -57,14 +57,17 @@ def main() -> None:
             goes_on = "; the same command goes on from the newest checkpoint"
             errors.print(f"stopped at once{goes_on if sys.argv[1] in TRAINING else ''}")
         raise
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         from soundwave.backbones.wheels import EmbeddedError  # imported here, because they import torch
+        from soundwave.hardware import OutOfMemory, is_out_of_memory
         from soundwave.training.callbacks import Interrupted
 
         if isinstance(error, Interrupted):
             errors.print(str(error), soft_wrap=True, markup=False, highlight=False)
             sys.exit(130)
-        if not isinstance(error, EmbeddedError):
+        if is_out_of_memory(error):
+            error = OutOfMemory("out of memory; use a smaller batch (--batch-size), or close other programs")
+        if not isinstance(error, EmbeddedError | OutOfMemory):
             raise
         _fail(error)
 

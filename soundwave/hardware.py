@@ -1,9 +1,44 @@
-"""The device and dtype that this machine uses, with the reasons."""
+"""The device and dtype that this machine uses, with the reasons, and its memory."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
+import psutil
 import torch
+
+GIB = 2**30
+
+
+class OutOfMemory(RuntimeError):
+    """The memory of the device or of the machine did not suffice. The message is one line: for what, and what to do."""
+
+
+def free_bytes(device_type: str) -> int:
+    """Memory in bytes that is free on the GPU, or that this machine can give to a process."""
+    if device_type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is what torch or Python raise without memory; on a CPU torch has no type of its own for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("can't allocate memory", "unable to mmap", "CUDA out of memory", "Cannot allocate memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in words)
+
+
+@contextmanager
+def memory_named(part: str, advice: str) -> Iterator[None]:
+    """Raise OutOfMemory with what was being done, and the advice, in place of torch's own errors of many lines."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory {part}; {advice}") from error
 
 
 def pick_device() -> tuple[torch.device, str]:

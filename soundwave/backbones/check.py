@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from soundwave.backbones import wheels
 
-GIB = 2**30
+# Half a byte; 64 weights share an 8-bit scale, and 256 scales share a 32-bit one (double quantisation).
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 # Settings of a configuration that change the logits of the head: Granite's, Cohere's, Gemma 2's, and the like.
 LOGITS = re.compile(r"logits?_?(scal|soft_?cap|mult)|lm_head_mult")
 
@@ -143,6 +145,57 @@ def _foreign_logits(config: PretrainedConfig) -> str | None:
         return None
     biased = getattr(head, "bias", None) is not None and torch.allclose(logits, plain + head.bias, rtol=1e-3, atol=1e-3)
     return "its head's plus a bias" if biased else f"scaled or capped{names}"
+
+
+def stored_in_4_bits(name: str) -> bool:
+    """Whether the files of a language model are quantised in 4 bits by bitsandbytes.
+
+    Raises:
+        ValueError: they are quantised in a form that cannot be trained on.
+    """
+    found = getattr(read_config("language_model", name), "quantization_config", None)
+    if not found:
+        return False
+    found = found if isinstance(found, dict) else found.to_dict()
+    method = str(found.get("quant_method", "unknown"))
+    if method != "bitsandbytes" or not (found.get("load_in_4bit") or found.get("_load_in_4bit")):
+        kind = "8 bits of bitsandbytes" if method == "bitsandbytes" else method
+        raise ValueError(
+            f"language_model = {name!r} is stored in a quantised form ({kind}) that cannot be trained on; name the "
+            "unquantised model, or one in 4 bits of bitsandbytes"
+        )
+    return True
+
+
+def encoder_bytes(name: str, dtype: torch.dtype) -> int:
+    """Memory of Whisper's encoder in a dtype."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        encoder = WhisperEncoder(check_whisper(name))
+    return sum(p.numel() for p in encoder.parameters()) * dtype.itemsize
+
+
+def language_model_bytes(
+    name: str, dtype: torch.dtype, *, quantization: str | None = None, whole: bool = True
+) -> int | None:
+    """Memory of a frozen language model in a dtype; None if it is not known before it is loaded.
+
+    Args:
+        quantization: "nf4" if its linear layers are quantised, which they are too where its files are.
+        whole: False for its output embedding alone.
+    """
+    text = read_config("language_model", name).get_text_config()
+    if not whole:
+        return text.vocab_size * text.hidden_size * dtype.itemsize
+    model = skeleton(text)
+    if model is None:
+        return None
+    head = model.get_output_embeddings()
+    everything = {id(p): p.numel() for p in model.parameters()}
+    if quantization or stored_in_4_bits(name):
+        linear = (m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+        quantised = sum(everything.pop(id(weight), 0) for weight in linear)
+        return int(quantised * NF4_BYTES) + sum(everything.values()) * dtype.itemsize
+    return sum(everything.values()) * dtype.itemsize
 
 
 def check_tokenizer(name: str) -> Any:

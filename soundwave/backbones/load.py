@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from soundwave.backbones.check import check_whisper, read_config
+from soundwave.backbones.check import check_whisper, read_config, stored_in_4_bits
 from soundwave.backbones.wheels import resolve
 
 WEIGHTS_FILE = "model.safetensors"
@@ -58,7 +58,7 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
     Raises:
         ValueError: the model has no output embedding, or the files are damaged or lack weights.
     """
-    stored = stored_quantization(name)
+    stored = stored_in_4_bits(name)
     settings: dict[str, Any] = {}
     if quantization == "nf4" and not stored:
         settings["quantization_config"] = BitsAndBytesConfig(
@@ -86,26 +86,6 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
     head.register_forward_pre_hook(_contiguous)
     model.generation_config = _only_special_tokens(model)
     return model.requires_grad_(False)
-
-
-def stored_quantization(name: str) -> str | None:
-    """The form in which a language model's files are quantised, e.g. "bitsandbytes"; None if they are not.
-
-    Raises:
-        ValueError: it is a form that cannot be trained on.
-    """
-    found = getattr(read_config("language_model", name), "quantization_config", None)
-    if not found:
-        return None
-    found = found if isinstance(found, dict) else found.to_dict()
-    method = str(found.get("quant_method", "unknown"))
-    if method != "bitsandbytes" or not (found.get("load_in_4bit") or found.get("_load_in_4bit")):
-        kind = "8 bits of bitsandbytes" if method == "bitsandbytes" else method
-        raise ValueError(
-            f"language_model = {name!r} is stored in a quantised form ({kind}) that cannot be trained on; name the "
-            "unquantised model, or one in 4 bits of bitsandbytes"
-        )
-    return method
 
 
 def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:

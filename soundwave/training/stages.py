@@ -8,26 +8,37 @@ III  LoRA, or LoRA + shrinking adapter  next token
 import re
 import sys
 from collections import Counter
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
 
+from soundwave.backbones.check import check_language_model, check_tokenizer
 from soundwave.data.audio import AudioError
 from soundwave.data.collate import CheckedCollator, LeftOut, tokens_of
 from soundwave.data.manifest import Sample
 from soundwave.data.sampling import BucketBatchSampler, paper_temperature
 from soundwave.data.selection import select_samples
-from soundwave.hardware import pick_device, pick_dtype
+from soundwave.hardware import memory_named, pick_device, pick_dtype
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.model.processing import SoundwaveProcessor
+from soundwave.model.sizes import refuse_what_does_not_fit, sizes_of
 from soundwave.training.callbacks import Board, Clock, Interrupted, ProgressBar, ProgressLines, StopOnSignal
 from soundwave.training.checkpoints import step_of, written_aside
 from soundwave.training.journal import Journal, say
-from soundwave.training.record import alone_in, checkpoint_of, earlier_note, note_of, refuse_misfit
+from soundwave.training.record import (
+    alone_in,
+    checkpoint_of,
+    earlier_note,
+    note_of,
+    refuse_misfit,
+    tell_where_it_goes_on,
+)
 from soundwave.training.settings import ConfigError, StageConfig
 from soundwave.training.trainer import SoundwaveTrainer
 
@@ -66,8 +77,14 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
     samples = _select(config, left_out)
     note = note_of(config, samples, device, earlier_note(config, checkpoint))
     config = config.model_copy(update={"dtype": note["config"]["dtype"]})
+    if checkpoint:
+        tell_where_it_goes_on(config, checkpoint)
+    elif config.model is None and config.stage == 2:
+        say("stage 2 starts from fresh adapters, because no model is given; model=… starts from that of stage 1")
 
-    model = build_model(config, device).to(device)
+    advice = "close other programs, or use quantization=nf4"
+    with memory_named("while the backbones were loaded", advice), _loading_bar(config):
+        model = build_model(config, device).to(device)
     if checkpoint:
         refuse_misfit(config, checkpoint, model.config)
     journal = Journal(config.out)
@@ -83,7 +100,9 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
     if config.model is None and checkpoint is None:
         clips = _first_clips(collator, samples, config.batch_size)
         if clips:
-            model.initialise_blank(**{name: x.to(device) for name, x in processor.pad_features(clips).items()})
+            _tell(config, f"setting the blank's bias from the first {len(clips)} recordings")
+            with memory_named("while the blank's bias was set", _smaller_batch(config)):
+                model.initialise_blank(**{name: x.to(device) for name, x in processor.pad_features(clips).items()})
 
     clock, stop = Clock(journal, note), StopOnSignal()
     trainer = SoundwaveTrainer(
@@ -105,7 +124,11 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
         trainer.go_to(checkpoint)
         clock.write_note()
     else:
-        with stop, closing(progress):
+        _tell(
+            config,
+            f"step {step + 1} of {config.steps} begins: {config.accumulation * config.batch_size} samples a step",
+        )
+        with stop, closing(progress), memory_named("in a training step", _smaller_batch(config)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _summarise_left_out(journal, len(samples) + len(left_out))
     if trainer.state.global_step < config.steps:
@@ -119,6 +142,32 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
     if stop.asked:  # in the last step: what follows a stage, as in the demonstration, must not begin
         raise Interrupted(f"stopped at the end of stage {'I' * config.stage}, whose model is in {folder}")
     return folder, [entry for entry in trainer.state.log_history if "loss" in entry], journal.seconds
+
+
+def _tell(config: StageConfig, line: str) -> None:
+    if not config.quiet:
+        say(line)
+
+
+@contextmanager
+def _loading_bar(config: StageConfig) -> Iterator[None]:
+    """On a terminal, transformers' bar shows how much of the weights is loaded."""
+    hidden = not transformers_logging.is_progress_bar_enabled()
+    if hidden and sys.stderr.isatty() and not config.quiet:
+        transformers_logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            transformers_logging.disable_progress_bar()
+
+
+def _smaller_batch(config: StageConfig) -> str:
+    return (
+        f"use batch_size={max(config.batch_size // 2, 1)} accumulation={2 * config.accumulation} in place of "
+        f"{config.batch_size} and {config.accumulation}, which trains the same; `soundwave memory --stage "
+        f"{config.stage}` tells what fits"
+    )
 
 
 def _first_clips(collator: CheckedCollator, samples: list[Sample], count: int) -> list[torch.Tensor]:
@@ -167,11 +216,16 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
             "lora_alpha": config.lora_alpha,
         }
         soundwave_config = SoundwaveConfig.from_backbones(config.audio_tower, config.language_model, **changes)
+        _tell_what_is_loaded(config, soundwave_config, dtype, device)
         model = SoundwaveForConditionalGeneration.from_backbones(
             soundwave_config, dtype=dtype, language_model=config.stage > 1
         )
     else:
         changes |= _config_changes(config, config.model)
+        saved = SoundwaveConfig.from_pretrained(config.model, **changes)
+        check_language_model(saved.language_model, saved.lora_target_modules if saved.lora_rank else ())
+        check_tokenizer(saved.language_model)
+        _tell_what_is_loaded(config, saved, dtype, device)
         model = SoundwaveForConditionalGeneration.from_pretrained(
             config.model, dtype=dtype, language_model=config.stage > 1, **changes
         )
@@ -187,6 +241,13 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
         # The call above makes the embeddings require a gradient, which only reentrant checkpointing needs.
         model.language_model.disable_input_require_grads()
     return model
+
+
+def _tell_what_is_loaded(config: StageConfig, model: SoundwaveConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Say what is loaded and how large it is, and refuse what the memory cannot hold."""
+    parts = sizes_of(model, dtype, language_model=config.stage > 1)
+    refuse_what_does_not_fit(parts, device)
+    _tell(config, f"loading {', and '.join(part.text for part in parts)}")
 
 
 def build_sampler(config: StageConfig, samples: list[Sample]) -> BucketBatchSampler:
