@@ -47,7 +47,8 @@ def refuse_what_does_not_fit(parts: list[Part], device: torch.device) -> None:
     if fits(parts, device):
         return
     sizes = " and ".join(part.text for part in parts)
-    hint = "" if any("4 bits" in part.what for part in parts) else ", or the language model in 4 bits: quantization=nf4"
+    could_shrink = any(part.what.startswith("language model") and "4 bits" not in part.what for part in parts)
+    hint = ", or the language model in 4 bits: quantization=nf4" if could_shrink else ""
     where = "the GPU" if device.type == "cuda" else "this machine"
     raise ValueError(
         f"{sizes} do not fit into the {_shown(_free(device))} that are free on {where}; free memory, or use smaller "
@@ -61,4 +62,4 @@ def _free(device: torch.device) -> int:
 
 
 def _shown(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB // 10 else f"{size / 2**20:.0f} MiB"
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

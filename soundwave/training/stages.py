@@ -124,10 +124,8 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
         trainer.go_to(checkpoint)
         clock.write_note()
     else:
-        _tell(
-            config,
-            f"step {step + 1} of {config.steps} begins: {config.accumulation * config.batch_size} samples a step",
-        )
+        a_step = config.accumulation * config.batch_size
+        _tell(config, f"step {step + 1} of {config.steps} begins; a step has {a_step} samples")
         with stop, closing(progress), memory_named("in a training step", _smaller_batch(config)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _summarise_left_out(journal, len(samples) + len(left_out))
