@@ -91,6 +91,7 @@ def make_page(runs: dict[str, Run], utterances: dict[str, Any]) -> str:
                 "name": name,
                 "passes": [_pass(one, points) for one in run.passes],
                 "scores": score_rows(run.summary),
+                "normaliser": run.summary.get("normaliser", {}),
                 "seconds": run.summary.get("seconds", {}).get("total"),
                 "begun": run.begun,
                 "command": run.command,

@@ -74,8 +74,10 @@ function scoreTable() {
     rows.push(h("tr", {}, rowHead("time of the whole run"), times, several ? null : cell(""), cell("")));
   }
   const heads = data.runs.map((run) => columnHead(several ? run.name : "score", "number"));
+  const normalised = [...new Set(data.runs.flatMap((run) => Object.values(run.normaliser)))];
   return section("scores", "Scores",
-    note("Measured on samples that were not trained on.", several ? " The best of different values is bold." : ""),
+    note("Measured on samples that were not trained on.", several ? " The best of different values is bold." : "",
+      normalised.length ? ` Texts are compared by ${normalised.join("; ")}.` : ""),
     table([h("th"), heads, several ? null : h("th"), columnHead("samples", "number")], rows));
 }
 

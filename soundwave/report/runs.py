@@ -356,6 +356,7 @@ class _Summary(_File):
     stage3: _Stage = _Stage()
     samples: dict[str, int] = {}
     seconds: dict[str, float] = {}
+    normaliser: dict[str, str] = {}
 
 
 class _Answer(_File):

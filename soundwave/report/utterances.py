@@ -23,7 +23,7 @@ from soundwave.backbones.wheels import EmbeddedError
 from soundwave.data.audio import SAMPLING_RATE, AudioError, load_audio
 from soundwave.data.collate import answer_of, ctc_text_of, prompt_of
 from soundwave.data.manifest import ManifestError, Sample, read_manifest
-from soundwave.evaluation.scores import judge, normalise
+from soundwave.evaluation.scores import has_words, judge
 from soundwave.evaluation.words import rules_for, words_of_pair
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.inference.answer import answer, read_ctc
@@ -323,7 +323,7 @@ def _trained_on(run: Run, allow_outside: bool) -> tuple[list[Recording], str]:
         for sample in read_manifest(
             _manifest(run, Path(manifest).name), allow_outside=allow_outside, leave_out=lambda *_: None
         )
-        if sample.audio is not None and normalise(sample.text or "")
+        if sample.audio is not None and has_words(sample.text or "")
     ]
     if not samples:
         raise ValueError("the manifests of the training hold no recording with a transcript")
