@@ -42,7 +42,8 @@ from soundwave.demo import corpus as embedded_corpus
 from soundwave.demo.run import FULL, LANGUAGE, STAGE, one_task, score
 from soundwave.evaluation.intervals import TASKS, differences, estimates, markdown, tally
 from soundwave.evaluation.run import evaluate_ctc
-from soundwave.evaluation.scores import Scores
+from soundwave.evaluation.scores import ANSWER_RULES, Scores
+from soundwave.evaluation.words import rules_for
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.inference.answer import answer, load_model
 from soundwave.model.modeling import batch_to
@@ -174,7 +175,8 @@ def run_ablations(
             _time_variant(name, **common)
     results = _results(out, corpus)
     write_text(out / "ablations.json", json.dumps(results, indent=2) + "\n")
-    write_text(out / "ablations.md", markdown(results))
+    compared = f"Words are compared by {rules_for([''], LANGUAGE)[0].name}; other answers by {ANSWER_RULES}.\n"
+    write_text(out / "ablations.md", f"{markdown(results)}\n{compared}")
     write_report([out / name for name in results], out / "report.html", utterances=3)
     if aligned := [out / "alignments" / name for name in ALIGNMENTS if (out / "alignments" / name / RESULT).is_file()]:
         write_report(aligned, out / "alignments.html", utterances=3)
