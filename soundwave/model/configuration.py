@@ -49,6 +49,7 @@ class SoundwaveConfig(PretrainedConfig):
         exact: the fused CTC computes its gradient over all columns instead of skipping those that are almost 0.
         template_date: the day, as YYYY-MM-DD, that a chat template takes for today. It is saved, so that prompts are
             the same on every day.
+        ctc_space_label: a space alone may be the first CTC label. Models of version 0.1 were trained on such labels.
         stage: the last training stage that this model has seen; 0 if it is untrained.
     """
 
@@ -83,6 +84,7 @@ class SoundwaveConfig(PretrainedConfig):
         implementation: str = "fused",
         exact: bool = False,
         template_date: str = TEMPLATE_DATE,
+        ctc_space_label: bool = False,
         stage: int = 0,
         config_version: int = CONFIG_VERSION,
         **kwargs: Any,
@@ -131,6 +133,7 @@ class SoundwaveConfig(PretrainedConfig):
         self.implementation = _one_of("implementation", implementation, ("fused", "eager"))
         self.exact = exact
         self.template_date = _day("template_date", template_date)
+        self.ctc_space_label = ctc_space_label
         self.stage = stage
         self.config_version = config_version
         super().__init__(**kwargs)
@@ -149,7 +152,8 @@ class SoundwaveConfig(PretrainedConfig):
         known = inspect.signature(cls.__init__).parameters
         changes = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         rules = SEMANTICS["paper"] if "semantics" in changes else {}
-        saved = {name: value for name, value in config_dict.items() if name not in rules}
+        saved = {"ctc_space_label": True}  # Version 0.1 saved no such key.
+        saved |= {name: value for name, value in config_dict.items() if name not in rules}
         return super().from_dict(saved | changes, **kwargs)
 
     @classmethod

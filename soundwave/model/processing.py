@@ -31,7 +31,7 @@ class SoundwaveProcessor(ProcessorMixin):
     Args:
         feature_extractor: gives log-mel features [n_mels, T_mel] at 100 Hz from 16 kHz audio.
         tokenizer: must have a chat template; `AUDIO_TOKEN` is added to its tokens.
-        template_date: the day that a chat template takes for today, as in SoundwaveConfig.
+        template_date, ctc_space_label: as in SoundwaveConfig.
 
     Raises:
         ValueError: the tokenizer has no chat template or no end token.
@@ -47,6 +47,7 @@ class SoundwaveProcessor(ProcessorMixin):
         tokenizer: Any,
         *,
         template_date: str = TEMPLATE_DATE,
+        ctc_space_label: bool = False,
         **kwargs: Any,
     ):
         super().__init__(feature_extractor, tokenizer)
@@ -58,13 +59,18 @@ class SoundwaveProcessor(ProcessorMixin):
         self.audio_placeholder_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         # A tokenizer without a padding token pads with the end token; the attention mask tells the two apart.
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.template_date = template_date
+        self.template_date, self.ctc_space_label = template_date, ctc_space_label
         # Tokenizers of SentencePiece's kind put a space before the first word themselves.
         self._adds_space = self._plain_ids("a a") == 2 * self._plain_ids("a")
 
     @classmethod
     def from_backbones(
-        cls, audio_tower: str, language_model: str, *, template_date: str = TEMPLATE_DATE
+        cls,
+        audio_tower: str,
+        language_model: str,
+        *,
+        template_date: str = TEMPLATE_DATE,
+        ctc_space_label: bool = False,
     ) -> "SoundwaveProcessor":
         """The processor that fits two backbones (Hub ids, local folders or embedded names)."""
         audio = check_whisper(audio_tower)
@@ -74,13 +80,23 @@ class SoundwaveProcessor(ProcessorMixin):
                 f"audio_tower = {audio_tower!r} reads {audio.num_mel_bins} mel bins, but its preprocessor_config.json "
                 f"makes {extractor.feature_size}; copy the file that belongs to the model"
             )
-        return cls(extractor, check_tokenizer(language_model), template_date=template_date)
+        tokenizer = check_tokenizer(language_model)
+        return cls(extractor, tokenizer, template_date=template_date, ctc_space_label=ctc_space_label)
+
+    @classmethod
+    def for_config(cls, config: SoundwaveConfig) -> "SoundwaveProcessor":
+        """The processor of a model: that of the backbones which its configuration names."""
+        return cls.from_backbones(
+            config.audio_tower,
+            config.language_model,
+            template_date=config.template_date,
+            ctc_space_label=config.ctc_space_label,
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "SoundwaveProcessor":
-        """The processor of a saved model, which is the processor of the backbones that its configuration names."""
-        config = SoundwaveConfig.from_pretrained(folder)
-        return cls.from_backbones(config.audio_tower, config.language_model, template_date=config.template_date)
+        """The processor of a saved model, as of its configuration."""
+        return cls.for_config(SoundwaveConfig.from_pretrained(folder))
 
     def features(self, audio: np.ndarray, sampling_rate: int = 16_000) -> Tensor:
         """Log-mel features float32 [n_mels, T_mel] of one clip, float32 [samples], at its true length.
@@ -164,12 +180,12 @@ class SoundwaveProcessor(ProcessorMixin):
     def ctc_ids(self, text: str) -> list[int]:
         """Token ids of a transcript for CTC: every word, also the first one, has a space before it.
 
-        Any white space counts as one space, and what is not seen is left out. There is no label for a space alone at
-        the beginning, where nothing is heard; a text without words has no labels.
+        Any white space counts as one space, and what is not seen is left out. Without `ctc_space_label` there is no
+        label for a space alone at the beginning, where nothing is heard. A text without words has no labels.
         """
         words = " ".join(INVISIBLE.sub("", text).split())
         ids = self._plain_ids(words if self._adds_space else f" {words}") if words else []
-        while ids and not self.tokenizer.decode(ids[:1]).strip():
+        while ids and not self.ctc_space_label and not self.tokenizer.decode(ids[:1]).strip():
             ids = ids[1:]
         return ids
 

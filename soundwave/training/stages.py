@@ -91,9 +91,7 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
     journal.begin(step)
     for left in left_out:
         journal.leave_out(0, left)
-    processor = SoundwaveProcessor.from_backbones(
-        model.config.audio_tower, model.config.language_model, template_date=model.config.template_date
-    )
+    processor = SoundwaveProcessor.for_config(model.config)
     trained = TRAINED[config.stage] + (("shrinking.",) if config.stage == 3 and config.train_shrinking else ())
     freeze_all_but(model, trained)
     collator = CheckedCollator(processor, config.stage, frame_stack=model.config.frame_stack)
