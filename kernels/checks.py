@@ -31,8 +31,10 @@ def _raise(place: int, value: int, message: Message, shape: torch.Size) -> None:
 
 def as_integers(tensor: Tensor) -> Tensor:
     """A tensor of another integer dtype, such as int16 or uint8, as int64, as torch's own losses take it."""
+    if tensor.dtype in (torch.int64, torch.int32):
+        return tensor
     other = tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool
-    return tensor if other or tensor.dtype in (torch.int32, torch.int64) else tensor.to(torch.int64)
+    return tensor if other else tensor.to(torch.int64)
 
 
 def as_lengths(name: str, lengths: Tensor | Sequence[int]) -> Tensor:
@@ -131,6 +133,19 @@ def raise_pending(wait: bool = False) -> None:
             _raise(place, value, message, shape)
 
 
+def first_wrong(values: Tensor, wrong: Tensor) -> Tensor:
+    """int64 [2] on the device of `values`: the place of the first wrong value, and the value. Nothing is read.
+
+    If none is wrong, the place is the number of values.
+    """
+    count = values.numel()
+    places = torch.arange(count, device=values.device)
+    place = torch.where(wrong.flatten(), places, count).min().view(1)
+    # A place of no dimension would be read by the host, which would wait for the GPU.
+    value = values.flatten().index_select(0, place.clamp(max=count - 1))
+    return torch.cat([place, value.to(torch.int64)])
+
+
 def raise_or_defer(values: Tensor, wrong: Tensor, message: Message, validate: bool = False) -> None:
     """ValueError for the first of the integers `values` (any shape) that is `wrong` (bool, the same shape).
 
@@ -143,10 +158,7 @@ def raise_or_defer(values: Tensor, wrong: Tensor, message: Message, validate: bo
             place = int(wrong.flatten().to(torch.uint8).argmax())
             _raise(place, int(values.flatten()[place]), message, values.shape)
     elif values.numel() and not torch.cuda.is_current_stream_capturing():
-        last = values.numel() - 1
-        places = torch.arange(last + 1, device=values.device)
-        place = torch.where(wrong.flatten(), places, last + 1).min()
-        found = torch.stack([place, values.flatten()[place.clamp(max=last)].to(torch.int64)])
+        found = first_wrong(values, wrong)
         host = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(found, non_blocking=True)
         event = torch.cuda.Event()
         event.record()

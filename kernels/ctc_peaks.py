@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from soundwave.kernels.dispatch import ranged, resolve_impl
+from soundwave.kernels.dispatch import ranged, resolve_impl, to_device
 
 MAX_BLOCK_T = 1024  # frames a step, eight a thread in four warps: 40 s at 25 Hz, so one step for Whisper's 30 s
 COPY_BLOCK = 1024  # kept frames a program of the second kernel
@@ -121,7 +121,7 @@ def _ctc_peaks(
         if wrong.numel():
             b = int(wrong[0])
             raise ValueError(f"lengths[{b}] = {int(lengths[b])}, but it must be 0 to {size}, the frames of path")
-    lengths = lengths.to(device)
+    lengths = to_device(lengths, device)
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
     if not batch or not size:
         return path.new_empty(0, dtype=torch.int64), cu_seqlens, 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from soundwave.kernels.checks import raise_or_defer, raise_pending
-from soundwave.kernels.dispatch import ranged
+from soundwave.kernels.dispatch import ranged, to_device
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:
@@ -68,7 +68,7 @@ def check_targets(
     raise_pending()
     size, given = targets.shape[1], (targets, input_lengths, target_lengths)
     late = any(tensor.is_cuda for tensor in given)
-    targets, input_lengths, target_lengths = (tensor.to(device) if late else tensor for tensor in given)
+    targets, input_lengths, target_lengths = (to_device(tensor, device) if late else tensor for tensor in given)
     # One table of lengths and labels, because separate checks would be some fifty small operations on a GPU.
     values = torch.cat([input_lengths[:, None], target_lengths[:, None], targets], 1)
     column = torch.arange(-2, size, device=values.device)
@@ -87,7 +87,7 @@ def check_targets(
 
     raise_or_defer(values, wrong, message, validate)
     if not late:
-        targets, input_lengths, target_lengths = (tensor.to(device).contiguous() for tensor in given)
+        targets, input_lengths, target_lengths = (to_device(tensor, device).contiguous() for tensor in given)
         return targets, input_lengths, target_lengths, None
     wrong = wrong.any(1)
     return targets.contiguous(), input_lengths.masked_fill(wrong, 0), target_lengths.masked_fill(wrong, 0), wrong
@@ -130,7 +130,7 @@ def pad_targets(
     valid = length_mask(lengths, int(lengths.max()) if lengths.numel() else 0)
     places = torch.zeros_like(valid, dtype=torch.int64)
     places.masked_scatter_(valid, torch.arange(targets.shape[0], device=valid.device))
-    return targets[places.to(targets.device)].masked_fill_(~valid.to(targets.device), -1)
+    return targets[to_device(places, targets.device)].masked_fill_(~to_device(valid, targets.device), -1)
 
 
 @pad_targets.register_fake

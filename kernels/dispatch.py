@@ -40,6 +40,16 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     return impl
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` on `device`. From the CPU to a GPU the host does not wait until the GPU has come so far."""
+    if x.device == device:
+        return x
+    if x.device.type != "cpu":
+        return x.to(device)
+    # Without the copy, pinned memory would be read later, when the caller may have changed it.
+    return x.clone().to(device, non_blocking=True)
+
+
 def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
     first = next((x for x in args if isinstance(x, torch.Tensor)), None)
     return nullcontext() if first is None or not first.is_cuda else torch.cuda.device_of(first)

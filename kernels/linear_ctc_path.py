@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from soundwave.kernels.checks import raise_or_defer, raise_pending
-from soundwave.kernels.dispatch import ranged
+from soundwave.kernels.dispatch import ranged, to_device
 from soundwave.kernels.vocab_rows import RowStats, vocab_chunks
 
 
@@ -78,7 +78,7 @@ class Packed(NamedTuple):
         each = torch.arange(len(count), device="cpu")  # whatever torch's default device is
         utterance = each.repeat_interleave(count)
         place = torch.arange(len(utterance), device="cpu") + (each * size - ends + count)[utterance]
-        return cls([0, *ends.tolist()], utterance.to(hidden.device), place.to(hidden.device))
+        return cls([0, *ends.tolist()], to_device(utterance, hidden.device), to_device(place, hidden.device))
 
     def utterances(self, x: Tensor) -> list[Tensor]:
         """`x` [N, ...] as one view for each utterance."""

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soundwave.kernels.checks import no_second_derivative
-from soundwave.kernels.dispatch import input_precision, ranged, resolve_impl
+from soundwave.kernels.dispatch import input_precision, ranged, resolve_impl, to_device
 from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
 
 MAX_E = 256  # one row of a head in registers
@@ -263,7 +263,7 @@ def _forward(
     """O [K, H, E] and the log-sum-exp of S [H, K]; with Triton its logarithm is of base 2."""
     _check_bounds("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
     _check_bounds("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
-    cu_seqlens = cu_seqlens_q.to(query.device), cu_seqlens_k.to(query.device)
+    cu_seqlens = to_device(cu_seqlens_q, query.device), to_device(cu_seqlens_k, query.device)
     longest = max_seqlen_q, max_seqlen_k
     if impl == "torch":
         with torch.autocast(query.device.type, enabled=False):
@@ -291,7 +291,7 @@ def _backward(
     need_dkv: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ, dK and dV; the last two are empty where they are not needed."""
-    cu_seqlens = cu_seqlens_q.to(query.device), cu_seqlens_k.to(query.device)
+    cu_seqlens = to_device(cu_seqlens_q, query.device), to_device(cu_seqlens_k, query.device)
     longest = max_seqlen_q, max_seqlen_k
     if impl == "torch":
         with torch.autocast(query.device.type, enabled=False):
@@ -325,6 +325,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dout, _):
+    if dout is None:
+        return (None,) * 9
     query, key, value, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     gradients = _backward(

@@ -5,13 +5,14 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soundwave import eager, fused
 from soundwave.fused.functional import ctc_loss
 from soundwave.kernels import checks, ctc_lattice
 from soundwave.kernels.ctc import ctc_nll
 from soundwave.kernels.ctc_lattice import ctc_lattice as lattice
-from soundwave.kernels.ctc_targets import feasible
+from soundwave.kernels.ctc_targets import check_targets, feasible
 from tests.accuracy import assert_as_accurate, assert_rms, relative
 from tests.implementations import everywhere
 
@@ -519,9 +520,55 @@ def test_a_value_out_of_range_on_cuda_is_named_later(change):
     assert not checks._pending
 
 
+class Calls(TorchDispatchMode):
+    """What torch runs inside, with the arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append((str(function), kwargs or {}))
+        return function(*args, **kwargs or {})
+
+    def named(self, name):
+        return [kwargs for function, kwargs in self.calls if function.startswith(f"aten.{name}.")]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("wrong", "found"), [([], [6, 4]), ([3], [3, 7]), ([5, 1, 4], [1, 9])])
+def test_the_check_on_cuda_finds_the_first_wrong_value_without_reading_one(wrong, found, dtype):
+    values = torch.tensor([[8, 9, 6], [7, 5, 4]], dtype=dtype)
+    places = torch.zeros(6, dtype=torch.bool)
+    places[wrong] = True
+    with Calls() as log:
+        first = checks.first_wrong(values, places.view(2, 3))
+    assert first.tolist() == found and first.dtype == torch.int64
+    assert not log.named("_local_scalar_dense")
+    with Calls() as log:  # the rule sees what it is about
+        values.flatten()[torch.tensor(1)]
+    assert log.named("_local_scalar_dense")
+
+
+def test_lengths_and_labels_leave_the_cpu_without_a_wait():
+    """The meta device is another one that tensors can be sent to."""
+    arguments = valid()
+    given = [arguments[name] for name in ("targets", "input_lengths", "target_lengths")]
+    with Calls() as log:
+        sent = check_targets(
+            *given, frames=6, classes=5, blank=0, device=torch.device("meta"), validate=False
+        )  # fmt: skip
+    assert [x.device.type for x in sent[:3]] == ["meta"] * 3
+    assert [call.get("non_blocking") for call in log.named("_to_copy")] == [True] * 3
+    assert not log.named("_local_scalar_dense")[1:]  # one: whether something is wrong, on the CPU
+
+
 @pytest.mark.gpu
-def test_padded_targets_never_wait_for_the_gpu():
+@pytest.mark.parametrize("lengths", ["cpu", "cuda"])
+def test_padded_targets_never_wait_for_the_gpu(lengths):
     arguments = valid("cuda")
+    for name in ("targets", "input_lengths", "target_lengths"):
+        arguments[name] = arguments[name].to(lengths)
     arguments["log_probs"].requires_grad_()
     ctc_loss(**arguments).backward()
     torch.cuda.synchronize()

@@ -109,6 +109,29 @@ def test_another_scale(scale, device, impl):
     check(tensors, where, impl, scale)
 
 
+class NoGradient(torch.autograd.Function):
+    """The identity, whose backward hands no gradient on: such a gradient counts as 0."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize(("device", "impl"), WHERE)
+def test_a_result_that_gets_no_gradient(device, impl):
+    skip_unless_runnable(device, impl)
+    tensors, where = make([7, 3], [9, 5], 2, 8, device=device)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    loss = NoGradient.apply(shrink_attention(*leaves, *where, impl=impl)).sum() + leaves[0].sum()
+    loss.backward()
+    assert torch.equal(leaves[0].grad, torch.ones_like(leaves[0]))
+    assert all(x.grad is None or not x.grad.any() for x in leaves[1:])
+
+
 @pytest.mark.parametrize(("device", "impl"), WHERE)
 def test_very_sure_queries(device, impl):
     """Products of some thousands: exp overflows unless the largest is subtracted first."""

@@ -16,7 +16,7 @@ from soundwave.attention import IMPLEMENTATIONS, attend
 from soundwave.fused.arguments import NotScriptable, check_impl, expect
 from soundwave.fused.functional import add_layer_norm, shrink_attention
 from soundwave.kernels.checks import as_lengths, refuse_transforms, refuse_vmap
-from soundwave.kernels.dispatch import ranged
+from soundwave.kernels.dispatch import ranged, to_device
 from soundwave.kernels.shrink_projection import shrink_projection
 
 
@@ -104,7 +104,7 @@ class AlignmentAdapter(NotScriptable, eager.AlignmentAdapter):
         least, most, valid, rows = torch.stack([some.min(), some.max(), lengths.sum(), counts.sum()]).tolist()
         if least < 0 or most > size:
             raise ValueError(f"lengths go from {least} to {most}, but each must be 0 to {size}, the frames given")
-        count = counts.to(frames.device)
+        count = to_device(counts, frames.device)
         cu_seqlens = F.pad(count.cumsum(0), (1, 0)).to(torch.int32)
         utterance = torch.repeat_interleave(torch.arange(batch, device=frames.device), count, output_size=rows)
         within = torch.arange(rows, device=frames.device) - cu_seqlens[utterance]
@@ -125,7 +125,7 @@ class AlignmentAdapter(NotScriptable, eager.AlignmentAdapter):
         frame = (utterance[:, None] * size + time).clamp(max=frames.shape[0] * size - 1)
         packed = frames.flatten(0, 1).index_select(0, frame.flatten()).view(*frame.shape, frames.shape[2])
         if ragged:
-            end = lengths.to(frames.device)[utterance]
+            end = to_device(lengths, frames.device)[utterance]
             packed = packed.masked_fill((time >= end[:, None])[..., None], 0.0)
         return packed.flatten(1)
 
@@ -264,7 +264,7 @@ def _valid_rows(lengths: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor,
     some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
     least, longest, rows = torch.stack([some.min(), some.max(), lengths.sum()]).tolist()
     _check_range(least, longest, size)
-    lengths = lengths.to(device)
+    lengths = to_device(lengths, device)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     if rows == batch * size:
         return None, cu_seqlens, longest

@@ -28,7 +28,7 @@ from soundwave.kernels import norm as _norm
 from soundwave.kernels import shrink_attention as _shrink_attention
 from soundwave.kernels import splice as _splice
 from soundwave.kernels.checks import refuse_transforms, refuse_vmap
-from soundwave.kernels.dispatch import resolve_impl
+from soundwave.kernels.dispatch import resolve_impl, to_device
 
 __all__ = [
     "LinearCTCOutput",
@@ -116,7 +116,7 @@ def ctc_loss(
     if zero_infinity:
         loss = torch.where(loss == torch.inf, torch.zeros_like(loss), loss)
     if reduction == "mean":
-        return (loss / target_lengths.to(loss.device).clamp(min=1)).sum() / max(batch, 1)
+        return (loss / to_device(target_lengths, loss.device).clamp(min=1)).sum() / max(batch, 1)
     if reduction == "sum":
         return loss.sum()
     return loss[0] if single else loss
