@@ -12,6 +12,7 @@ a model trained in 4 bits, on a small CPU       used in 4 bits, which is said
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -52,6 +53,15 @@ def test_a_run_says_what_it_does_up_to_the_first_step(manifest, small_llm, tmp_p
 def test_stage_2_without_a_model_says_that_adapters_are_fresh(manifest, small_llm, tmp_path, capsys):
     train(2, tmp_path / "2", manifest, language_model=str(small_llm), steps=1)
     assert "stage 2 starts from fresh adapters, because no model is given; model=" in capsys.readouterr().err
+
+
+def test_a_date_in_prompts_is_said(manifest, small_llm, tmp_path, capsys):
+    folder = tmp_path / "dated"
+    shutil.copytree(small_llm, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%Y') }}\n" + template.read_text())
+    train(2, tmp_path / "2", manifest, language_model=str(folder), steps=1)
+    assert "today's date: prompts say 2024-07-26 on every day" in capsys.readouterr().err
 
 
 def test_a_finished_run_says_one_true_thing(manifest, small_llm, tmp_path, capsys):

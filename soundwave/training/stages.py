@@ -92,6 +92,8 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
     for left in left_out:
         journal.leave_out(0, left)
     processor = SoundwaveProcessor.for_config(model.config)
+    if config.stage > 1 and processor.writes_date:
+        _tell(config, f"the chat template writes today's date: prompts say {processor.template_date} on every day")
     trained = TRAINED[config.stage] + (("shrinking.",) if config.stage == 3 and config.train_shrinking else ())
     freeze_all_but(model, trained)
     collator = CheckedCollator(processor, config.stage, frame_stack=model.config.frame_stack)
