@@ -9,6 +9,7 @@ tagged               MP3, WAV
 damaged anywhere     all, at random
 """
 
+import os
 import random
 import struct
 import subprocess
@@ -34,6 +35,7 @@ from tests.recordings import (
     WITH_ONE_RATE,
     WITHOUT_CHECKSUM,
     WITHOUT_LENGTH,
+    by_ffmpeg,
     by_libsndfile,
     damaged,
     samples,
@@ -206,7 +208,69 @@ def test_flac_from_a_pipe_cut_short(files, written, share):
     assert "cut short or damaged" in fault(written(data[: int(share * len(data))]))
 
 
+def test_flac_with_a_tag_before_it(files, written):
+    for total in (0, WHOLE):
+        path = written(ID3V2 + flac_with_total(files["flac"], total))
+        np.testing.assert_allclose(load_audio(path), samples(), atol=2**-15)
+        assert "holds a second recording" in fault(written(ID3V2 + flac_with_total(files["flac"], total) * 2))
+
+
+def test_flac_whose_picture_holds_the_beginning_of_another(files, written):
+    data = files["flac"]
+    picture = struct.pack(">II", 3, 9) + b"image/png" + bytes(20) + b"\0\0\0\x6c" + b"fLaC\0\0\0\x22" + bytes(100)
+    block = b"\x06" + len(picture).to_bytes(3, "big") + picture
+    assert len(load_audio(written(data[:4] + b"\0" + data[5:42] + block + data[42:]))) == WHOLE
+
+
 # --- more than the header tells
+
+
+def test_flac_from_a_pipe_joined_is_named(files, written):
+    assert "holds a second recording" in fault(written(flac_with_total(files["flac"], 0) * 2))
+
+
+def test_wav_with_a_second_chunk_of_samples_is_named(files, written):
+    data = files["wav-16"]
+    assert "holds a second recording" in fault(written(data + data[data.index(b"data") :]))
+
+
+@pytest.mark.parametrize("name", ["aiff", "au"])
+def test_advice_on_more_bytes_is_for_the_container(files, written, name):
+    assert "ignore_length" not in fault(written(files[name] + b"some more bytes"))  # FFmpeg has it for WAV alone
+
+
+# --- SPHERE
+
+
+def sphere(coding: str, width: int, data: bytes) -> bytes:
+    fields = f"sample_count -i {WHOLE}\nsample_rate -i {RATE}\nchannel_count -i 1\nsample_n_bytes -i {width}\n"
+    fields += f"sample_byte_format -s{width} {'01'[-width:]}\nsample_sig_bits -i {8 * width}\n{coding}end_head\n"
+    return f"NIST_1A\n   1024\n{fields}".encode().ljust(1024) + data
+
+
+@pytest.mark.parametrize(
+    ("coding", "width"), [("sample_coding -s4 ulaw\n", 1), ("sample_coding -s3 pcm\n", 2), ("", 2)], ids=repr
+)
+def test_sphere_of_other_codings(written, coding, width):
+    data = by_libsndfile("RAW", "ULAW" if width == 1 else "PCM_16")
+    assert len(load_audio(written(sphere(coding, width, data)))) == WHOLE
+    assert "is cut short" in fault(written(sphere(coding, width, data[:-1000])))
+
+
+def test_compressed_sphere_is_named(written):
+    data = sphere("sample_coding -s26 pcm,embedded-shorten-v2.00\n", 2, b"ajkg\x02" + bytes(5000))
+    assert "is a compressed SPHERE file (pcm,embedded-shorten-v2.00); convert it" in fault(written(data))
+
+
+# --- ADPCM
+
+
+@pytest.mark.parametrize("codec", ["adpcm_ima_wav", "adpcm_ms"])
+def test_adpcm_whose_header_does_not_tell_the_bytes_a_second(written, codec):
+    data = bytearray(by_ffmpeg("wav", codec))
+    place = data.index(b"fmt ") + 16
+    data[place : place + 4] = bytes(4)
+    assert WHOLE <= len(load_audio(written(data))) < WHOLE + 2400
 
 
 def test_flac_whose_header_tells_too_few_samples(files, written):
@@ -259,6 +323,13 @@ def test_joined_mp3(files, written, first, second, tagged):
     np.testing.assert_allclose(load_audio(path, offset=0.8, duration=0.1), audio[12_800:14_400], atol=1e-4)
 
 
+@pytest.mark.parametrize("rate", [44_100, 16_000, 8_000])
+def test_mp3_of_ffmpeg_has_the_samples_that_went_in(written, rate):
+    """Its checksum of the first frame covers more bytes than LAME's, when the sound is mono."""
+    path = written(by_ffmpeg("mp3", "libmp3lame", rate=rate))
+    assert len(load_audio(path)) == WHOLE and seconds_of(path) == SECONDS
+
+
 def test_joined_mp3_of_two_rates_is_named(files, written):
     assert "parts of 16000 and 44100 samples a second" in fault(written(files["mp3-xing"] + files["mp3-xing-44100"]))
 
@@ -278,7 +349,7 @@ def test_mp3_of_fewer_frames_than_it_tells_is_named(files, written):
 # --- Ogg
 
 
-@pytest.mark.parametrize("name", ["ogg-vorbis", "ogg-opus"])
+@pytest.mark.parametrize("name", ["ogg-vorbis", "ogg-opus", "ogg-flac"])
 def test_chained_ogg(files, written, name):
     path = written(files[name] * 3)
     audio = load_audio(path)
@@ -314,6 +385,30 @@ def test_stereo_of_two_voices_is_read(tmp_path):
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "x", rng.normal(0, 0.1, (9600, 2)), RATE, format="WAV", subtype="PCM_16")
     assert len(load_audio(tmp_path / "x")) == 9600
+
+
+def test_many_channels_of_which_one_sounds_are_read(tmp_path):
+    sound = np.zeros((9600, 200))
+    sound[:, 7] = samples()
+    soundfile.write(tmp_path / "x", sound, RATE, format="WAV", subtype="PCM_16")
+    assert len(load_audio(tmp_path / "x")) == 9600
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfb\x00\x00" + bytes(500), bytes(417)], ids=["free-format", "zeros"])
+def test_reason_is_no_list_of_formats(written, data):
+    assert "whitelist" not in fault(written(data * 20))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("name", ["wav-16", "flac", "mp3-xing", "m4a"])
+def test_name_that_is_no_unicode(files, tmp_path, name):
+    path = os.path.join(tmp_path, os.fsdecode(b"\xff\xfe.wav"))
+    with open(path, "wb") as file:
+        file.write(files[name])
+    assert len(load_audio(path)) >= WHOLE
+    with pytest.raises(AudioError, match="is cut short|is damaged"), open(path, "r+b") as file:
+        file.truncate(len(files[name]) // 2)
+        load_audio(path)
 
 
 def test_silent_stereo_is_read(tmp_path):

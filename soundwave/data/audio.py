@@ -176,7 +176,7 @@ def _mono(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         mean = block.mean(axis=1)
         if block.shape[1] > 1:
             energy += float(np.square(block, dtype=np.float64).mean(axis=1).sum())
-            left += float(np.square(mean, dtype=np.float64).sum())
+            left += float(np.square(mean, dtype=np.float64).sum()) * block.shape[1] / 2  # 1/n of n independent ones
         yield mean
     if left < CANCELLED * energy:
         raise Fault(

@@ -143,7 +143,7 @@ def _block_of(data: bytes | mmap, start: int, order: Any) -> int:
             agree = block == channels * -(-bits // 8) and second in (0, rate * block)
         elif tag in (2, 0x11, 0x31):  # ADPCM and GSM, which tell how many samples a block has
             packed = int.from_bytes(data[start + 18 : start + 20], order)
-            agree = not packed or abs(rate * block / packed - second) <= 0.002 * second + 1
+            agree = not (packed and second) or abs(rate * block / packed - second) <= 0.002 * second + 1
         if not agree:
             raise Fault(
                 f"has a header that contradicts itself ({channels} channels of {bits} bits, {block} bytes a block, "
@@ -212,7 +212,7 @@ def _check_au(data: bytes | mmap) -> list[Fix]:
     if data[start + size :][:4] == data[:4]:
         raise _joined(start + size)
     if any(data[start + size :]):
-        raise _more(size, held - size)
+        raise _more(held - size)
     return []
 
 
@@ -220,19 +220,29 @@ def _check_sphere(data: bytes | mmap) -> None:
     size = re.match(rb"NIST_1A\s+(\d+)\s", data[:64])
     header = data[: int(size[1])] if size else b""
     fields = dict(re.findall(rb"^(\w+) -i (-?\d+)", header, re.MULTILINE))
-    if b"sample_count" in fields and b"pcm" in header and b"embedded" not in header:
+    coding = re.search(rb"^sample_coding -s\d+ (\S+)", header, re.MULTILINE)
+    if coding and b"embedded" in coding[1]:
+        name = coding[1].decode("ascii", "replace")
+        raise Fault(f"is a compressed SPHERE file ({name}); convert it: sph2pipe -f wav FILE FILE.wav")
+    if b"sample_count" in fields:
         count, channels, width = (
             int(fields.get(name, 1)) for name in (b"sample_count", b"channel_count", b"sample_n_bytes")
         )
         _refuse_cut(count * channels * width, len(data) - len(header))
 
 
-def _check_flac(data: bytes | mmap) -> None:
-    """Compare the sampling rate in the header with that of the first frame. libFLAC checks everything else."""
-    position, last = 4, False
+def first_flac_frame(data: bytes | mmap, start: int = 0) -> int:
+    """Where the header of a FLAC recording ends that begins at `start`; a picture may be in it."""
+    position, last = start + 4, False
     while not last and position + 4 <= len(data):
         last = data[position] >= 128
         position += 4 + int.from_bytes(data[position + 1 : position + 4], "big")
+    return position
+
+
+def _check_flac(data: bytes | mmap) -> None:
+    """Compare the sampling rate in the header with that of the first frame. libFLAC checks everything else."""
+    position = first_flac_frame(data)
     frame = data[position : position + 3]
     rate = int.from_bytes(data[18:21], "big") >> 4
     if len(frame) == 3 and frame[0] == 0xFF and frame[1] in (0xF8, 0xF9):
@@ -333,17 +343,20 @@ def _refuse_rest(data: bytes | mmap, end: int, order: Any, name: bytes) -> None:
     if name in rest:
         raise _joined(end)
     tagged = any(part.startswith((b"ID3", b"TAG", b"APET", b"LYRI")) for part in rest)
-    chunks = any(_ends_in_chunks(data, start, order) for start in {end, end + end % 2})
+    chunks = [start for start in sorted({end, end + end % 2}) if _ends_in_chunks(data, start, order)]
+    for chunk, start, size in _chunks(data, chunks[0], order) if chunks else ():
+        if chunk in (b"data", b"SSND") and size:
+            raise _joined(start - 8)
     if not (tagged or chunks or len(data) - end < 4 or not any(data[end:])):
-        raise _more(end, len(data) - end)
+        raise _more(len(data) - end, name)
 
 
 def _joined(end: int) -> Fault:
     return Fault(f"holds a second recording from byte {end} on, which would not be read; split it into two files")
 
 
-def _more(end: int, rest: int) -> Fault:
-    return Fault(
-        f"has {rest} bytes behind the end that its header tells; correct the header: "
-        "ffmpeg -ignore_length 1 -i FILE FILE.wav"
-    )
+def _more(rest: int, name: bytes = b"") -> Fault:
+    advice = "get a whole copy, or correct the header"
+    if name in RIFF:  # FFmpeg has the option for these alone
+        advice = "correct the header: ffmpeg -ignore_length 1 -i FILE FILE.wav"
+    return Fault(f"has {rest} bytes behind the end that its header tells; {advice}")

@@ -5,6 +5,7 @@ has no AAC. PyAV brings FFmpeg's libraries with it; no program of that name is n
 """
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from mmap import ACCESS_READ, mmap
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import soundfile
 
-from soundwave.data.containers import CONVERT, Corrected, Fault, check
+from soundwave.data.containers import CONVERT, Corrected, Fault, check, first_flac_frame
 from soundwave.data.mpeg import Part, is_mpeg, read_parts, skip_tags
 from soundwave.data.ogg import read_links
 
@@ -62,16 +63,16 @@ def open_source(path: str | Path, file: BinaryIO, stack: ExitStack) -> Source:
     if data[:4] == b"OggS":
         links = read_links(data)
         if len(links) > 1 and not any(link.several for link in links):
-            parts = [Corrected(io.BytesIO(data[link.start : link.stop])) for link in links]
-            opened = [stack.enter_context(soundfile.SoundFile(part)) for part in parts]
-            return _chain([_soundfile_source(part) for part in opened])
-    if data[:4] == b"fLaC" and int.from_bytes(data[18:26], "big") % (1 << 36) == 0:  # its number of samples is unknown
+            return _chain([_link_source(io.BytesIO(data[link.start : link.stop]), stack) for link in links])
+    start = skip_tags(data)
+    if data[start : start + 4] == b"fLaC" and int.from_bytes(data[start + 18 : start + 26], "big") % (1 << 36) == 0:
+        _refuse_second_flac(data)  # its number of samples is unknown
         return _av_source(file)
     fixes = check(data)
     if not _is_for_libsndfile(data):
         return _av_source(file, "Format not recognised")
     try:
-        opened = soundfile.SoundFile(Corrected(file, fixes) if fixes else str(path))
+        opened = soundfile.SoundFile(Corrected(file, fixes) if fixes else os.fsencode(path))
     except soundfile.LibsndfileError as error:
         reason = "cut short or damaged" if data[:4] == b"fLaC" else error.error_string.rstrip(".")
         return _av_source(file, reason or "damaged")
@@ -79,6 +80,13 @@ def open_source(path: str | Path, file: BinaryIO, stack: ExitStack) -> Source:
     if opened.subtype.startswith("MPEG"):  # in a WAV file; libsndfile's decoder would print what it finds wrong
         return _av_source(file)
     return _soundfile_source(opened, str(path))
+
+
+def _link_source(file: io.BytesIO, stack: ExitStack) -> Source:
+    """A stream of an Ogg chain. libsndfile opens FLAC in Ogg only by a path."""
+    if file.getbuffer()[28:33] == b"\x7fFLAC":
+        return _av_source(file)
+    return _soundfile_source(stack.enter_context(soundfile.SoundFile(Corrected(file))))
 
 
 def _is_for_libsndfile(data: mmap) -> bool:
@@ -120,11 +128,15 @@ def _refuse_more_flac(path: str, frames: int) -> None:
         ticks = sum(packet.duration or 0 for packet in container.demux(stream))
         there = round(ticks * stream.time_base * stream.rate)
         with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-            second = data.find(b"fLaC\0\0\0\x22", 1)
-    if second > 0:
-        raise Fault(f"holds a second recording from byte {second} on, which would not be read; split it into two files")
+            _refuse_second_flac(data)
     if there > frames:
         raise Fault(f"its header tells {frames} samples, but {there} are there; {CONVERT}")
+
+
+def _refuse_second_flac(data: mmap) -> None:
+    second = data.find(b"fLaC\0\0\0\x22", first_flac_frame(data, skip_tags(data)))
+    if second > 0:
+        raise Fault(f"holds a second recording from byte {second} on, which would not be read; split it into two files")
 
 
 def _mpeg_source(data: mmap, part: Part) -> Source:
@@ -232,7 +244,7 @@ def _listening(said: list[str], otherwise: str, fault: str = "cannot be decoded"
         with logging.Capture() as lines:
             yield
     except (FFmpegError, ValueError, OverflowError, MemoryError):
-        said.extend(_reasons(lines))
+        said.extend(reason for reason in _reasons(lines) if "whitelist" not in reason)  # no reason for a user
         raise Fault(f"{fault} ({said[0] if said else otherwise}); {CONVERT}") from None
     finally:
         logging.set_level(level)

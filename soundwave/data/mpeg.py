@@ -173,7 +173,14 @@ def _info(frame: bytes) -> _Info | None:
         at += 4 if flags & flag else 0
     at += (100 if flags & 4 else 0) + (4 if flags & 8 else 0)
     delay = padding = 0
-    if len(frame) >= at + 36 and _checksum(frame[: at + 34]) == int.from_bytes(frame[at + 34 : at + 36], "big"):
+    if (
+        len(frame) >= at + 36
+        and int.from_bytes(frame[at + 34 : at + 36], "big")
+        in (
+            _checksum(frame[: at + 34]),  # LAME's
+            _checksum((frame[: at + 34] + bytes(2) + frame[at + 36 :]).ljust(LAME_TAG, b"\0")[:LAME_TAG]),  # FFmpeg's
+        )
+    ):
         both = int.from_bytes(frame[at + 21 : at + 24], "big")
         delay, padding = (both >> 12) + DECODER_DELAY, max((both & 0xFFF) - DECODER_DELAY, 0)
     return _Info(*values, delay, padding)
