@@ -333,6 +333,31 @@ def test_a_wrong_argument_of_a_module_is_refused_where_it_is_made(name, argument
         MODULES[name](**{argument: value})
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *[({"eps": value}, "eps = .*, but it must be a finite number of at least 0") for value in ("a", -1.0, None)],
+        *[({"return_sum": value}, "return_sum = .*, but it must be True or False") for value in ("no", 1)],
+        *[({"scale": value}, "scale = .*, but it must be a finite number") for value in ("a", float("nan"), True)],
+        *[({"max_seqlen_k": value}, "max_seqlen_k = .*, but it must be an integer") for value in (3.5, None)],
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_of_a_function_is_named_in_one_line(words, message):
+    x, (query, bounds) = drawn(6, 4), (drawn(5, 2, 4), torch.tensor([0, 3, 5], dtype=torch.int32))
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        if words.keys() <= {"eps", "return_sum"}:
+            F.add_layer_norm(x, x, SCALE, SHIFT, **words)
+        else:
+            F.shrink_attention(query, query, query, bounds, bounds, **{"max_seqlen_q": 3, "max_seqlen_k": 3} | words)
+
+
+@pytest.mark.parametrize("labels", [None, [[1, 2]]], ids=str)
+def test_labels_that_are_no_tensor_are_named(labels):
+    with pytest.raises(TypeError, match="^labels is a .*, but it must be a tensor$"):
+        fused.transformers_ctc_loss(drawn(1, 7, 12), labels, torch.tensor([7]), 0)
+
+
 def test_numpys_integer_is_a_blank():
     assert fused.CTCLoss(blank=np.int64(3)).blank == 3
 

@@ -1,5 +1,7 @@
 """Checks of the arguments of the fused operations: each names the argument, what it is and what it must be."""
 
+import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import NoReturn
@@ -107,6 +109,15 @@ def as_integer(name: str, value: int) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} = {value!r}, but it must be an integer") from None
+
+
+def check_number(name: str, value: float, least: float = -math.inf) -> None:
+    """ValueError unless `value` is a finite number of at least `least`."""
+    if isinstance(value, torch.SymFloat | torch.SymInt):
+        return
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not least <= value < math.inf:
+        at_least = "" if least == -math.inf else f" of at least {least:g}"
+        raise ValueError(f"{name} = {value!r}, but it must be a finite number{at_least}")
 
 
 def check_flag(name: str, value: bool) -> None:

@@ -14,6 +14,7 @@ from soundwave.eager import IGNORE_INDEX, Peaks
 from soundwave.fused.arguments import (
     as_integer,
     check_flag,
+    check_number,
     check_reduction,
     check_targets,
     expect,
@@ -173,6 +174,8 @@ def add_layer_norm(
         RuntimeError: a second derivative.
     """
     refuse_transforms("add_layer_norm", x, residual, weight, bias)
+    check_number("eps", eps, 0.0)
+    check_flag("return_sum", return_sum)
     expect("x", x, ("N", "D"))
     rows, width = x.shape
     expect("residual", residual, ("R" if residual_index is not None else rows, width), x)
@@ -262,6 +265,9 @@ def shrink_attention(
         RuntimeError: a second derivative.
     """
     refuse_transforms("shrink_attention", query, key, value)
+    if scale is not None:
+        check_number("scale", scale)
+    max_seqlen_q, max_seqlen_k = as_integer("max_seqlen_q", max_seqlen_q), as_integer("max_seqlen_k", max_seqlen_k)
     expect("query", query, ("K", "H", "E"))
     heads, size = query.shape[1:]
     expect("key", key, ("N", heads, size), query)

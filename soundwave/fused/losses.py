@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from soundwave.eager import IGNORE_INDEX
 from soundwave.fused import functional
-from soundwave.fused.arguments import NotScriptable, as_integer, check_flag, check_impl, check_reduction
+from soundwave.fused.arguments import NotScriptable, as_integer, check_flag, check_impl, check_reduction, expect_tensor
+from soundwave.kernels.dispatch import to_device
 
 
 def _blank(blank: int) -> int:
@@ -202,7 +203,9 @@ def transformers_ctc_loss(
     Raises:
         ValueError: as `functional.ctc_loss`, such as for a label that is negative and not `ignore_index`.
     """
-    labels = torch.atleast_2d(labels).to(logits.device)
+    expect_tensor("logits", logits)
+    expect_tensor("labels", labels)
+    labels = to_device(torch.atleast_2d(labels), logits.device)
     used = (labels != ignore_index) & (labels != blank_token_id)
     # Labels move to the front and keep their order. Picking them out would wait for the GPU, to know their number.
     labels = labels.gather(1, used.logical_not().to(torch.uint8).argsort(dim=1, stable=True))
