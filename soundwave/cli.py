@@ -242,7 +242,7 @@ def transcribe(
     A recording of more than 30 s is cut into pieces where it is quietest. CTC writes the text if the model has seen
     stage 1 only, else the language model does. A file that cannot be used is named and left out.
     """
-    from soundwave.data.audio import AudioError
+    from soundwave.data.audio import AudioError, shown
     from soundwave.data.files import find_recordings
     from soundwave.inference.long import transcribe_each
 
@@ -250,10 +250,12 @@ def transcribe(
     if not any(file.exists() for file in files):
         raise AudioError(files[0], "does not exist; name an audio file")
     if passed_over:
-        shown = ", ".join(map(str, passed_over[:3])) + (", …" if len(passed_over) > 3 else "")
-        _warn(f"passed over {len(passed_over)} files that are no audio by their names: {shown}")
+        names = ", ".join(map(shown, passed_over[:3])) + (", …" if len(passed_over) > 3 else "")
+        _warn(f"passed over {len(passed_over)} files that are no audio by their names: {names}")
     if out is not None and out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file")
+    if out is not None and out.exists() and any(file.exists() and file.samefile(out) for file in files):
+        raise ValueError(f"--out {out} is one of the recordings, which it would overwrite; name another file")
     as_json = as_json or (out is not None and out.suffix in (".jsonl", ".json"))
     loaded = _load_model(model)
     faults: dict[int, ValueError] = {}
@@ -271,15 +273,15 @@ def transcribe(
         for number, (file, transcript) in enumerate(zip(files, transcripts, strict=True)):
             if number in faults:
                 fault = faults[number]
-                _warn(f"{'' if isinstance(fault, AudioError) else f'{file}: '}{fault}", "error")
+                _warn(f"{'' if isinstance(fault, AudioError) else f'{shown(file)}: '}{fault}", "error")
                 continue
             if number in cut_off:
-                _warn(f"{file}: a text was cut off after {max_new_tokens} tokens; raise --max-new-tokens")
+                _warn(f"{shown(file)}: a text was cut off after {max_new_tokens} tokens; raise --max-new-tokens")
             if as_json:
                 row = {"file": str(file), "seconds": transcript.seconds, "text": transcript.text}
-                line = json.dumps(row, ensure_ascii=False)
+                line = json.dumps(row, ensure_ascii=not str(file).isprintable())
             else:
-                line = f"{file}: {transcript}" if len(files) > 1 else str(transcript)
+                line = f"{shown(file)}: {transcript}" if len(files) > 1 else str(transcript)
             print(line, file=target, flush=True)
     if faults:
         if len(files) > 1:
@@ -295,7 +297,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 128,
 ) -> None:
     """Ask a question about a recording. The model hears at most its first 30 s."""
-    from soundwave.data.audio import seconds_of
+    from soundwave.data.audio import seconds_of, shown
     from soundwave.inference.long import ask as ask_about
 
     seconds_of(file)  # raises for a file that cannot be used, before the model is loaded
@@ -305,7 +307,7 @@ def ask(
     cut_off: list[int] = []
     found = ask_about(file, question, loaded, max_new_tokens=max_new_tokens, cut_off=cut_off)
     if found.heard < found.seconds:
-        line = f"{file}: only the first {found.heard:.0f} s are heard"
+        line = f"{shown(file)}: only the first {found.heard:.0f} s are heard"
         errors.print(line, soft_wrap=True, markup=False, highlight=False)
     if cut_off:
         _warn(f"the answer was cut off after {max_new_tokens} tokens; raise --max-new-tokens")

@@ -283,6 +283,28 @@ def test_transcribe_names_a_folder_or_pattern_without_recordings(fault, model_fo
     assert "holds no recording" in (line := fault("transcribe", tmp_path / name)) or "fits no recording" in line
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_transcribe_takes_any_name(soundwave, model_folders, spoken, tmp_path):
+    names = [os.fsdecode(name) for name in (b"\xff.wav", b"new\nline.wav", b"two words.wav")]
+    paths = [os.path.join(tmp_path, name) for name in names]
+    for path in paths:
+        shutil.copy(spoken / "words.wav", path)
+    status, out, _ = soundwave("transcribe", *paths, "--model", model_folders[1])
+    assert status == 0 and len(out.splitlines()) == 3
+    assert out.splitlines()[0].startswith(ascii(paths[0]) + ": ") and out.splitlines()[2].startswith(paths[2] + ": ")
+    status, out, _ = soundwave("transcribe", *paths, "--json", "--model", model_folders[1])
+    assert status == 0 and [json.loads(line)["file"] for line in out.splitlines()] == paths
+
+
+def test_out_may_not_be_a_recording(fault, model_folders, spoken, tmp_path):
+    shutil.copy(spoken / "words.wav", tmp_path / "x.wav")
+    words = tmp_path / "x.wav", "--out", tmp_path / "x.wav"
+    assert "is one of the recordings, which it would overwrite" in fault(
+        "transcribe", *words, "--model", model_folders[1]
+    )
+    assert (tmp_path / "x.wav").read_bytes() == (spoken / "words.wav").read_bytes()
+
+
 def test_one_bad_file_costs_one_file(soundwave, model_folders, spoken, tmp_path):
     cut = tmp_path / "cut.flac"
     cut.write_bytes((spoken / "words.flac").read_bytes()[:3000])
