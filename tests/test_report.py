@@ -186,6 +186,20 @@ def test_a_run_cannot_permit_itself_recordings_outside_its_data(demo, tmp_path):
     assert len(describe(read_run(moved), {}, 1, allow_outside=True)["items"]) == 1
 
 
+def test_a_run_that_is_given_twice_is_refused_because_one_of_both_would_vanish(tmp_path):
+    folder = training(tmp_path / "one")
+    with pytest.raises(RunError, match="one is given twice; name each run once"):
+        write_report([folder, folder / ".." / "one"], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_manifest_that_is_not_there_is_an_error_without_a_model_too(tmp_path, count):
+    folder = training(tmp_path / "one")
+    with pytest.raises(ManifestError, match=r"none\.jsonl"):
+        write_report([folder], tmp_path / "report.html", utterances=count, test=tmp_path / "none.jsonl")
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_no_run_at_all_is_refused(tmp_path):
     with pytest.raises(RunError, match="no run was given"):
         write_report([], tmp_path / "report.html")

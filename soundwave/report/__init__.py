@@ -59,11 +59,14 @@ def write_report(
             page.
 
     Raises:
-        RunError: `runs` is empty, or a run holds no log or a damaged file.
+        RunError: `runs` is empty or names a folder twice, or a run holds no log or a damaged file.
         ManifestError: `test` cannot be read.
     """
     if not runs:
         raise RunError("no run was given; name the folder of at least one")
+    places = [Path(run).resolve() for run in runs]
+    if twice := [run for number, run in enumerate(runs) if places[number] in places[:number]]:
+        raise RunError(f"{twice[0]} is given twice; name each run once")
     names = run_names(runs)
     found = dict(zip(names, map(read_run, runs), strict=True))
     heard = max(names, key=lambda name: found[name].stage)  # the first of equal ones

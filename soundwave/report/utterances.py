@@ -91,12 +91,12 @@ def describe(
     Returns:
         `items`, one for each recording, and `note`, which says how they were chosen or why there are none.
     """
+    held_out = None if test is None else _held_out(run, Path(test), allow_outside)  # first: a wrong path is an error
     if not count:
         return {"items": [], "note": "No recordings were asked for."}
     model = run.model
     if model is None:
         return {"items": [], "note": f"There is no model in {run.folder} yet: training writes it at its end."}
-    held_out = None if test is None else _held_out(run, Path(test), allow_outside)
     try:
         if held_out is not None:
             ordered, note = held_out
