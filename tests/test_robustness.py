@@ -85,9 +85,9 @@ BAD = {
     "silent": "is silent, but its text is 'yes'; record it again",
     "nan": "holds NaN or infinite samples; export it again",
     "too-loud": "has samples up to 1e+30; export it again with a full scale of 1",
-    "truncated": "is truncated, 16000 of 32000 bytes are there; get a whole copy, or convert it",
+    "truncated": "is cut short, 16000 of 32000 bytes are there; get a whole copy, or convert it",
     "corrupt": "; get a whole copy, or convert it",
-    "bad\nname": "is truncated, 16000 of 32000 bytes are there; get a whole copy, or convert it",
+    "bad\nname": "is cut short, 16000 of 32000 bytes are there; get a whole copy, or convert it",
     "too-fast": "frames, but its text 'no no no no no no no no no no no no no n'… needs 79; correct the text, or the",
 }
 
@@ -163,7 +163,7 @@ def test_the_end_says_how_many_were_left_out_and_why(mixed):
     last = err.splitlines()[-1]
     total = 4 + len(GOOD) + len(BAD)
     assert last.startswith(
-        f"left out {len(BAD)} of {total} samples, listed in {out / 'left_out.jsonl'}: 2 × is truncated"
+        f"left out {len(BAD)} of {total} samples, listed in {out / 'left_out.jsonl'}: 2 × is cut short"
     )
 
 

@@ -27,6 +27,7 @@ BEGINNINGS = {b"RIFF", b"RF64", b"RIFX", b"riff", b"FORM", b".snd", b"dns.", b"N
 # FFmpeg's readers of one file. Its readers of playlists are not among them, since these could name any file or address.
 READERS = "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,caf,dsf,eac3,flac,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,ogg,tta,wav,wv"
 LENGTH_IN_HEADER = {"asf", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}  # the others' lengths are estimates
+PICTURES = {"png", "mjpeg", "gif", "bmp", "webp", "tiff"}  # codecs of covers
 MISSING = 0.1  # s that a decoder may give less than the header tells, because of what an encoder has added
 
 
@@ -204,6 +205,9 @@ def _av_source(file: BinaryIO, unknown: str = "unknown format") -> Source:
             seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
         if not seconds:
             seconds = sum(packet.duration or 0 for packet in container.demux(stream)) * stream.time_base
+    if not seconds:  # packets without a duration, as of AAC in a WAV file
+        with _listening(said, unknown), opened() as container:
+            seconds = sum(frame.samples for frame in container.decode(audio=0)) / rate
 
     def blocks(start: int, stop: int) -> Iterator[np.ndarray]:
         position = 0
@@ -253,8 +257,8 @@ def _listening(said: list[str], otherwise: str, fault: str = "cannot be decoded"
 
 
 def _reasons(lines: list[tuple[int, str, str]]) -> list[str]:
-    """What FFmpeg's lines say, each on one line."""
-    return [" ".join(text.split()).rstrip(".") for _, _, text in lines]
+    """What FFmpeg's lines say about the sound, each on one line. A broken cover picture does not matter."""
+    return [" ".join(text.split()).rstrip(".") for _, name, text in lines if name not in PICTURES]
 
 
 def _samples(frame: Any) -> np.ndarray:
