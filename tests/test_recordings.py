@@ -36,7 +36,6 @@ from tests.recordings import (
     WITHOUT_CHECKSUM,
     WITHOUT_LENGTH,
     by_ffmpeg,
-    by_ffmpeg,
     by_libsndfile,
     damaged,
     samples,
@@ -94,12 +93,6 @@ def test_part(files, written, name):
     whole, part = load_audio(path), load_audio(path, offset=0.25, duration=0.2)
     assert len(part) == 3200
     assert np.abs(part[100:-100] - whole[4100:7100]).max() < 0.02
-
-
-def test_packets_without_a_duration_are_counted_by_decoding(written):
-    path = written(by_ffmpeg("wav", "aac"))
-    assert seconds_of(path) == len(load_audio(path)) / RATE > SECONDS - 0.1
-    assert len(load_audio(path, duration=0.3)) == 4800
 
 
 def test_blocks_joined_are_the_recording(files, written):

@@ -205,9 +205,6 @@ def _av_source(file: BinaryIO, unknown: str = "unknown format") -> Source:
             seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
         if not seconds:
             seconds = sum(packet.duration or 0 for packet in container.demux(stream)) * stream.time_base
-    if not seconds:  # packets without a duration, as of AAC in a WAV file
-        with _listening(said, unknown), opened() as container:
-            seconds = sum(frame.samples for frame in container.decode(audio=0)) / rate
 
     def blocks(start: int, stop: int) -> Iterator[np.ndarray]:
         position = 0
