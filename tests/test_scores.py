@@ -123,8 +123,10 @@ NAMED = [
     (SEX, "A", ["A", "(A)", "A.", "a", "(a)", "[A]", "**A**", "（Ａ）", "'A'", "A) male", "A. Male.", "(A) It is low.",
                 "The answer is A.", "the answer is a", "Answer: A", "Option A", "I choose A because it is low.",
                 "The correct choice is (A).", "male", "MALE!", "The speaker is male.", "(A) male", "A\n\nIt is low."]),
-    (SEX, "B", ["B", "female", "The answer is B", "It is B.", "I'm sure it is B.", "La respuesta es B", "答案是B。"]),
+    (SEX, "B", ["B", "female", "The answer is B", "It is B.", "I'm sure it is B.", "La respuesta es B", "答案是B。",
+                "答えはBです。", "정답은 B입니다.", "B is correct", "Female, it cannot be anything else."]),
     (SEX, None, ["", " ", "C", "A or B", "A/B", "Both A and B.", "A) female", "It is not A.", "not male", "A man",
+                 "It cannot be A.", "It can't be A", "never B", "Anything but A", "nicht A", "pas B.", "не B", "不是B",
                  "I'm not sure", "(A) male (B) female", "neither", "males", "A-", "?"]),
     (SOUND, "A", ["dog barking", "I hear a dog barking.", "A: dog barking"]),
     (SOUND, "B", ["vitamin C", "B. vitamin C"]),
@@ -134,6 +136,11 @@ NAMED = [
     (BEHIND, None, ["female"]),
     ("说话人？A. 男性 B. 女性", "B", ["女性", "说话人是女性", "B"]),
     ("1) slow 2) fast", "2", ["2", "The answer is 2.", "2) fast", "fast"]),
+    ("1) slow 2) fast", None, ["2.5", "-2", "2,000", "2:30"]),
+    ("(A) 1 (B) 2 (C) 10", "A", ["1", "1.", "There is 1", "1, I think"]),
+    ("(A) 1 (B) 2 (C) 10", None, ["-1", "1.5", "1,000", "2.0", "$2", "1%", "10:30"]),
+    ("(A) C (B) G", None, ["the note C#", "C++"]),
+    ("Can you hear it? (A) Yes (B) No", "B", ["No, I cannot.", "No. It isn't there", "no"]),
 ]  # fmt: skip
 
 

@@ -7,10 +7,11 @@ prompt, or, where the prompt lists none, if it is one letter from A to Z by itse
 An answer names an option by its label, if that is
     all of the answer, apart from brackets and punctuation    b    (B)    **B.**
     in brackets, or at the beginning before ")", "." or ":"   the first one (b)    b) male    B. male
-    a capital before punctuation, the end or "because"        The answer is B.    I choose B because …
+    a capital before punctuation, the end, "because" or "is correct"    The answer is B.    B is correct
     after "answer", "option" or "choice"                      the answer is b    Option b
 or by its text, if that stands in the answer as whole words. An answer names none if it names several, if a label and a
-text disagree, or if it denies in English ("not B").
+text disagree, or if it denies ("not B", "it cannot be B", "nicht B"; `_DENIES` has the words), unless the option comes
+first ("No, I cannot"). Digits name none as a part of another number ("-1", "1.5", "1,000", "1%"), and C none in "C#".
 """
 
 from collections.abc import Mapping
@@ -25,17 +26,24 @@ LABEL = r"(?<![\w'])(?P<label>\p{L}|[0-9]{1,2})(?![\w'])"
 _AROUND = r"(?:[\s()\[\].,:;!?。，：；！？\"'`]|\*\*)*"
 _STYLES = [rf"\({LABEL}\)", rf"\[{LABEL}\]", rf"{LABEL}\)", rf"{LABEL}[.:](?=\s|$)"]
 _ALONE = regex.compile(rf"{_AROUND}(?P<label>\p{{L}}|[0-9]{{1,2}}){_AROUND}")
-_MARKED = regex.compile(_AROUND + LABEL + r"\s*[)\].:]")
+_MARKED = regex.compile(_AROUND + LABEL + r"\s*[)\].:](?!\d)")
 _BRACKETS = regex.compile(rf"[(\[]{LABEL}[)\]]")
 _CAPITAL = regex.compile(
     rf"(?<![[\w'-]--[{UNSPACED}]])(?P<label>\p{{Lu}}|[0-9]{{1,2}})"
-    r"(?=[^\S\n]*\n|\s*(?:$|[)\]\".,;:!?/。，；：！？]|\*\*|(?:or|and|because|since)\b))",
+    r"(?=[^\S\n]*\n|\s*(?:$|[)\]\";!?。，；：！？]|[.,:/](?!\d)|\*\*|(?:or|and|because|since)\b"
+    r"|is (?:the )?(?:correct|right|best|answer)\b|です|입니다))",
     regex.V1,
 )
 _NAMED = regex.compile(
     rf"\b(?:answer|option|choice)(?: is| would be| must be)?\W*{LABEL}(?!\s+[\w\0])", regex.IGNORECASE
 )
-_DENIES = regex.compile(r"\b(?:not|neither|nor|isn't|except)\b", regex.IGNORECASE)
+_DENIES = regex.compile(
+    r"\b(?:not|cannot|\w+n't|neither|nor|never|except|anything but|rather than|instead of|nicht|kein\w*"
+    r"|pas|no es|non|não|niet|geen|inte|ikke|nie|nem|не|değil|không|tidak|bukan|नहीं|ليس|ليست)\b"
+    r"|不是|不選|不选|ではな|じゃな|아니|아닙",
+    regex.IGNORECASE,
+)
+_BEGINS = regex.compile(rf"{_AROUND}(?:\0|{LABEL})[)\]\s]*[,.;!。，；！]")
 _LABEL_BEHIND = regex.compile(r"\s*(?:$|[,;?!.]|(?:or|and)\b)")
 _ENDS = " \t\r\n.,;:!?/|*\"'。，；：！？、"
 
@@ -80,7 +88,7 @@ def named_option(answer: str, options: Mapping[str, str]) -> str | None:
     if alone and alone["label"].upper() in options:
         return alone["label"].upper()
     rest, texts = _without_texts(answer, options)
-    if _DENIES.search(rest):
+    if _DENIES.search(rest) and not _BEGINS.match(rest):
         return None
     found = [match for pattern in (_BRACKETS, _CAPITAL, _NAMED) for match in pattern.finditer(rest)]
     found += filter(None, [_MARKED.match(rest)])
@@ -95,7 +103,9 @@ def _without_texts(answer: str, options: Mapping[str, str]) -> tuple[str, set[st
     for label, text in sorted(options.items(), key=lambda option: -len(option[1])):  # "male" is in "male child"
         if text:
             whole = [regex.match(rf"[\w--[{UNSPACED}]]", edge, regex.V1) for edge in (text[0], text[-1])]
-            pattern = r"(?<!\w)" * bool(whole[0]) + regex.escape(text) + r"(?!\w)" * bool(whole[1])
+            before = r"(?<!\w)" * bool(whole[0]) + r"(?<![-+.$€£]|\d[,:/])" * text[0].isdigit()
+            behind = r"(?![\w#%°]|\+\+|[.,:/]\d)" * bool(whole[1])
+            pattern = before + regex.escape(text) + behind
             answer, count = regex.subn(pattern, "\0", answer, flags=regex.IGNORECASE)
             if count:
                 found.add(label)
