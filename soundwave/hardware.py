@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,18 +16,57 @@ class OutOfMemory(RuntimeError):
     """The memory of the device or of the machine did not suffice. The message is one line: for what, and what to do."""
 
 
-def free_bytes(device_type: str) -> int:
-    """Memory in bytes that is free on the GPU, or that this machine can give to a process."""
+def free_bytes(device_type: str, root: Path = Path("/")) -> int:
+    """Memory in bytes that is free on the GPU, or that this machine, or its container, can give to this process.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        root: the folder that holds `proc` and `sys`, where Linux tells of the limits of containers.
+    """
     if device_type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
+        # What torch holds without using it can be given to new tensors.
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return min([psutil.virtual_memory().available, *_free_in_cgroups(root)])
+
+
+def _free_in_cgroups(root: Path) -> Iterator[int]:
+    """Free memory in bytes of each control group (version 1 or 2) of this process that has a limit.
+
+    The file cache, which is counted as used, is given back when memory is wanted.
+    """
+    for line in _text_of(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            mounts, limit, used, prefix = ("", "unified"), "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            mounts, limit, used, prefix = ("memory",), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        for mount in mounts:
+            # Each group above has a limit of its own. In a container the path may be that of the host, and the
+            # container's own group is at the root.
+            parts = Path(group.lstrip("/")).parts
+            for depth in range(len(parts), -1, -1):
+                folder = root.joinpath("sys/fs/cgroup", mount, *parts[:depth])
+                sizes = [_text_of(folder / file).strip() for file in (limit, used)]
+                if all(size.isdecimal() for size in sizes):  # not "max"
+                    stat = dict(line.split(" ", 1) for line in _text_of(folder / "memory.stat").splitlines())
+                    cached = sum(int(stat.get(f"{prefix}{name}_file", 0)) for name in ("active", "inactive"))
+                    yield max(0, int(sizes[0]) - max(0, int(sizes[1]) - cached))
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:  # another system, or no such control group
+        return ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is what torch or Python raise without memory; on a CPU torch has no type of its own for it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    words = ("can't allocate memory", "unable to mmap", "CUDA out of memory", "Cannot allocate memory")
+    words = ("allocate memory", "unable to mmap", "out of memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in words)
 
 

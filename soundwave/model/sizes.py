@@ -35,7 +35,7 @@ def sizes_of(config: SoundwaveConfig, dtype: torch.dtype, *, language_model: boo
 
 def fits(parts: list[Part], device: torch.device) -> bool:
     """Whether the free memory of the device, and of the machine that loads them, holds the parts."""
-    return sum(part.size or 0 for part in parts) <= _free(device)
+    return sum(part.size or 0 for part in parts) <= _free(device)[0]
 
 
 def refuse_what_does_not_fit(parts: list[Part], device: torch.device) -> None:
@@ -49,16 +49,18 @@ def refuse_what_does_not_fit(parts: list[Part], device: torch.device) -> None:
     sizes = " and ".join(part.text for part in parts)
     could_shrink = any(part.what.startswith("language model") and "4 bits" not in part.what for part in parts)
     hint = ", or the language model in 4 bits: quantization=nf4" if could_shrink else ""
-    where = "the GPU" if device.type == "cuda" else "this machine"
+    free, where = _free(device)
     raise ValueError(
-        f"{sizes} do not fit into the {_shown(_free(device))} that are free on {where}; free memory, or use smaller "
+        f"{sizes} do not fit into the {_shown(free)} that are free on {where}; free memory, or use smaller "
         f"backbones{hint}"
     )
 
 
-def _free(device: torch.device) -> int:
+def _free(device: torch.device) -> tuple[int, str]:
+    """The free memory in bytes of the device or of the machine, whichever has less, and which one it is."""
     # The weights are read into the machine's memory and then moved.
-    return min(free_bytes(device.type), free_bytes("cpu"))
+    machine, gpu = free_bytes("cpu"), free_bytes(device.type)
+    return (gpu, "the GPU") if gpu < machine else (machine, "this machine")
 
 
 def _shown(size: int) -> str:
