@@ -503,6 +503,22 @@ REFUSED = {
     "answer-as-number": ({**AUDIO, "text": A, "answer": 5}, "answer = 5: "),
     "txt": ({"audio": "a.wav", "txt": A}, 'has the unknown key "txt"; write "text"'),
     "caption": ({"audio": "a.wav", "caption": A, "task": "caption", "prompt": Q}, 'write "answer"'),
+    "part-in-audio": (
+        {"audio": {"path": "a.wav", "start_time": 0.2}, "text": A},
+        'audio has "start_time" = 0.2; write',
+    ),
+    "offset-in-audio": ({"audio": {"path": "a.wav", "offset": 0, "duration": 1}, "text": A}, 'write "offset" and'),
+    "part-of-a-part": (
+        {"messages": messages(("user", [{"type": "audio", "audio": "a.wav", "end": 1}, PART]), ("assistant", A))},
+        'messages has "end" = 1; write "offset" and "duration" beside messages',
+    ),
+    "no-loss-scale": ({"messages": [ASK[0], ASK[1] | {"loss_scale": 0.0}], "audios": ["a.wav"]}, '"loss_scale": 0.0'),
+    "not-trained": ({"messages": [ASK[0], ASK[1] | {"train": False}], "audios": ["a.wav"]}, 'says "train": false'),
+    "bad-answer-as-text": ({"messages": ASK, "audios": ["a.wav"], "label": "False"}, 'says "label": "False"'),
+    "segments": ({"audio": "a.wav", "sentences": [{"start": 0, "text": A}]}, 'lacks "text", which task "transcribe"'),
+    "lhotse-supervision": ({"recording_id": "1", "start": 0.0, "text": A, "language": "en"}, 'lacks "audio_filepath"'),
+    "lhotse-recording": ({"sources": [{"source": "a.wav"}], "duration": 1.0}, 'lacks "audio_filepath"'),
+    "voxpopuli": ({"audio_id": "1", "audio": "a.wav", "language": 9, "raw_text": A}, '"raw_text"; write "text"'),
     "misspelt-context": ({**AUDIO, "contxt": Q, "answer": A, "task": "voice"}, 'write "context"'),
 }
 
@@ -532,6 +548,8 @@ SAID = {
     "transcript": ({**AUDIO, "text": A, "transcript": "other"}, '"transcript" is passed over, because "text"'),
     "other-sound": ({**AUDIO, "text": A, "speaker_prompt": "b.wav"}, '"speaker_prompt" names another sound file'),
     "translation": ({"audio": "a.wav", "sentence": A, "translation": "x"}, '"translation" is passed over'),
+    "mark": ({**AUDIO, "text": f"<|zh|><|NEUTRAL|>{A}"}, 'text has "<|zh|>"; such marks are learnt as they stand'),
+    "mark-in-an-answer": ({**AUDIO, "task": "v", "prompt": Q, "answer": "<|0.00|>"}, 'answer has "<|0.00|>"; such'),
     "own-images": ({**AUDIO, "text": A, "images": ["a.png"]}, '"images" is passed over'),
     "ctc": ({**AUDIO, "text": A, "source_lang": "en", "target_lang": "de"}, "the LLM learns it and CTC does not"),
 }

@@ -17,6 +17,23 @@ AUDIO_PARTS = ("audio", "audio_url", "input_audio")
 TYPE_KEYS = ("type", "message_type")  # NeMo's and Kimi-Audio's
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 SOUND_FILE = re.compile(r"\.(wav|flac|ogg|opus|mp3|m4a|aac|webm|aiff?|au|sph|w64|caf|amr|wma)$", re.IGNORECASE)
+# Keys that say which part of a file is meant, in other units or from other points than ours.
+PART_KEYS = {
+    *(
+        "start",
+        "end",
+        "begin",
+        "stop",
+        "onset",
+        "start_time",
+        "end_time",
+        "begin_time",
+        "stop_time",
+        "start_ms",
+        "end_ms",
+    ),
+    *("start_sec", "end_sec", "start_offset", "segment_start", "segment_end"),
+}
 # Marks of other models for a recording or a picture: `<|AUDIO|>`, `<speech>`, `<image>`, `[AUDIO]`, …
 SPEECH_MARK = re.compile(
     r"<\|?/?(?:start_?of_?|end_?of_?)?(?:audio|speech|sound(?!wave))[^<>\n]{0,40}>|\[(?:audio|speech)\]", re.IGNORECASE
@@ -213,17 +230,26 @@ def _part(key: str, part: dict[str, Any], recordings: list[dict[str, Any]]) -> s
         return part["text"]
     if kind not in AUDIO_PARTS:
         raise Refused(f"{key} has a part of type {show(kind)}, but only text and audio are read; leave this line out")
+    refuse_part(key, part)
     given = [part[name] for name in (*AUDIO_PARTS, "path", "url") if part.get(name) is not None]
     name = given[0] if given else None
     if isinstance(name, dict):
         if "data" in name or "bytes" in name or "array" in name:
             raise Refused(f"{key} holds the sound of a recording itself; save it as a file and name its path")
+        refuse_part(key, name)
         name = name.get("url", name.get("path"))
     if len(given) > 1 or (given and not isinstance(name, str)):
         raise Refused(f'{key} has the part {show(part)}; write {{"type": "audio", "audio": path}}')
     if given:
         recordings.append({"audio_filepath": name})
     return AUDIO_TAG
+
+
+def refuse_part(key: str, recording: dict[str, Any]) -> None:
+    """Refuse a recording that says itself which part of it is meant."""
+    for name in sorted(recording.keys() & {*PART_KEYS, "offset"}):
+        if recording[name] is not None:
+            raise Refused(f'{key} has "{name}" = {show(recording[name])}; write "offset" and "duration" beside {key}')
 
 
 def _join(before: str, after: str) -> str:
@@ -238,9 +264,9 @@ def _other_keys(key: str, message: dict[str, Any], *, is_last: bool) -> list[str
     Raises:
         Refused: the answer is said to have no loss.
     """
-    for name in ("loss", "weight"):
+    for name in ("loss", "loss_scale", "weight", "train", "training"):
         if is_last and isinstance(message.get(name), int | float) and not message[name]:
             raise Refused(f'{key} says "{name}": {show(message[name])} of the answer: it must not be learnt; cut it')
     used = {*ROLE_KEYS, *CONTENT_KEYS, "human", "assistant", "id", "name"}
-    used |= {*TYPE_KEYS, "offset", "duration", "loss", "weight"}
+    used |= {*TYPE_KEYS, "offset", "duration", "loss", "loss_scale", "weight", "train", "training"}
     return [name for name, value in message.items() if name not in used and value]

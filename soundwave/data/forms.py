@@ -11,7 +11,16 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from soundwave.data.chats import AUDIO_TAG, Refused, names_sound, place_recording, read_chat, show
+from soundwave.data.chats import (
+    AUDIO_TAG,
+    PART_KEYS,
+    Refused,
+    names_sound,
+    place_recording,
+    read_chat,
+    refuse_part,
+    show,
+)
 from soundwave.model.chat import Turn
 
 TRANSCRIBE_PROMPT = "Transcribe the speech."
@@ -33,24 +42,9 @@ READ_KEYS = (
 )
 TRANSCRIBE = {"transcribe", "transcription", "asr", "stt", "s2t", "speech_recognition", "speech_to_text"}
 TRANSLATE = {"translate", "translation", "ast", "st", "s2t_translation", "speech_translation"}
+# Marks of a model's own in texts: `<|0.00|>`, `<|zh|>`, `<|NEUTRAL|>`.
+TEXT_MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>")
 PLACEHOLDERS = {"na", "n/a", "n.a.", "#n/a", "<na>", "nan", "-", "--"}
-# Keys that say which part of a file is meant, in other units or from other points than ours.
-PART_KEYS = {
-    *(
-        "start",
-        "end",
-        "begin",
-        "stop",
-        "onset",
-        "start_time",
-        "end_time",
-        "begin_time",
-        "stop_time",
-        "start_ms",
-        "end_ms",
-    ),
-    *("start_sec", "end_sec", "start_offset", "segment_start", "segment_end"),
-}
 # What cannot be read: the key, and why.
 OTHER_SENSES: dict[str, str] = {
     **dict.fromkeys(("images", "image", "videos", "video"), "only recordings are read"),
@@ -121,6 +115,9 @@ def to_own_form(row: dict[str, Any], note: Note) -> OwnForm:
     for key in ("text", "answer"):
         if names_sound(row.get(key)):
             raise Refused(f"{key} = {show(row[key])} is the name of a sound file; write the words")
+    for key in ("text", "ctc_text", "answer"):
+        if isinstance(row.get(key), str) and (mark := TEXT_MARK.search(row[key])):
+            note("mark", f"{key} has {show(mark[0])}; such marks are learnt as they stand: take out what is not said")
     for key in (key for key in PASSED_OVER if row.get(key)):
         note(key, f'the key "{key}" is passed over: {PASSED_OVER[key]}')
     return OwnForm(row, chat, audio_key)
@@ -156,8 +153,8 @@ def _refuse_other_formats(row: dict[str, Any]) -> None:
     if "chosen" in row and "rejected" in row and not row.keys() & {*ANSWER_KEYS}:
         raise Refused('is a pair of preferences ("chosen", "rejected"); write the better one as "answer"')
     for key in ("label", "kto_tag"):
-        if row.get(key) is False and row.keys() & {*CHAT_KEYS, *ANSWER_KEYS[1:]}:
-            raise Refused(f'says "{key}": false: its answer must not be learnt; leave this line out')
+        if str(row.get(key)).lower() == "false" and row.keys() & {*CHAT_KEYS, *ANSWER_KEYS[1:]}:
+            raise Refused(f'says "{key}": {show(row[key])}: its answer must not be learnt; leave this line out')
 
 
 def _refuse_other_senses(row: dict[str, Any], foreign: bool, note: Note) -> None:
@@ -300,6 +297,7 @@ def _one_path(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         if value.get("bytes") or value.get("array"):
             raise Refused(f"{key} holds the sound of a recording itself; save it as a file and name its path")
+        refuse_part(key, value)
         value = value.get("path")
     if not isinstance(value, str):
         raise Refused(f'{key} names no path; write a string, or {{"path": …}}')

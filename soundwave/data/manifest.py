@@ -28,7 +28,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from soundwave.data.audio import shown
 from soundwave.data.chats import Refused
 from soundwave.data.chats import show as _show
-from soundwave.data.forms import AUDIO_KEYS, CHAT_KEYS, READ_KEYS, to_own_form
+from soundwave.data.forms import (
+    ANSWER_KEYS,
+    AUDIO_KEYS,
+    CHAT_KEYS,
+    PART_KEYS,
+    PROMPT_KEYS,
+    READ_KEYS,
+    TEXT_KEYS,
+    to_own_form,
+)
 from soundwave.model.chat import Turn
 
 KEYS = (
@@ -51,6 +60,7 @@ CALLED: dict[str, str] = {
     **dict.fromkeys(("instructions", "user", "ask", "request"), "prompt"),
     **dict.fromkeys(("reply", "assistant", "label", "answers", "responses", "caption"), "answer"),
 }
+MEANS = {key: keys[0] for keys in (AUDIO_KEYS, TEXT_KEYS, PROMPT_KEYS, ANSWER_KEYS) for key in keys}
 
 
 class ManifestError(ValueError):
@@ -326,8 +336,12 @@ def _require(row: dict[str, Any]) -> None:
     needed = ("audio_filepath", "text") if task == "transcribe" else ("prompt", "answer")
     missing = [key for key in needed if key not in row]
     known, cutoff = (READ_KEYS + KEYS, 0.7) if missing else ((*KEYS, *CHAT_KEYS, *AUDIO_KEYS, "source", "target"), 0.85)
-    for key in (key for key in row if key not in (*KEYS, "source_len", "target_len")):  # SLAM-LLM's and FunASR's
+    known = tuple(key for key in known if MEANS.get(key, key) not in row)  # what is given already is not meant
+    others = (*KEYS, *PART_KEYS, "language", "source_len", "target_len")  # the last are SLAM-LLM's and FunASR's
+    for key in (key for key in row if key not in others):
         nearest = difflib.get_close_matches(key.lower(), known, n=1, cutoff=cutoff)
+        if isinstance(row[key], list | dict):
+            nearest = [name for name in nearest if name in (*CHAT_KEYS, *AUDIO_KEYS, "history")]
         meant = CALLED.get(key.lower()) if missing else None
         if meant in missing:
             raise ManifestError(f'has the unknown key {_show(key)}; write "{meant}", or rename it')
@@ -336,7 +350,7 @@ def _require(row: dict[str, Any]) -> None:
             raise ManifestError(f"has the unknown key {_show(key)}, but no text; write {wanted}")
         if meant:
             continue
-        if nearest and nearest[0] not in row and key not in known:
+        if nearest and key not in READ_KEYS + KEYS:
             raise ManifestError(f'has the unknown key {_show(key)}; write "{nearest[0]}", or rename it')
     lists = [key for key, value in row.items() if missing and isinstance(value, list) and value]
     if lists and not row.keys() & set(KEYS) - {"task"} and all(isinstance(item, dict) for item in row[lists[0]]):
