@@ -23,7 +23,8 @@ from soundwave.inference.answer import load_model
 from soundwave.model import sizes
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
-from soundwave.training.settings import ConfigError
+from soundwave.training import stages
+from soundwave.training.settings import ConfigError, make_config
 from tests.short_runs import copy_recordings, manifest_of, train
 
 
@@ -136,6 +137,27 @@ def test_out_of_memory_is_one_line(manifest, small_llm, tmp_path, monkeypatch, e
     said = str(raised.value)
     assert said.startswith("out of memory in a training step; use batch_size=2 accumulation=6 in place of 4 and 3")
     assert "`soundwave memory --stage 1`" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "advice"),
+    [
+        (7, 2, "batch_size=1 accumulation=14 in place of 7 and 2, "),
+        (9, 1, "batch_size=3 accumulation=3 in place of 9 and 1, "),
+        (1, 4, "a batch is one sample already: "),
+    ],
+)
+def test_the_advice_without_memory_keeps_the_samples_of_a_step(batch_size, accumulation, advice):
+    settings = {"train": "m", "out": "o", "batch_size": batch_size, "accumulation": accumulation}
+    assert advice in stages._smaller_batch(make_config(3, **settings))
+
+
+@pytest.mark.parametrize(("gpu", "machine", "said"), [(90, 200, "90 MiB .* the GPU"), (200, 90, "90 MiB .* this ma")])
+def test_what_is_short_is_named(monkeypatch, gpu, machine, said):
+    monkeypatch.setattr(sizes, "free_bytes", lambda device: (gpu if device == "cuda" else machine) << 20)
+    part = sizes.Part("name", "language model in 4 bits", 100 << 20)
+    with pytest.raises(ValueError, match=f"100 MiB.* do not fit into the {said}"):
+        sizes.refuse_what_does_not_fit([part], torch.device("cuda"))
 
 
 def test_a_model_trained_in_4_bits_is_used_in_4_bits_where_16_do_not_fit(model_folders, tmp_path, monkeypatch, capsys):

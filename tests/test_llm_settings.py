@@ -5,6 +5,7 @@ generation_config.json    eos_token_id: int, list, none   an answer ends at each
 config.json               the same                        the same
 generation_config.json    penalties, sampling, beams, …   the answer is the greedy one
 chat template             strftime_now                    prompts are the same on each day, with the saved model too
+chat template             several, damaged, other forms   a user's turn is written, or the model is refused by name
 tokenizer                 byte-level, SentencePiece, …    CTC's labels are words: one space each, none by itself
 """
 
@@ -22,6 +23,7 @@ from transformers.utils import chat_template_utils
 from soundwave import backbones
 from soundwave.backbones import wheels
 from soundwave.inference.answer import answer, end_tokens
+from soundwave.model.chat import ChatError, Turn
 from soundwave.model.configuration import TEMPLATE_DATE, SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
@@ -192,6 +194,79 @@ def test_a_fixed_day_is_written_as_strftime_writes_it():
     assert processor.render([{"role": "user", "content": "Hi"}]).split("|")[:-1] == [
         datetime(2025, 2, 3).strftime(f) for f in formats
     ]
+
+
+@pytest.mark.parametrize("flags", ["_", "^", "0", "-_"], ids=str)
+def test_flags_of_a_format_are_written_as_strftime_writes_them(flags):
+    formats = [f"%{flag}{letter}" for flag in flags for letter in "dmHyBa"]
+    processor = with_template(TURN + "".join(f"{{{{ strftime_now('{f}') }}}}|" for f in formats))
+    written = processor.render([{"role": "user", "content": "Hi"}]).split("assistant\n")[1]
+    assert written.split("|")[:-1] == [datetime(2024, 7, 26).strftime(f) for f in formats]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro day() %}{{ strftime_now('%Y') }}{% endmacro %}" + TURN + "{{ day() }}",
+        TURN + "{{ date_string | default(strftime_now(format='%Y')) }}",
+        TURN + "{% set form = '%Y' %}{% if strftime_now is defined %}{{ strftime_now(form) | int }}{% endif %}",
+    ],
+    ids=["in a macro", "by name", "as a number"],
+)
+def test_a_fixed_day_is_written_wherever_a_template_asks(template):
+    processor = with_template(template, template_date="1999-12-31")
+    assert processor.render([{"role": "user", "content": "Hi"}]).endswith("assistant\n1999")
+
+
+# ---------------------------------------------------------------- chat templates of other kinds
+
+
+def test_of_several_templates_the_default_is_used(small_llm, tmp_path):
+    folder = changed(small_llm, tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = tokenizer.chat_template
+    tokenizer.chat_template = {"default": chat, "tool_use": "{{ strftime_now('%Y') }}"}
+    tokenizer.save_pretrained(folder)
+    processor = SoundwaveProcessor.from_backbones(backbones.WHISPER, str(folder))
+    assert processor.prompt_ids("Hi") == with_template(chat).prompt_ids("Hi")
+    assert not processor.writes_date
+
+
+WITHOUT_A_TURN = {
+    "none called default": (
+        {"rag": TURN, "tool_use": TURN},
+        "several chat templates .'rag', 'tool_use'.; name the one",
+    ),
+    "damaged": ("{% for message in messages %}", "fails for a user's turn .Unexpected end of template"),
+    "a sum": ("{{ messages[0].content + 1 }}", "fails for a user's turn .can only concatenate"),
+    "missing turns": ("{{ messages[4].content }}", "fails for a user's turn .list object has no element 4"),
+    "raises": ("{{ raise_exception('No\\nusers') }}", "fails for a user's turn .No users.;"),
+    "empty": ("", "does not write a user's text once"),
+    "capitals": ("{{ messages[0].content | upper }}", "does not write a user's text once and unchanged"),
+    "lists of parts": ("{% for part in messages[0].content %}{{ part.text }}{% endfor %}", "does not write a user's"),
+    "twice": (TURN + TURN, "does not write a user's text once"),
+}
+
+
+@pytest.mark.parametrize(("template", "said"), WITHOUT_A_TURN.values(), ids=WITHOUT_A_TURN)
+def test_a_template_that_cannot_write_a_turn_is_refused_before_loading(small_llm, tmp_path, template, said):
+    folder = changed(small_llm, tmp_path / "llm")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "model.safetensors").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    with pytest.raises(ValueError, match=f"language_model = '{folder}': the tokenizer.*{said}") as error:
+        SoundwaveConfig.from_backbones(backbones.WHISPER, str(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{{ m.content + 1 }}", "{{ raise_exception('no') }}", "{{ m.nothing.at_all }}"])
+def test_a_template_that_fails_for_a_system_turn_names_the_turns(content):
+    fails = "{% for m in messages %}{% if m.role == 'system' %}" + content + "{% endif %}{% endfor %}"
+    with pytest.raises(ChatError, match="cannot write the turns system, user"):
+        with_template(fails + TURN).prompt_ids([Turn("system", "Be brief."), Turn("user", "Hi", 0)])
 
 
 @pytest.mark.parametrize("start", ["", "\n", "  \n\n", "{%- set x = 1 %}", "{% set x = 1 %}\n"], ids=repr)

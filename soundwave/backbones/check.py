@@ -13,6 +13,7 @@ from soundwave.backbones import wheels
 
 # Half a byte; 64 weights share an 8-bit scale, and 256 scales share a 32-bit one (double quantisation).
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+SMALL = 50_000_000  # parameters, in float32 200 MB, of a model that is made only to be checked
 # Settings of a configuration that change the logits of the head: Granite's, Cohere's, Gemma 2's, and the like.
 LOGITS = re.compile(r"logits?_?(scal|soft_?cap|mult)|lm_head_mult")
 
@@ -125,6 +126,9 @@ def _foreign_logits(config: PretrainedConfig) -> str | None:
         if getattr(config, "layer_types", None):
             changes["layer_types"] = []
         small = _without_quantization(config, **changes)
+        empty = skeleton(small)
+        if empty is None or sum(p.numel() for p in empty.parameters()) > SMALL:
+            raise ValueError("layers that no setting leaves out")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
@@ -134,7 +138,7 @@ def _foreign_logits(config: PretrainedConfig) -> str | None:
             inputs = torch.randn(1, 3, config.hidden_size)
         with torch.no_grad():
             logits = model(inputs_embeds=inputs, use_cache=False).logits
-    except Exception:  # a model that has no such small form: its configuration's names must do
+    except Exception:  # a model that has no such small form: the names in its configuration must do
         return f"scaled or capped{names}" if named else None
     with torch.no_grad():
         decoder = model.base_model
@@ -202,7 +206,7 @@ def check_tokenizer(name: str) -> Any:
     """The tokenizer of a language model.
 
     Raises:
-        ValueError: there is none, or it has no chat template or no end token.
+        ValueError: there is none, or it has no end token or no chat template that writes a user's turn.
     """
     what = f"language_model = {name!r}"
     folder = wheels.resolve(name)
@@ -214,8 +218,34 @@ def check_tokenizer(name: str) -> Any:
         there = not Path(folder).is_dir() or any((Path(folder) / file).is_file() for file in files)
         reason = str(error).strip().splitlines()[0] if there else "tokenizer.json is missing"
         raise ValueError(f"{what}: its tokenizer cannot be read ({reason}); copy the model's whole folder") from None
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{what}: the tokenizer has no chat template: use an instruction-tuned language model")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{what}: the tokenizer has no end token, which answers end with; set its eos_token")
+    if fault := chat_fault(tokenizer):
+        raise ValueError(f"{what}: {fault}")
     return tokenizer
+
+
+def chat_fault(tokenizer: Any) -> str | None:
+    """Why prompts and answers cannot be written with a tokenizer, and what to do; None if they can."""
+    templates = tokenizer.chat_template
+    if templates is None:
+        return "the tokenizer has no chat template: use an instruction-tuned language model"
+    if tokenizer.eos_token_id is None:
+        return "the tokenizer has no end token, which answers end with; set its eos_token"
+    if isinstance(templates, dict) and "default" not in templates:
+        names = ", ".join(map(repr, templates)) or "none"
+        return f"the tokenizer has several chat templates ({names}); name the one to use 'default'"
+    content = "Some text_1"
+    try:
+        written = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program, which may fail in any way
+        reason = " ".join(str(error).split())
+        return (
+            f"the tokenizer's chat template fails for a user's turn ({reason}); use another language model, or mend it"
+        )
+    if written.count(content) != 1:
+        return (
+            "the tokenizer's chat template does not write a user's text once and unchanged; use another language "
+            "model, or mend it"
+        )
+    return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin, WhisperFeatureExtractor
 
 from soundwave.backbones import wheels
-from soundwave.backbones.check import check_tokenizer, check_whisper
+from soundwave.backbones.check import chat_fault, check_tokenizer, check_whisper
 from soundwave.eager import IGNORE_INDEX
 from soundwave.model.chat import ChatError, Prompt, Turn, mark, split_at_marks, turns_of
 from soundwave.model.configuration import TEMPLATE_DATE, SoundwaveConfig
@@ -34,7 +34,7 @@ class SoundwaveProcessor(ProcessorMixin):
         template_date, ctc_space_label: as in SoundwaveConfig.
 
     Raises:
-        ValueError: the tokenizer has no chat template or no end token.
+        ValueError: the tokenizer has no end token, or no chat template that writes a user's turn.
     """
 
     attributes = ["feature_extractor", "tokenizer"]
@@ -51,10 +51,8 @@ class SoundwaveProcessor(ProcessorMixin):
         **kwargs: Any,
     ):
         super().__init__(feature_extractor, tokenizer)
-        if tokenizer.chat_template is None:
-            raise ValueError("the tokenizer has no chat template: use an instruction-tuned language model")
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end token, which answers end with; set its eos_token")
+        if fault := chat_fault(tokenizer):
+            raise ValueError(fault)
         tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
         self.audio_placeholder_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         # A tokenizer without a padding token pads with the end token; the attention mask tells the two apart.
@@ -134,7 +132,7 @@ class SoundwaveProcessor(ProcessorMixin):
         # The words are tokenised apart from the template, because only the template may hold special tokens.
         try:
             rendered = self.render([{"role": turn.role, "content": mark(i)} for i, turn in enumerate(turns)])
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             roles = ", ".join(turn.role for turn in turns)
             raise ChatError(f"the language model's chat template cannot write the turns {roles} ({error})") from None
         pieces, order = split_at_marks(rendered, len(turns))
@@ -167,7 +165,7 @@ class SoundwaveProcessor(ProcessorMixin):
     @property
     def writes_date(self) -> bool:
         """Whether the chat template asks for today's date."""
-        return "strftime_now" in str(self.tokenizer.chat_template)
+        return "strftime_now" in self.tokenizer.get_chat_template()
 
     def _plain_ids(self, text: str) -> list[int]:
         """Token ids of a text; the name of a special token in it is ordinary text."""
@@ -295,9 +293,14 @@ def _clock(day: str) -> str:
 
     It is a macro, because transformers turns a function that it is given into text.
     """
-    time, replaced = datetime.fromisoformat(day), ".replace('%%', '\x00')"
-    for directive in ("%" + flag + letter for letter in ascii_letters for flag in ("", "-")):
-        text = time.strftime(directive)
-        if text != directive:
-            replaced += f".replace({directive!r}, {text!r})"
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced}.replace('\x00', '%') }}}}{{%- endmacro %}}\n"
+    time, written = datetime.fromisoformat(day), {}
+    for directive in ("%" + flag + letter for letter in ascii_letters for flag in ("", *"-_0^#")):
+        if (text := time.strftime(directive)) != directive:
+            written[directive] = text
+    # "%%" comes first and last, so that "%%d" stays "%d".
+    return (
+        "{%- macro strftime_now(format) -%}{%- set now = namespace(text=format.replace('%%', '\x00')) -%}"
+        f"{{%- for directive, text in {written!r}.items() -%}}"
+        "{%- set now.text = now.text.replace(directive, text) -%}{%- endfor -%}"
+        "{{- now.text.replace('\x00', '%') -}}{%- endmacro %}\n"
+    )

@@ -161,10 +161,14 @@ def _loading_bar(config: StageConfig) -> Iterator[None]:
 
 
 def _smaller_batch(config: StageConfig) -> str:
+    now = config.batch_size
+    fits = f"`soundwave memory --stage {config.stage}` tells what fits"
+    if now == 1:
+        return f"a batch is one sample already: use shorter recordings, or smaller backbones; {fits}"
+    smaller = next(size for size in range(now // 2, 0, -1) if now % size == 0)
     return (
-        f"use batch_size={max(config.batch_size // 2, 1)} accumulation={2 * config.accumulation} in place of "
-        f"{config.batch_size} and {config.accumulation}, which trains the same; `soundwave memory --stage "
-        f"{config.stage}` tells what fits"
+        f"use batch_size={smaller} accumulation={config.accumulation * now // smaller} in place of {now} and "
+        f"{config.accumulation}, which gives a step as many samples; {fits}"
     )
 
 
