@@ -368,6 +368,8 @@ def evaluate(
     if not samples:
         raise ValueError(f"{manifest}: every sample was left out")
     if answers is not None:
+        if answers.resolve() in (manifest.resolve(), *(sample.audio for sample in samples)):
+            raise ValueError(f"{answers}: is read by this evaluation; name another file with --answers")
         answers.parent.mkdir(parents=True, exist_ok=True)
         answers.open("a").close()  # raises before the work what cannot be written
     network, processor = _load_model(model)

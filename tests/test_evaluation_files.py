@@ -317,6 +317,24 @@ def test_the_command_scores_what_it_can_and_says_what_it_left_out(command, folde
     assert status == 0 and "left out: 11 of 13 samples" in out and "0.1.15" in out
 
 
+def test_answers_never_replace_what_is_read(command, folder, tmp_path, model_folders):
+    audio = tmp_path / "a.wav"
+    audio.write_bytes((folder / "good.wav").read_bytes())
+    manifest = tmp_path / "m.jsonl"
+    write_manifest(manifest, [{"audio_filepath": "a.wav", "text": "turn on the light"}])
+    for file in (manifest, audio):
+        before = file.read_bytes()
+        status, _, err = command(manifest, "--model", model_folders[1], "--answers", file)
+        assert status == 1 and f"error: {file}: is read by this evaluation; name another file" in err
+        assert file.read_bytes() == before
+
+
+def test_a_sample_without_a_text_is_named_as_such(loaded, folder):
+    good = read_manifest(folder / "long.jsonl")[0].model_copy(update={"audio": folder / "good.wav"})
+    found = score(loaded, [good.model_copy(update={"id": "2", "text": None, "answer": "x"}), good], 1)
+    assert [left.reason for left in found.left_out] == ["has no text, so it has no word error rate"]
+
+
 def test_options_reach_the_evaluation(command, folder, monkeypatch):
     given = {}
     monkeypatch.setattr(

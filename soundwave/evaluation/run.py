@@ -247,4 +247,5 @@ def _counts(row: Tensor, blank: int) -> tuple[int, int, int]:
 
 
 def _wordless(sample: Sample, text: str) -> LeftOut:
-    return LeftOut(sample.id, str(sample.audio), f"its text {text!r} has no words, so it has no word error rate")
+    found = f"its text {text!r} has no words" if text else "has no text"
+    return LeftOut(sample.id, str(sample.audio), f"{found}, so it has no word error rate")
