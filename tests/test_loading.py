@@ -134,6 +134,8 @@ REFUSED = {
     "Phi-3": ("Phi3", {}, "'q_proj'"),
     "Llama 4": ("Llama4Text", {"intermediate_size_mlp": 64, "head_dim": 16, "num_local_experts": 2}, "llama4_text"),
     "GPT-NeoX": ("GPTNeoX", {}, "'q_proj'"),
+    "Falcon-H1": ("FalconH1", {"lm_head_multiplier": 0.5}, "lm_head_multiplier = 0.5"),
+    "Musicgen, of several text models": ("Musicgen", {}, "musicgen model, but it must be a causal language model"),
 }
 ACCEPTED = {
     "Llama": ("Llama", {}), "Qwen 2": ("Qwen2", {}), "Qwen 3": ("Qwen3", {}), "Mistral": ("Mistral", {}),
@@ -141,29 +143,35 @@ ACCEPTED = {
     "Gemma 3": ("Gemma3Text", {"head_dim": 16}), "SmolLM3": ("SmolLM3", {}), "gpt-oss": ("GptOss", {}),
     "Granite, plain": ("Granite", {"logits_scaling": 1.0}), "Cohere, plain": ("Cohere", {"logit_scale": 1.0}),
     "Gemma 2, plain": ("Gemma2", {"head_dim": 16, "final_logit_softcapping": None}), "GLM-4": ("Glm4", {}),
+    "Falcon-H1, plain": ("FalconH1", {}),
 }  # fmt: skip
 
 
 def config_of(family, settings, folder):
     sizes = SIZES if family != "GPTNeoX" else {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    if family == "Musicgen":
+        parts = {"text_encoder": transformers.T5Config(), "audio_encoder": transformers.EncodecConfig()}
+        sizes, settings = {}, parts | {"decoder": transformers.MusicgenDecoderConfig()}
     getattr(transformers, f"{family}Config")(**sizes | settings).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.mark.parametrize(("family", "settings", "said"), REFUSED.values(), ids=REFUSED)
-def test_a_family_that_cannot_be_trained_is_refused_before_loading(tmp_path, family, settings, said):
+def test_a_family_that_cannot_be_trained_is_refused_before_loading(tmp_path, capfd, family, settings, said):
     """There are no weights and no tokenizer in the folder: only its configuration is read."""
     name = config_of(family, settings, tmp_path)
     state = torch.random.get_rng_state()
     with pytest.raises(ValueError, match=said) as error:
         SoundwaveConfig.from_backbones(backbones.WHISPER, name)
     assert name in str(error.value)
+    assert capfd.readouterr() == ("", "")
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize(("family", "settings"), ACCEPTED.values(), ids=ACCEPTED)
-def test_a_family_with_plain_logits_is_accepted(tmp_path, family, settings):
+def test_a_family_with_plain_logits_is_accepted(tmp_path, capfd, family, settings):
     check_language_model(config_of(family, settings, tmp_path), TARGETS)
+    assert capfd.readouterr() == ("", "")
 
 
 class ScaledConfig(LlamaConfig):

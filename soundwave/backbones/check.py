@@ -76,7 +76,10 @@ def check_language_model(name: str, targets: list[str] | tuple[str, ...] = ()) -
     """
     config = read_config("language_model", name)
     what = f"language_model = {name!r} is a {config.model_type} model"
-    text = config.get_text_config()
+    try:
+        text = config.get_text_config()
+    except ValueError:  # it has several, as Musicgen's
+        raise ValueError(f"{what}, but it must be a causal language model, such as Llama or Qwen") from None
     if config.model_type == "whisper" or getattr(text, "is_encoder_decoder", False):
         raise ValueError(f"{what}, but it must be a causal language model, such as Llama or Qwen")
     if type(text) not in AutoModelForCausalLM._model_mapping:
@@ -123,7 +126,7 @@ def _foreign_logits(config: PretrainedConfig) -> str | None:
     names = f" ({', '.join(f'{name} = {value!r}' for name, value in named.items())})" if named else ""
     try:
         changes: dict[str, Any] = {"num_hidden_layers": 0, "vocab_size": 16, "pad_token_id": None}
-        if getattr(config, "layer_types", None):
+        if config.to_dict().get("layer_types"):  # in some families it is computed and cannot be set
             changes["layer_types"] = []
         small = _without_quantization(config, **changes)
         empty = skeleton(small)
