@@ -14,7 +14,8 @@ A step has six phases, each with its own peak, and stage I one more before its f
     optimiser            weights, gradients and states, and a temporary tensor of AdamW
 
 Sizes are bytes, as torch's allocator counts them (`torch.cuda.max_memory_allocated`). Gradients exist from the first
-phase on, as they do while they are accumulated; that of the blank, which has none yet, is overestimated by them. All clips are equally long; padding takes as much memory as audio.
+phase on, as they do while they are accumulated; that of the blank, which has none yet, is overestimated by them. All
+clips are equally long; padding takes as much memory as audio.
 """
 
 import math
