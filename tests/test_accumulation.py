@@ -11,7 +11,11 @@ import json
 import pytest
 import torch
 
-from soundwave.training.trainer import SoundwaveTrainer
+from soundwave import backbones
+from soundwave.data.collate import Collator
+from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import SoundwaveForConditionalGeneration
+from soundwave.training.trainer import SoundwaveTrainer, tensors_of
 from tests.short_runs import copy_recordings, lines, manifest_of, save_still_model, train
 
 SAME = {"steps": 1, "max_grad_norm": 1e9, "spec_augment": False, "temperature": False, "implementation": "eager"}
@@ -38,13 +42,23 @@ def recordings(tiny_corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models(small_llm, model_folders, tmp_path_factory):
-    still = save_still_model(small_llm, tmp_path_factory.mktemp("still") / "model")
-    return {1: still, 2: still, 3: model_folders[3]}
+def folders(small_vocabulary, tmp_path_factory):
+    still = save_still_model(small_vocabulary, tmp_path_factory.mktemp("still") / "model")
+    config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_vocabulary), lora_rank=4, stage=3)
+    torch.manual_seed(0)
+    model = SoundwaveForConditionalGeneration.from_backbones(config)
+    with torch.no_grad():
+        model.blank_bias.fill_(14.0)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    trained = tmp_path_factory.mktemp("trained") / "model"
+    model.save_pretrained(trained)
+    return {1: still, 2: still, 3: trained}
 
 
 @pytest.fixture
-def step(recordings, models, tmp_path, monkeypatch):
+def step(recordings, folders, tmp_path, monkeypatch):
     """Train one step -> the logged figures and the gradients by name."""
     folder, rows, written = recordings
     gradients = {}
@@ -60,7 +74,7 @@ def step(recordings, models, tmp_path, monkeypatch):
         gradients.clear()
         chosen = [row for row in rows if stage > 1 or "text" in row] + (written if stage > 1 else [])
         out = tmp_path / (out or f"{batch_size} x {accumulation}")
-        settings = SAME | {"model": models[stage], "adapter_dropout": 0.0, "allow_outside": True} | settings
+        settings = SAME | {"model": folders[stage], "adapter_dropout": 0.0, "allow_outside": True} | settings
         if stage == 3:
             settings["train_shrinking"] = True
         done = train(
@@ -82,7 +96,7 @@ def assert_same(one, other):
     assert torch.linalg.vector_norm(other - one) <= 1e-5 * torch.linalg.vector_norm(one)
 
 
-@pytest.mark.parametrize(("stage", "batch_size", "accumulation"), [(1, 2, 3), (2, 4, 2), (3, 1, 6)])
+@pytest.mark.parametrize(("stage", "batch_size", "accumulation"), [(1, 4, 2), (2, 4, 2), (3, 1, 6)])
 def test_batches_of_a_step_are_one_large_batch(step, stage, batch_size, accumulation):
     assert_same(step(stage, 6, 1), step(stage, batch_size, accumulation))
 
@@ -96,6 +110,48 @@ def test_a_batch_that_is_left_out_weighs_nothing(step, tmp_path):
     bad = {"audio_filepath": str(tmp_path / "none.wav"), "text": "nothing", "duration": 0.1}
     tmp_path.joinpath("none.wav").write_bytes(b"no audio")
     assert_same(step(1, 6, 1), step(1, 1, 7, more=[bad]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_each_step_of_a_run_is_one_large_batch(recordings, folders, tmp_path, monkeypatch, batch_size):
+    """Tasks at a temperature, text only, batches and steps without any sample, a skipped one, the end of an epoch."""
+    folder, rows, written = recordings
+    bad = {"audio_filepath": str(tmp_path / "none.wav"), "text": "nothing", "duration": 0.1}
+    tmp_path.joinpath("none.wav").write_bytes(b"no audio")
+    manifest = manifest_of(folder, [*rows[:3], *written, bad, bad | {"text": "none"}], "run.jsonl")
+    sizes, part_of_step = [], SoundwaveTrainer._part_of_step
+
+    def compare(trainer, model, clip=SoundwaveTrainer._clip_grad_norm):
+        names = [name for batch in trainer._batches for name in batch["samples"]]
+        sizes.append(len(trainer._batches))
+        if names and trainer.state.global_step != 1:
+            found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            by_id = {sample.id: sample for sample in trainer.train_dataset}
+            collator = Collator(trainer.data_collator.processor, stage=2)
+            model.zero_grad()
+            wanted = model(**tensors_of(collator([by_id[name] for name in names])))
+            wanted.loss.backward()
+            assert trainer._losses["loss"].item() == pytest.approx(wanted.loss.item(), rel=1e-5)
+            grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            assert grads.keys() == found.keys()
+            one, other = (torch.cat([g[name].flatten() for name in sorted(g)]) for g in (grads, found))
+            assert torch.linalg.vector_norm(other - one) <= 1e-5 * torch.linalg.vector_norm(one)
+            for name, parameter in model.named_parameters():
+                parameter.grad = found.get(name)
+        return clip(trainer, model)
+
+    def not_finite_in_step_2(trainer, outputs, inputs):
+        return part_of_step(trainer, outputs, inputs) * (float("nan") if trainer.state.global_step == 1 else 1.0)
+
+    monkeypatch.setattr(SoundwaveTrainer, "_clip_grad_norm", compare)
+    monkeypatch.setattr(SoundwaveTrainer, "_part_of_step", not_finite_in_step_2)
+    settings = SAME | {"steps": 5, "temperature": True, "learning_rate": 1e-4, "allow_outside": True}
+    train(
+        2, tmp_path / "run", manifest, model=folders[2], adapter_dropout=0.0, batch_size=batch_size, accumulation=3,
+        **settings,
+    )  # fmt: skip
+    assert [row["step"] for row in lines(tmp_path / "run" / "skipped_steps")] == [2]
+    assert len(sizes) == 5 and set(sizes) > {3}  # some steps are the last ones of an epoch
 
 
 def test_a_skipped_step_is_not_in_the_logged_loss(step, monkeypatch):

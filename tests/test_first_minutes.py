@@ -34,39 +34,39 @@ def manifest(tiny_corpus, tmp_path_factory):
     return manifest_of(folder, copy_recordings(tiny_corpus, folder, 4))
 
 
-def test_a_run_says_what_it_does_up_to_the_first_step(manifest, small_llm, tmp_path, capsys):
-    train(1, tmp_path / "1", manifest, language_model=str(small_llm), accumulation=2)
+def test_a_run_says_what_it_does_up_to_the_first_step(manifest, small_vocabulary, tmp_path, capsys):
+    train(1, tmp_path / "1", manifest, language_model=str(small_vocabulary), accumulation=2)
     said = capsys.readouterr().err
     told = [
         "loading embedded:whisper-tiny.en (Whisper's encoder in float32, ",
-        f"{small_llm} (output embedding in float32, 108 MiB)",
+        f"{small_vocabulary} (output embedding in float32, 1 MiB)",
         "setting the blank's bias from the first 2 recordings",
         "step 1 of 2 begins; a step has 4 samples",
         "kept per label ",
     ]
     places = [said.find(line) for line in told]
     assert -1 not in places and places == sorted(places)
-    train(1, tmp_path / "2", manifest, language_model=str(small_llm), quiet=True)
+    train(1, tmp_path / "2", manifest, language_model=str(small_vocabulary), quiet=True)
     said = capsys.readouterr().err
     assert not any(line in said for line in told)
 
 
-def test_stage_2_without_a_model_says_that_adapters_are_fresh(manifest, small_llm, tmp_path, capsys):
-    train(2, tmp_path / "2", manifest, language_model=str(small_llm), steps=1)
+def test_stage_2_without_a_model_says_that_adapters_are_fresh(manifest, small_vocabulary, tmp_path, capsys):
+    train(2, tmp_path / "2", manifest, language_model=str(small_vocabulary), steps=1)
     assert "stage 2 starts from fresh adapters, because no model is given; model=" in capsys.readouterr().err
 
 
-def test_a_date_in_prompts_is_said(manifest, small_llm, tmp_path, capsys):
+def test_a_date_in_prompts_is_said(manifest, small_vocabulary, tmp_path, capsys):
     folder = tmp_path / "dated"
-    shutil.copytree(small_llm, folder)
+    shutil.copytree(small_vocabulary, folder)
     template = folder / "chat_template.jinja"
     template.write_text("{{ strftime_now('%Y') }}\n" + template.read_text())
     train(2, tmp_path / "2", manifest, language_model=str(folder), steps=1)
     assert "today's date: prompts say 2024-07-26 on every day" in capsys.readouterr().err
 
 
-def test_a_finished_run_says_one_true_thing(manifest, small_llm, tmp_path, capsys):
-    settings = {"language_model": str(small_llm), "steps": 1}
+def test_a_finished_run_says_one_true_thing(manifest, small_vocabulary, tmp_path, capsys):
+    settings = {"language_model": str(small_vocabulary), "steps": 1}
     train(1, tmp_path / "1", manifest, **settings)
     capsys.readouterr()
     train(1, tmp_path / "1", manifest, **settings)
@@ -127,13 +127,13 @@ def test_predicted_sizes_are_those_that_are_loaded(small_llm):
     ],
     ids=["GPU", "CPU", "mmap", "Python"],
 )
-def test_out_of_memory_is_one_line(manifest, small_llm, tmp_path, monkeypatch, error):
+def test_out_of_memory_is_one_line(manifest, small_vocabulary, tmp_path, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(SoundwaveForConditionalGeneration, "align", fail)
     with pytest.raises(hardware.OutOfMemory) as raised:
-        train(1, tmp_path / "1", manifest, language_model=str(small_llm), batch_size=4, accumulation=3)
+        train(1, tmp_path / "1", manifest, language_model=str(small_vocabulary), batch_size=4, accumulation=3)
     said = str(raised.value)
     assert said.startswith("out of memory in a training step; use batch_size=2 accumulation=6 in place of 4 and 3")
     assert "`soundwave memory --stage 1`" in said and "\n" not in said
