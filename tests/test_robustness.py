@@ -130,7 +130,7 @@ def mixed(data, rows, start, tmp_path_factory):
         added.append({"audio_filepath": f"{kind}.wav", "text": "no " * 40 if kind == "too-fast" else "yes"})
     manifest = manifest_of(folder, rows + added, "mixed.jsonl")
     words = [f"train={manifest}", f"out={folder.parent / 'out'}", f"language_model={start['language_model']}"]
-    words += ["steps=6", "batch_size=3", "accumulation=1", "log_steps=1", "warmup_steps=0", "save_steps=100"]
+    words += ["steps=5", "batch_size=3", "accumulation=1", "log_steps=1", "warmup_steps=0", "save_steps=100"]
     done = subprocess.run([SCRIPT, "train", "1", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr, folder.parent / "out"
@@ -171,8 +171,8 @@ def test_without_a_terminal_progress_is_one_plain_line_a_logging_step(mixed):
     err, _ = mixed
     assert "\r" not in err
     progress = [line for line in err.splitlines() if line.startswith("stage I | step ")]
-    assert len(progress) == 6
-    assert all(word in progress[-1] for word in ("step 6/6 |", "| audio ", " s/s |", "| memory ", " GiB |", " left"))
+    assert len(progress) == 5
+    assert all(word in progress[-1] for word in ("step 5/5 |", "| audio ", " s/s |", "| memory ", " GiB |", " left"))
     assert "| kept per label " in progress[-1]
 
 
