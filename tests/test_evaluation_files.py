@@ -392,6 +392,11 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch,
             shown.step()
     lines = capsys.readouterr().err.splitlines()
     assert [line.rpartition(" | ")[0] for line in lines] == [f"scoring | sample {i}/3" for i in (1, 2, 3)]
+    with progress.Progress("scoring", 100) as shown:
+        for _ in range(5):
+            shown.step()
+    told = ["left" in line for line in capsys.readouterr().err.splitlines()]
+    assert told == [False, False, False, False, True]  # not from the first sample of a batch
     with progress.Progress(None, 1) as shown:
         shown.step()
     assert capsys.readouterr().err == ""

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 NAMED = 20  # so many samples are named in the lines; `Scores` has all of them
 LINES_APART = 10.0  # seconds between two lines of progress where there is no terminal
+SURE = 0.05  # share of the samples after which the time that is left can be told
 
 
 def say(line: str) -> None:
@@ -52,4 +53,6 @@ class Progress:
         elif self.title is not None and now - self.shown >= LINES_APART:
             self.shown = now
             left = timedelta(seconds=round((now - self.start) / self.done * (self.total - self.done)))
-            say(f"{self.title} | sample {self.done}/{self.total} | {left} left")
+            # The samples of a batch are done one after the other, when the time of all of them is over.
+            known = f" | {left} left" if self.done >= SURE * self.total else ""
+            say(f"{self.title} | sample {self.done}/{self.total}{known}")
