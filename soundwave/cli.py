@@ -251,7 +251,9 @@ def transcribe(
         raise AudioError(files[0], "does not exist; name an audio file")
     if passed_over:
         names = ", ".join(map(shown, passed_over[:3])) + (", …" if len(passed_over) > 3 else "")
-        _warn(f"passed over {len(passed_over)} files that are no audio by their names: {names}")
+        count = len(passed_over)
+        what = "a file that is" if count == 1 else f"{count} files that are"
+        _warn(f"passed over {what} no audio by {'its name' if count == 1 else 'their names'}: {names}")
     if out is not None and out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file")
     if out is not None and out.exists() and any(file.exists() and file.samefile(out) for file in files):
@@ -547,7 +549,7 @@ def ablate(
         accuracies = (f"{found['accuracy'][task]['value']:.1%}" for task in ("voice", "rate", "intent", "question"))
         table.add_row(name, f"{found['wer']['value']:.1%}", *accuracies, f"{found['kept_per_second']:.1f}")
     console.print(table)
-    _say(f"tables {out / 'ablations.md'} · report {out / 'report.html'} · report of stage I {out / 'alignments.html'}")
+    _say(f"tables {out / 'ablations.md'} · report {out / 'report.html'} · report of stage 1 {out / 'alignments.html'}")
 
 
 @app.command()

@@ -107,7 +107,7 @@ def test_script_trains_a_stage_and_tells_where_the_model_is(spoken, small_llm, t
     assert line.startswith("stage 1: 1 steps in ") and "ctc_loss " in line and line.endswith("model run/model")
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     # stderr holds what is done before the first step, and the progress.
-    begun = ("loading ", "setting the blank's bias ", "step 1 of 1 begins", "stage I | step 1/1 | ")
+    begun = ("loading ", "setting the blank's bias ", "step 1 of 1 begins", "stage 1 | step 1/1 | ")
     said = [part for part in done.stderr.replace("\r", "\n").splitlines() if part.strip()]
     assert [line for line in said if not line.startswith(begun)] == []
     assert "Loading weights" not in done.stderr and "Failed to load" not in done.stderr
@@ -275,7 +275,7 @@ def test_transcribe_takes_folders_and_patterns_and_names_what_it_passes_over(
         f"{tmp_path}/a/2.FLAC",
         f"{tmp_path}/a/deep/1.wav",
     ]
-    assert err == f"note: passed over 1 files that are no audio by their names: {tmp_path}/a/notes.txt\n"
+    assert err == f"note: passed over a file that is no audio by its name: {tmp_path}/a/notes.txt\n"
     assert soundwave("transcribe", f"{tmp_path}/**/*.[wF]*", "--model", model_folders[1])[:2] == (0, out)
 
 

@@ -750,7 +750,7 @@ def test_several_runs_share_their_charts_and_one_table(visit, demo, tmp_path):
             charts.nth(place).locator("svg path").evaluate_all("all => all.map(one => one.getAttribute('stroke'))")
         )
         assert strokes == ["var(--c0)", "var(--c1)"]
-    row = tab.locator("#scores tr", has_text="word error rate, stage III")
+    row = tab.locator("#scores tr", has_text="word error rate, stage 3")
     assert row.locator("td").nth(1).inner_text() == "50.0 %"
     assert row.locator("td.best").inner_text() == "50.0 %"
     changed = tab.locator("#settings table").first

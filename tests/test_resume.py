@@ -373,7 +373,7 @@ def test_the_same_signal_twice_is_one_request_and_a_later_one_stops_at_once():
 def test_a_signal_in_the_last_step_stops_what_would_follow_the_stage(manifest, start, tmp_path):
     when_logged(tmp_path, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
     steps = start | {"save_steps": 100, "steps": 3}
-    with pytest.raises(Interrupted, match="stopped at the end of stage I, whose model is in"):
+    with pytest.raises(Interrupted, match="stopped at the end of stage 1, whose model is in"):
         train(1, tmp_path, manifest, **steps)
     assert (tmp_path / "model" / WEIGHTS_FILE).is_file()
 

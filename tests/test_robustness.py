@@ -170,7 +170,7 @@ def test_the_end_says_how_many_were_left_out_and_why(mixed):
 def test_without_a_terminal_progress_is_one_plain_line_a_logging_step(mixed):
     err, _ = mixed
     assert "\r" not in err
-    progress = [line for line in err.splitlines() if line.startswith("stage I | step ")]
+    progress = [line for line in err.splitlines() if line.startswith("stage 1 | step ")]
     assert len(progress) == 5
     assert all(word in progress[-1] for word in ("step 5/5 |", "| audio ", " s/s |", "| memory ", " GiB |", " left"))
     assert "| kept per label " in progress[-1]

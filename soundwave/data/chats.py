@@ -19,21 +19,9 @@ ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 SOUND_FILE = re.compile(r"\.(wav|flac|ogg|opus|mp3|m4a|aac|webm|aiff?|au|sph|w64|caf|amr|wma)$", re.IGNORECASE)
 # Keys that say which part of a file is meant, in other units or from other points than ours.
 PART_KEYS = {
-    *(
-        "start",
-        "end",
-        "begin",
-        "stop",
-        "onset",
-        "start_time",
-        "end_time",
-        "begin_time",
-        "stop_time",
-        "start_ms",
-        "end_ms",
-    ),
-    *("start_sec", "end_sec", "start_offset", "segment_start", "segment_end"),
-}
+    "start", "end", "begin", "stop", "onset", "start_time", "end_time", "begin_time", "stop_time", "start_ms", "end_ms",
+    "start_sec", "end_sec", "start_offset", "segment_start", "segment_end",
+}  # fmt: skip
 # Marks of other models for a recording or a picture: `<|AUDIO|>`, `<speech>`, `<image>`, `[AUDIO]`, …
 SPEECH_MARK = re.compile(
     r"<\|?/?(?:start_?of_?|end_?of_?)?(?:audio|speech|sound(?!wave))[^<>\n]{0,40}>|\[(?:audio|speech)\]", re.IGNORECASE

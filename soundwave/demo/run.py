@@ -167,7 +167,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
         model, processor = load_model(folder)
         if stage == 1:
             spoken = one_task(tests["test"], "transcribe")
-            scores = evaluate_ctc(model, processor, spoken, language=LANGUAGE, progress="scoring stage I")
+            scores = evaluate_ctc(model, processor, spoken, language=LANGUAGE, progress="scoring stage 1")
             summary["stage1"] = {
                 "ctc_step1": log[0]["ctc_loss"],
                 "ctc_step100": next((entry["ctc_loss"] for entry in log if entry["step"] == 100), None),
@@ -178,7 +178,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
             summary["compression"] = scores.compression
         elif stage == 2:
             spoken = one_task(tests["test"], "transcribe")
-            summary["stage2"] = {"wer": score(model, processor, spoken, progress="scoring stage II").wer}
+            summary["stage2"] = {"wer": score(model, processor, spoken, progress="scoring stage 2").wer}
         else:
             summary |= _score_stage_3(model, processor, tests, out)
             model.save_pretrained(out / "model")
@@ -231,9 +231,9 @@ def _score_stage_3(
 ) -> dict[str, Any]:
     """Write all answers to `answers.jsonl`; return the scores of stage III, `samples` behind each, and `normaliser`."""
     asked = [sample for task in LONGEST_ANSWER for sample in one_task(tests["test"], task)]
-    seen = score(model, processor, asked, progress="scoring stage III")
+    seen = score(model, processor, asked, progress="scoring stage 3")
     spoken = one_task(tests["test_voices"], "transcribe")
-    unseen = score(model, processor, spoken, progress="scoring stage III, voices never heard")
+    unseen = score(model, processor, spoken, progress="scoring stage 3, voices never heard")
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
         for identity, task, reference, given in [*seen.answers, *unseen.answers]:
             row = {"sample": identity, "task": task, "reference": reference, "answer": given}
@@ -253,7 +253,7 @@ def plot_losses(logs: dict[int, list[dict[str, float]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    titles = {1: "I · alignment", 2: "II · shrinking", 3: "III · instruction tuning"}
+    titles = {1: "1 · alignment", 2: "2 · shrinking", 3: "3 · instruction tuning"}
     names = {"ctc_loss": "CTC", "lm_loss": "next token"}
     figure, axes = plt.subplots(1, len(logs), figsize=(4.2 * len(logs), 3.2), layout="constrained")
     for axis, (stage, log) in zip(axes, logs.items(), strict=True):

@@ -249,7 +249,7 @@ def score_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
         if value is not None:
             rows.append({"name": name, "value": value, "samples": samples, "better": better, "final": final})
 
-    for stage, what in ((1, "stage I, CTC alone"), (2, "stage II"), (3, "stage III")):
+    for stage, what in ((1, "stage 1, CTC alone"), (2, "stage 2"), (3, "stage 3")):
         found = summary.get(f"stage{stage}", {})
         add(f"word error rate, {what}", found.get("wer"), counts.get("transcribe"), "lower", stage == 3)
     final = summary.get("stage3", {})

@@ -57,10 +57,10 @@ class StageConfig(BaseModel):
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw", description="Optimiser; adamw_8bit: states of a quarter of the size"
     )
-    ctc_weight: float = Field(0.3, ge=0, allow_inf_nan=False, description="Weight of the CTC loss in stage II")
-    train_shrinking: bool = Field(False, description="Whether stage III trains the shrinking adapter beside LoRA")
+    ctc_weight: float = Field(0.3, ge=0, allow_inf_nan=False, description="Weight of the CTC loss in stage 2")
+    train_shrinking: bool = Field(False, description="Whether stage 3 trains the shrinking adapter beside LoRA")
     temperature: bool = Field(
-        True, description="Whether stage II draws tasks at T = 1 + 5·epoch; if not, an epoch has every sample once"
+        True, description="Whether stage 2 draws tasks at T = 1 + 5·epoch; if not, an epoch has every sample once"
     )
     lora_rank: Positive = Field(64, description="Rank of the LoRA matrices on the LLM's attention")
     lora_alpha: Positive = Field(

@@ -117,7 +117,7 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
         callbacks=[Board(), clock, stop],
     )
     trainer.remove_callback(PrinterCallback)
-    progress = (ProgressBar if sys.stderr.isatty() else ProgressLines)(f"stage {'I' * config.stage}")
+    progress = (ProgressBar if sys.stderr.isatty() else ProgressLines)(f"stage {config.stage}")
     if not config.quiet:
         trainer.add_callback(progress)
     if checkpoint and step == config.steps:  # the run was killed after its last step, before the model was written
@@ -138,7 +138,7 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
     with written_aside(folder) as aside:
         model.save_pretrained(aside)
     if stop.asked:  # in the last step: what follows a stage, as in the demonstration, must not begin
-        raise Interrupted(f"stopped at the end of stage {'I' * config.stage}, whose model is in {folder}")
+        raise Interrupted(f"stopped at the end of stage {config.stage}, whose model is in {folder}")
     return folder, [entry for entry in trainer.state.log_history if "loss" in entry], journal.seconds
 
 
