@@ -24,18 +24,43 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@torch.compiler.assume_constant_result  # as above
+def runs_on_cpu() -> bool:
+    """Whether Triton runs kernels on CPU tensors: in its interpreter, or by a driver whose device is the CPU."""
+    if interpreted():
+        return True
+    from triton.runtime import driver
+
+    try:
+        return driver.active.get_active_torch_device().type == "cpu"
+    except RuntimeError:  # no driver, because there is no GPU
+        return False
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability that kernels on `device` are compiled for: 86 is sm_86, 80 stands for the interpreter."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    if interpreted():
+        return 80
+    from triton.runtime import driver
+
+    return driver.active.get_current_target().arch
+
+
 def resolve_impl(impl: str, device: torch.device) -> str:
     """What `impl` means for tensors on `device`: "triton" or "torch".
 
     Raises:
         ValueError: `impl` is not "auto", "triton" or "torch"; or it is "triton", the tensors are not on CUDA, and
-            Triton's interpreter is off.
+            Triton runs nothing on the CPU (see `runs_on_cpu`).
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}, but it must be one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "auto":
         return "triton" if device.type == "cuda" else "torch"
-    if impl == "triton" and device.type != "cuda" and not interpreted():
+    if impl == "triton" and device.type != "cuda" and not runs_on_cpu():
         raise ValueError(f"impl = 'triton', but the tensors are on {device}: it needs CUDA, or TRITON_INTERPRET=1")
     return impl
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soundwave.kernels.checks import no_second_derivative
-from soundwave.kernels.dispatch import input_precision, ranged, resolve_impl, to_device
+from soundwave.kernels.dispatch import architecture, input_precision, ranged, resolve_impl, to_device
 from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
 
 MAX_E = 256  # one row of a head in registers
@@ -230,8 +230,7 @@ def _launch(kernel, tile: Tile, over_keys: bool, tensors, query, key, value, cu_
 
 
 def _settings(query: Tensor) -> Config:
-    arch = torch.cuda.get_device_capability(query.device) if query.is_cuda else (8, 0)  # the interpreter
-    return _config(query.shape[2], query.dtype, 10 * arch[0] + arch[1])
+    return _config(query.shape[2], query.dtype, architecture(query.device))
 
 
 def _check_bounds(name: str, cu_seqlens: Tensor, rows: int, longest: int) -> None:

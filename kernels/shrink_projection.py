@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from soundwave.kernels.checks import no_second_derivative
-from soundwave.kernels.dispatch import input_precision, ranged, resolve_impl
+from soundwave.kernels.dispatch import architecture, input_precision, ranged, resolve_impl
 
 GROUP = 8  # tiles of rows that run next to each other, so that the tiles of W they share stay in the L2 cache
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -111,8 +111,7 @@ def _gather_matmul(gather: str, a: Tensor, b: Tensor, bias: Tensor | None, index
     size_i, size_r = index.shape[0] if gather != "b" else a.shape[0], a.shape[1]
     rows, size_j = {"a": a, "b": b, "c": c}[gather].shape[0], b.shape[1]
     aligned = not any(stride % 16 for stride in (*a.stride(), *b.stride(), c.stride(0)) if stride != 1)
-    arch = torch.cuda.get_device_capability(a.device) if a.is_cuda else (8, 0)  # the interpreter
-    config = _config(dtype, aligned, 10 * arch[0] + arch[1])
+    config = _config(dtype, aligned, architecture(a.device))
     grid = (triton.cdiv(size_i, config.block_i) * triton.cdiv(size_j, config.block_j),)
     if grid[0]:
         _gather_matmul_kernel[grid](

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from soundwave.kernels.dispatch import interpreted
+from soundwave.kernels.dispatch import interpreted, runs_on_cpu
 
 WHERE = [
     pytest.param("cpu", "torch", id="cpu-torch"),
@@ -18,11 +18,13 @@ not_interpreted = pytest.mark.parametrize(("device", "impl"), [WHERE[0], *WHERE[
 
 
 def skip_unless_runnable(device: str, impl: str, *dtypes: torch.dtype, fp64: bool = True) -> None:
-    """Skip what cannot run here: Triton on the CPU outside its interpreter, bfloat16 in it, float64 without `fp64`."""
+    """Skip what cannot run here: Triton on the CPU unless it takes CPU tensors, bfloat16 in its interpreter, and
+    float64 without `fp64`.
+    """
     if impl == "triton" and not fp64 and torch.float64 in dtypes:
         pytest.skip("this operation's kernels take float32, bfloat16 and float16")
     if device == "cpu" and impl == "triton":
-        if not interpreted():
+        if not runs_on_cpu():
             pytest.skip("Triton runs on the GPU here, not in its interpreter")
-        if torch.bfloat16 in dtypes:
+        if torch.bfloat16 in dtypes and interpreted():
             pytest.skip("the interpreter truncates to bfloat16 where hardware rounds")

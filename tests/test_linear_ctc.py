@@ -16,7 +16,7 @@ from soundwave.fused.functional import linear_ctc_loss, linear_ctc_path
 from soundwave.kernels import linear_ctc, linear_ctc_steps, vocab_rows
 from soundwave.kernels.linear_ctc_path import Head
 from tests.accuracy import assert_as_accurate, assert_rms, relative
-from tests.implementations import everywhere, not_interpreted
+from tests.implementations import everywhere, not_interpreted, skip_unless_runnable
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
@@ -229,8 +229,7 @@ def peaky(frames=200, rows=4000, width=256, labels=7):
 @everywhere
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
 def test_the_error_of_skipping_is_within_its_certificate(device, impl, dtype):
-    if device == "cpu" and impl == "triton" and dtype == BF16:
-        pytest.skip("the interpreter truncates to bfloat16")
+    skip_unless_runnable(device, impl, dtype)
     case = peaky(frames=40 if impl == "triton" and device == "cpu" else 200)
     trained = ("hidden", "blank_weight")
     out, skipping = run(linear_ctc_loss, to(case, dtype, device, trained), reduction="sum", impl=impl)
