@@ -1,9 +1,35 @@
 """Accuracy of results: errors against fp64 are compared with the errors of plain PyTorch in the same dtype."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 TWICE, ULPS, RMS_RATIO = 2.0, 4.0, 1.2
+
+
+class Judged(NamedTuple):
+    """Our error and eager's, over the norm of the truth, and the share of what is allowed that ours takes."""
+
+    name: str
+    ours: float
+    eager: float
+    share: float
+
+
+_records: list[list[Judged]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[Judged]]:
+    """Yields a list of all that `assert_as_accurate` judges until the end."""
+    _records.append([])
+    try:
+        yield _records[-1]
+    finally:
+        _records.pop()
 
 
 def error(value: Tensor, truth: Tensor) -> float:
@@ -24,7 +50,10 @@ def assert_as_accurate(
     assert not ours.isnan().any(), f"{name} holds NaN"
     got, theirs = error(ours, truth), error(eager, truth)
     finite = truth.double()[truth.isfinite()]
-    allowed = TWICE * theirs + ULPS * torch.finfo(dtype).eps * float(finite.norm())
+    norm = float(finite.norm())
+    allowed = TWICE * theirs + ULPS * torch.finfo(dtype).eps * norm
+    for record in _records:
+        record.append(Judged(name, got / (norm or 1.0), theirs / (norm or 1.0), got / allowed if allowed else 0.0))
     assert got <= allowed, f"{name}: error {got:.3e}, allowed {allowed:.3e} (eager {theirs:.3e}) in {dtype}"
     return got, theirs
 
