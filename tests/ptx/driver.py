@@ -64,7 +64,7 @@ class Launched(NamedTuple):
     """One launch that was emulated. `memory` is a hash of all that its tensors held afterwards, if asked for."""
 
     kernel: str
-    program: Any
+    compiled: "Compiled"
     grid: tuple[int, int, int]
     num_warps: int
     report: Any
@@ -100,10 +100,11 @@ class Prepared:
 
 
 class Compiled:
-    """What stands for a loaded function: the text of the PTX, and its translation."""
+    """What stands for a loaded function: the text of the PTX, its translation, and a name for this text."""
 
     def __init__(self, ptx: str) -> None:
         self.ptx, self.program = ptx, program(ptx)
+        self.variant = hashlib.blake2b(ptx.encode(), digest_size=6).hexdigest()
 
 
 class Utils:
@@ -169,9 +170,7 @@ class EmulatedDriver(DriverBase):
             digest.update(content)
         self.log.findings += [Finding(name, *found) for found in report.findings]
         self.log.launches.append(
-            Launched(
-                name, prepared.compiled.program, prepared.grid, prepared.num_warps, report, seconds, digest.digest()
-            )
+            Launched(name, prepared.compiled, prepared.grid, prepared.num_warps, report, seconds, digest.digest())
         )
 
     @classmethod

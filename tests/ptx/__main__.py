@@ -1,0 +1,14 @@
+"""`python -m tests.ptx`: compiled Triton kernels on the CPU, checked. From the root of a checkout."""
+
+import sys
+from pathlib import Path
+
+# The checkout's root, which `python -m` puts there, would offer its folder kernels/ to every `import kernels` of
+# transformers and bitsandbytes. `tests` has been found already, and soundwave is installed.
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+if __name__ == "__main__":
+    from tests.ptx.command import main
+
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Every Triton kernel of `kernels/` with the tests that judge its compiled code, and the orders they run under.
+
+A case calls a function of the project's own tests with Triton on CPU tensors, and so has that test's reference and
+tolerance: at most twice eager's error plus 4 ulp, or equal bits, or what the test says. `python -m tests.ptx sweep`
+runs all of them, `make test` those marked small.
+"""
+
+import ast
+import functools
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from soundwave.kernels import ctc_lattice
+from tests import (
+    test_ctc,
+    test_ctc_peaks,
+    test_linear_cross_entropy,
+    test_linear_ctc,
+    test_norm,
+    test_shrink_attention,
+    test_shrinking_adapter,
+    test_splice,
+    test_vocab_rows,
+)
+from tests.accuracy import assert_rms
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+NAMES = {FP16: "fp16", BF16: "bf16", FP32: "fp32", FP64: "fp64"}
+HERE = ("cpu", "triton")
+# Warp by warp takes up to eight times as long as all warps together, so the large cases run under one such order.
+EVERY = ("lockstep", "forward", "reverse", "random", "lanes", "noise")
+MOST = ("lockstep", "reverse", "lanes", "noise")
+FEW = ("lockstep", "noise")
+
+
+class Case(NamedTuple):
+    operation: str
+    name: str
+    dtype: str
+    run: Callable[[], Any]
+    orders: tuple[str, ...] = EVERY
+    small: tuple[int, ...] = ()  # architectures on which `make test` runs it
+
+    def __str__(self) -> str:
+        return f"{self.operation}: {self.name}, {self.dtype}"
+
+
+class Redundant(NamedTuple):
+    """Barriers of a kernel, at a line of its source, whose absence nobody can notice, with the reason."""
+
+    kernel: str
+    line: str
+    why: str
+
+
+REDUNDANT: list[Redundant] = []
+
+
+def _norm() -> Iterator[Case]:
+    test = test_norm.test_every_result_is_as_exact_as_eager
+    for dtype in NAMES:
+        for gather, with_sum in ((False, False), (True, True)):
+            name = "N7 D100, " + ("gathered, with the sum" if gather else "rows")
+            small = (86,) if dtype == BF16 and gather else ()
+            yield Case("norm", name, NAMES[dtype], partial(test, dtype, 7, 100, gather, with_sum, *HERE), small=small)
+    for width in (1024, 4097, test_norm.MAX_D):
+        small = (90,) if width == 1024 else ()
+        yield Case("norm", f"D{width}", "fp32", partial(test_norm.test_wide_rows, width, *HERE), small=small)
+    yield Case("norm", "D576", "bf16", partial(test, BF16, 3, 576, False, True, *HERE))
+    for x, residual in ((BF16, FP32), (FP16, FP32)):
+        test = test_norm.test_dtypes_may_differ_and_each_gradient_has_its_own
+        yield Case("norm", f"{NAMES[x]} onto fp32", NAMES[x], partial(test, x, residual, FP32, True, *HERE))
+    test = test_norm.test_in_triton_a_row_that_does_not_exist_is_nan_and_no_other
+    yield Case("norm", "a row that does not exist", "fp32", partial(test, "cpu"))
+
+
+def _ctc() -> Iterator[Case]:
+    for dtype in NAMES:
+        yield Case("ctc", "T15 B3 U5", NAMES[dtype], partial(test_ctc.test_dtypes, *HERE, dtype), small=(86, 90)[:1])
+    yield Case("ctc", "blocks of 32 states, U70", "fp32", partial(_blocks, 70, 75, 32), MOST, small=(86, 90))
+    yield Case("ctc", "one block of 4 warps, U200", "fp32", partial(_blocks, 200, 210, 1024), MOST)
+    yield Case("ctc", "blocks of 4 warps, U300", "fp32", partial(_blocks, 300, 310, 256), MOST)
+    for width in (300, 1100):
+        test = partial(test_ctc.test_short_targets_with_much_padding, width)
+        yield Case("ctc", f"4 labels padded to {width}", "fp32", test, MOST)
+    yield Case("ctc", "T120 U80, uniform", "fp32", partial(test_ctc.test_long_and_wide, *HERE), FEW)
+    yield Case("ctc", "2 labels padded to 40", "fp32", partial(test_ctc.test_a_short_target_in_a_wide_batch, *HERE))
+    yield Case("ctc", "corners", "fp32", partial(test_ctc.test_corner_cases_are_torchs, *HERE, "none", False))
+    for case in ("too short", "no frames", "all -inf", "a label -inf", "the lowest number"):
+        test = test_ctc.test_zero_infinity_leaves_no_nan
+        for dtype in (FP32, BF16):
+            yield Case("ctc", f"zero_infinity, {case}", NAMES[dtype], partial(test, *HERE, dtype, case))
+    yield Case("ctc", "RMS of 6 draws", "fp32", _ctc_rms, FEW)
+
+
+def _blocks(width: int, frames: int, block: int) -> None:
+    """`test_blocks_of_states` with blocks of another size, so that several warps share one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ctc_lattice, "LARGEST_BLOCK", block)
+        logits, targets, *lengths = test_ctc.make(frames, 2, 4, width, seed=width, full=True)
+        targets[:, 2::2] += targets[:, 2::2] == targets[:, 1:-1:2]  # fewer repeats, so that it can be aligned
+        lengths[0][1], lengths[1][1] = frames - 3, width - 12
+        test_ctc.check(logits.log_softmax(-1), targets.clamp(1, 3), *lengths, 0, "triton")
+
+
+def _ctc_rms() -> None:
+    """The interpreter is too slow for as many frames."""
+    pairs = []
+    for seed in range(6):
+        logits, targets, *lengths = test_ctc.make(60, 3, 50, 30, seed=seed, full=seed % 2 == 0)
+        pairs.append(test_ctc.check(logits.log_softmax(-1), targets, *lengths, 0, "triton"))
+    for name, of in zip(("loss", "gradient"), zip(*pairs, strict=True), strict=True):
+        assert_rms(list(of), torch.finfo(FP32).eps, name)
+
+
+def _vocab_rows() -> Iterator[Case]:
+    t = test_vocab_rows
+    for columns, count, stride in t.SHAPES:
+        for dtype in (FP64, FP32, BF16):
+            test = partial(t.test_statistics_and_probabilities, *HERE, columns, count, stride, dtype)
+            orders = EVERY if columns <= 300 else MOST
+            small = (86, 90) if (columns, dtype) == (300, BF16) else ()
+            yield Case("vocab_rows", f"V{columns} C{count}", NAMES[dtype], test, orders, small)
+    yield Case("vocab_rows", "no scale", "fp32", partial(t.test_without_a_scale_only_statistics, *HERE))
+    yield Case("vocab_rows", "NaN in a row", "fp32", partial(t.test_nan_in_one_row_stays_there, *HERE))
+    for second in (11, 4106, 8999):
+        test = partial(t.test_the_lowest_of_equal_columns, *HERE, second)
+        yield Case("vocab_rows", f"columns 10 and {second} equal", "fp32", test)
+    for gap in (10.0, 17.0, 25.0, 60.0):
+        for equals in (1, 2):
+            test = partial(t.test_the_normaliser_of_a_row_that_is_sure, *HERE, gap, equals)
+            yield Case("vocab_rows", f"sure by {gap:.0f}, {equals} equal", "fp32", test)
+
+
+def _linear_ctc() -> Iterator[Case]:
+    t = test_linear_ctc
+    for blank in (0, 40):
+        yield Case("linear_ctc", f"V40, blank {blank}", "fp64", partial(t.test_fp64_gives_fp64, *HERE, blank))
+    for dtype in (FP32, BF16, FP16):
+        for blank in (0, 300):
+            given = t.make(3, 12, 300, 16, 5, blank=blank, seed=1)
+            test = partial(t.check, given, dtype, impl="triton")
+            small = (90,) if (dtype, blank) == (BF16, 300) else ()
+            yield Case("linear_ctc", f"V300, blank {blank}", NAMES[dtype], test, MOST, small)
+        test = partial(t.test_rms_error_is_at_most_eagers, *HERE, dtype, "none")
+        yield Case("linear_ctc", "V300, RMS of 12 draws", NAMES[dtype], test, FEW)
+    test = partial(t.test_the_error_of_skipping_is_within_its_certificate, *HERE, BF16)
+    yield Case("linear_ctc", "V4000, skipping", "bf16", test, FEW)
+    test = partial(t.test_a_blank_that_is_sure, *HERE, 0.9993, "extra")
+    yield Case("linear_ctc", "V5000, blank sure", "bf16", test, FEW)
+
+
+def _linear_cross_entropy() -> Iterator[Case]:
+    t = test_linear_cross_entropy
+    for dtype in NAMES:
+        test = partial(t.check, t.make(17, 63, 7, ignored=0.3, dtype=dtype), "mean", True, "triton")
+        yield Case("linear_cross_entropy", "N17 V63", NAMES[dtype], test)
+    for dtype in (FP32, BF16, FP16):
+        test = partial(t.test_rms_error_is_at_most_that_of_the_plain_operations, *HERE, "none", dtype)
+        yield Case("linear_cross_entropy", "V700, RMS of 4 draws", NAMES[dtype], test, FEW)
+    yield Case("linear_cross_entropy", "V3000, target sure", "bf16", partial(t.test_a_target_that_is_sure, *HERE), FEW)
+
+
+def _peaks() -> Iterator[Case]:
+    t = test_ctc_peaks
+    for keep in t.KEEP:
+        for size in (1, 63, 750):
+            small = (86,) if (keep, size) == ("peaks", 63) else ()
+            test = partial(t.test_odd_sizes, size, keep, *HERE)
+            yield Case("ctc_peaks", f"T{size}, {keep}", "fp32", test, small=small)
+        test = partial(t.test_runs_go_on_from_one_block_of_frames_to_the_next, keep, *HERE)
+        yield Case("ctc_peaks", f"four blocks of frames, {keep}", "fp32", test, MOST)
+    for dtype in (FP64, BF16, FP16):
+        test = partial(t.test_scores_of_any_dtype_and_int32_paths, dtype, *HERE)
+        yield Case("ctc_peaks", "T33, int32 path", NAMES[dtype], test)
+    test = partial(t.test_more_kept_frames_than_one_program_copies, *HERE)
+    yield Case("ctc_peaks", "more frames than one program copies", "fp32", test)
+    test = partial(t.test_in_triton_lengths_out_of_range_read_nothing_out_of_bounds, "cpu")
+    yield Case("ctc_peaks", "lengths out of range", "fp32", test)
+
+
+def _splice() -> Iterator[Case]:
+    t = test_splice
+    yield Case("splice", "D63", "fp32", partial(t.test_everything_is_eagers, 3, 7, 63, 4, 0.6, "right", "left", *HERE))
+    test = t.test_speech_takes_the_dtype_of_the_text_and_its_gradient_its_own
+    for text, speech in ((FP32, BF16), (BF16, FP32), (BF16, BF16), (FP16, FP16)):
+        small = (86,) if (text, speech) == (BF16, BF16) else ()
+        name = f"D33, {NAMES[speech]} into {NAMES[text]}"
+        yield Case("splice", name, NAMES[text], partial(test, text, speech, "left", *HERE), small=small)
+    yield Case("splice", "D2500", "fp32", partial(t.test_rows_wider_than_a_block, *HERE))
+
+
+def _attention() -> Iterator[Case]:
+    t = test_shrink_attention
+    for dtype in (FP32, BF16, FP16):
+        for heads, size in ((2, 8), (1, 24), (3, 64)):
+            for lengths in ("odd", "empty-ones", "no-keys"):
+                test = partial(t.test_every_result_is_as_exact_as_torchs_own, dtype, heads, size, lengths, *HERE)
+                small = (86, 90) if (dtype, size, lengths) == (BF16, 24, "odd") else ()
+                name = f"H{heads} E{size}, {lengths}"
+                orders = EVERY if size == 24 else MOST
+                yield Case("shrink_attention", name, NAMES[dtype], test, orders, small)
+    # Several steps over keys and over queries.
+    for size, dtype in ((64, BF16), (24, FP16), (24, FP32)):
+        test = partial(t.check, *t.make([3, 70], [330, 70], 1, size, dtype), "triton")
+        yield Case("shrink_attention", f"H1 E{size}, long", NAMES[dtype], test, MOST)
+    for size in (80, 128, 256):
+        for dtype in (BF16, FP32):
+            test = partial(t.check, *t.make([3, 33], [63, 70], 1, size, dtype), "triton")
+            yield Case("shrink_attention", f"H1 E{size}", NAMES[dtype], test, FEW)
+
+
+def _adapter() -> Iterator[Case]:
+    t = test_shrinking_adapter
+    for dtype in (FP32, BF16, FP16):
+        for rows, kept, width in ((1, 1, 7), (63, 7, 24), (200, 100, 70), (200, 100, 64)):
+            for joint in (False, True):
+                test = partial(t.test_projections_are_as_exact_as_eagers, dtype, rows, kept, width, joint, False, *HERE)
+                small = (90,) if (dtype, width, joint) == (BF16, 24, False) else ()
+                name = f"{kept} of {rows} rows, D{width}, {'all for the kept' if joint else 'queries for the kept'}"
+                orders = EVERY if width <= 24 else FEW
+                yield Case("shrink_projection", name, NAMES[dtype], test, orders, small)
+    for keys in t.KEYS:
+        test = partial(t.test_under_autocast_too_with_eagers_dtypes, keys, BF16, *HERE)
+        yield Case("adapter", f"keys={keys!r} under autocast", "bf16", test, FEW)
+
+
+@functools.cache
+def cases() -> list[Case]:
+    groups = (_norm, _ctc, _vocab_rows, _linear_ctc, _linear_cross_entropy, _peaks, _splice, _attention, _adapter)
+    return [case for group in groups for case in group()]
+
+
+def kernels() -> set[str]:
+    """The names of all kernels in `kernels/`: functions of Triton that no other function of Triton calls."""
+    defined, called = set(), set()
+    for path in KERNELS.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+                defined.add(node.name)
+                called |= {name.id for part in node.body for name in ast.walk(part) if isinstance(name, ast.Name)}
+    return defined - called

@@ -1,0 +1,113 @@
+"""Takes each barrier out of each compiled kernel and says whether that is noticed: the test of the tests.
+
+At every launch of a case the kernel runs whole first. Then it runs again from the same memory without one of its
+`bar.sync`, for each that has not been missed yet: together in lockstep, where races are found whatever the order; then
+with the check of lanes within a warp; then warp by warp, forward and reverse, where other results in memory count too.
+"""
+
+import linecache
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tests.ptx import EmulationError
+from tests.ptx.driver import ORDERS, Prepared, emulated
+
+ATTEMPTS = ("lockstep", "lanes", "forward", "reverse")
+MOST_TRIES = 4  # launches of one compiled kernel on which a barrier may go unnoticed, before it counts as unnoticed
+
+
+class Barrier(NamedTuple):
+    """One `bar.sync` of one compiled kernel. `noticed` says what its absence led to, "" if to nothing."""
+
+    kernel: str
+    arch: int
+    variant: str
+    number: int
+    num_warps: int
+    line: str  # of the kernel's source
+    noticed: str = ""
+    tries: int = 0
+
+    def __str__(self) -> str:
+        place = f"barrier {self.number} of {self.variant} at `{self.line}`"
+        return f"{self.kernel} sm_{self.arch}, {self.num_warps} warps, {place}"
+
+
+def barrier_lines(ptx: str) -> list[str]:
+    """For each `bar.sync` of a text, in order, the line of the kernel's own source that it was compiled from."""
+    paths = {Path(path).name: path for path in re.findall(r'\.file\s+\d+\s+"([^"]+)"', ptx)}
+    place, found = "", []
+    for line in ptx.splitlines():
+        if line.lstrip().startswith(".loc"):
+            place = re.findall(r"([\w.]+:\d+):\d+", line)[-1]  # a comment names the functions called, the kernel last
+        elif re.match(r"\s*(@\S+\s+)?(bar|barrier)(\.cta)?\.sync\b", line):
+            name, _, number = place.partition(":")
+            found.append(linecache.getline(paths.get(name, name), int(number or 0)).strip() or place)
+    return found
+
+
+class _Noticed(Exception):
+    """The first finding is enough."""
+
+
+def _notice(prepared: Prepared, number: int, before: list[bytes], after: list[bytes], limit: int) -> str:
+    for attempt in ATTEMPTS:
+        prepared.restore(before)
+        launch = prepared.launch(**ORDERS[attempt], skip_barriers=(number,), limit=limit)
+
+        def stop(kind: str, text: str) -> None:
+            raise _Noticed(kind)
+
+        launch.report.add = stop
+        try:
+            launch.run()
+        except _Noticed as noticed:
+            return str(noticed)
+        except EmulationError as error:
+            return str(error).partition(":")[0]
+        if prepared.memory() != after:
+            return "results"
+    return ""
+
+
+class Mutation:
+    """Called with each launch in place of running it; keeps what became of each barrier."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch, self.barriers = arch, {}
+
+    def __call__(self, prepared: Prepared) -> Any:
+        compiled, before = prepared.compiled, prepared.memory()
+        report = prepared.launch().run()
+        after = prepared.memory()
+        if compiled.variant not in self.barriers:
+            lines, name = barrier_lines(compiled.ptx), compiled.program.kernel.name
+            assert len(lines) == len(compiled.program.barriers)
+            self.barriers[compiled.variant] = [
+                Barrier(name, self.arch, compiled.variant, number, prepared.num_warps, line)
+                for number, line in enumerate(lines)
+            ]
+        barriers = self.barriers[compiled.variant]
+        limit = 10_000 + 8 * prepared.num_warps * report.instructions
+        for number, barrier in enumerate(barriers):
+            if not barrier.noticed and barrier.tries < MOST_TRIES:
+                noticed = _notice(prepared, number, before, after, limit)
+                barriers[number] = barrier._replace(noticed=noticed, tries=barrier.tries + 1)
+        prepared.restore(after)
+        return report
+
+
+def mutate(arch: int, functions: Iterable[Callable[[], Any]]) -> list[Barrier]:
+    """What became of every barrier of the kernels that these functions launch on CPU tensors."""
+    mutation = Mutation(arch)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for function in functions:
+        torch.manual_seed(0)
+        with emulated(arch, on_launch=mutation, **ORDERS["lockstep"]):
+            function()
+    torch.use_deterministic_algorithms(False)
+    return [barrier for barriers in mutation.barriers.values() for barrier in barriers]
