@@ -245,8 +245,10 @@ def collect(arguments: tuple[str, ...]) -> None:
 def check_options(_: Home, words: list[str]) -> None:
     """A script of the checkout that would run for long: it is there, and its help names the options that are used."""
     line = shlex.join(words)
-    script = words[1:2] if words[0].rpartition("/")[2].startswith("python") else words[:1]
-    command = [sys.executable, *script] if script[0].endswith(".py") else [BIN / Path(script[0]).name]
+    if words[0].rpartition("/")[2].startswith("python"):
+        command = [sys.executable, *(words[1:4] if words[1] == "-m" else words[1:2])]  # of a module also its command
+    else:
+        command = [BIN / Path(words[0]).name]
     done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.lower().lstrip().startswith("usage") or "Usage:" in done.stdout, f"{line}: it has no --help"
@@ -271,7 +273,7 @@ RULES: list[tuple[str, Callable[[Home, list[str]], None]]] = [
     ("make", dry_make),
     (r"(python -m )?pip install", parse_pip),
     ("pytest", collect_tests),
-    (r"python [\w/]+\.py|ruff|tensorboard", check_options),
+    (r"python ([\w/]+\.py|-m tests\.ptx)|ruff|tensorboard", check_options),
     ("nsys profile|ncu", run_wrapped),
     ("nsys stats|git clone|cd|source|ffmpeg|hf auth login|apt install|python3? -m venv", leave),
 ]

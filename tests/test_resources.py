@@ -1,29 +1,21 @@
 """Every kernel compiles for six architectures without a GPU, spills nothing and fits into shared memory."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.compiling import SHARED_KB, kernels, run_compiled
 
-KERNELS = Path(__file__).parents[1] / "kernels"
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block may use
+pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
     """The resources of each kernel on each card. A separate process compiles, because interpreted kernels cannot be."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-P" if sys.version_info >= (3, 11) else "-I",
-        str(Path(__file__).parent / "compiled" / "run.py"),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    safe = "-P" if sys.version_info >= (3, 11) else "-I"
+    done = run_compiled(safe, Path(__file__).parent / "compiled" / "run.py")
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -35,24 +27,18 @@ def test_the_table_of_resources(compiled):
             f"{row['kernel']:44} {row['label']:34} {row['arch']:4} {row['num_warps']:5} {row['registers']:9}"
             f" {row['shared']:7} {row['stack']:5}"
         )
-    assert {row["arch"] for row in compiled} == set(SHARED_LIMIT)
+    assert {row["arch"] for row in compiled} == set(SHARED_KB)
 
 
 def test_nothing_spills(compiled):
     assert [row for row in compiled if row["stack"] or row["local"]] == []
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("arch", SHARED_KB)
 def test_shared_memory_fits_the_card(compiled, arch):
-    limit = SHARED_LIMIT[arch] * 1024
+    limit = SHARED_KB[arch] * 1024
     assert [row for row in compiled if row["arch"] == arch and row["shared"] > limit] == []
 
 
 def test_every_kernel_has_a_case(compiled):
-    source = "\n".join(path.read_text(encoding="utf-8") for path in KERNELS.glob("*.py"))
-    defined = {
-        line.split("(")[0].removeprefix("def ")
-        for line in source.splitlines()
-        if line.startswith("def _") and "_kernel(" in line
-    }
-    assert defined and defined == {row["kernel"] for row in compiled}
+    assert kernels() == {row["kernel"] for row in compiled}

@@ -6,10 +6,12 @@ import importlib.util
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.ptx.driver import ORDERS, SHARED_KB
+from tests.compiling import SHARED_KB
+from tests.ptx.driver import ORDERS, Finding
 from tests.ptx.mutate import mutate
 from tests.ptx.runs import Outcome, run
 
@@ -51,27 +53,35 @@ def load(name: str) -> Callable[[], object]:
     return getattr(module, function)
 
 
-def _tell(outcome: Outcome) -> None:
-    for part in outcome.parts:
-        print(
-            f"    {part.kernel}: {part.launches} launches, {part.num_warps} warps, "
-            f"{part.instructions} instructions, {len(part.opcodes)} opcodes"
-        )
+def _tell(outcome: Outcome, told: set[Finding]) -> None:
+    """The run in one line, and below it what was not told before."""
+    kinds = Counter(finding.kind for finding in outcome.findings)
+    what = [outcome.error] * bool(outcome.error) + [f"{count} x {kind}" for kind, count in kinds.items()]
+    print(f"sm_{outcome.arch} {outcome.order:8} {outcome.name}: {'; '.join(what) or 'ok'} ({outcome.seconds:.1f} s)")
+    for finding in outcome.findings:
+        if finding not in told:
+            print(f"    {finding}")
+    told.update(outcome.findings)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     bad = 0
     for name in arguments.functions:
-        function = load(name)
+        function, told = load(name), set()
         for arch in arguments.arch:
             for number, outcome in enumerate(run(name, function, arch, arguments.order or ORDERS)):
+                _tell(outcome, told)
                 bad += not outcome.good
-                print(outcome, flush=True)
-                if number == 0:
-                    _tell(outcome)
-                    if not outcome.parts and not outcome.error:
-                        print("    launched no kernel")
-                        bad += 1
+                if number:
+                    continue
+                for part in outcome.parts:
+                    print(
+                        f"    {part.kernel}: {part.launches} launches with {part.num_warps} warps, "
+                        f"{part.instructions} instructions"
+                    )
+                if not outcome.parts and outcome.good:
+                    print("    launched no kernel")
+                    bad += 1
     print(f"{bad} runs with a finding or a failure" if bad else "nothing found")
     return min(bad, 1)
 

@@ -32,6 +32,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from tests.compiling import SHARED_KB
 from tests.ptx import Allocation, EmulationError, Launch, Unsupported, program
 
 # The schedules that kernels are run under, as settings of `Launch`.
@@ -43,7 +44,6 @@ ORDERS: dict[str, dict[str, Any]] = {
     "lanes": {"lockstep": True, "lanes": True},
     "noise": {"lockstep": True, "noise": True},
 }
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of shared memory a block may use
 PACKED = {
     "i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u1": "<B", "u8": "<B", "u16": "<H", "u32": "<I",
     "u64": "<Q", "fp16": "<e", "fp32": "<f", "f32": "<f", "fp64": "<d",

@@ -59,7 +59,7 @@ def _notice(prepared: Prepared, number: int, before: list[bytes], after: list[by
         prepared.restore(before)
         launch = prepared.launch(**ORDERS[attempt], skip_barriers=(number,), limit=limit)
 
-        def stop(kind: str, text: str) -> None:
+        def stop(kind: str, *_: Any) -> None:
             raise _Noticed(kind)
 
         launch.report.add = stop
