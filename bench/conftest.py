@@ -26,6 +26,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("soundwave")
     group.addoption("--results", type=Path, default=ROOT / "bench" / "results", help="Folder for the results.")
     group.addoption("--size", choices=("cuda", "cpu", "tiny"), help="Size of the shapes. Default: that of the device.")
+    group.addoption("--commit", default="", help="Commit of the checkout, where git does not know it.")
     group.addoption("--batch", type=int, help="Number of utterances in every case, instead of its own.")
     group.addoption(
         "--compare",
@@ -227,7 +228,7 @@ class Session:
                 kind=self.device.type,
                 size=self.size,
                 date=self.started,
-                commit=commit() or "unknown",
+                commit=commit() or self.config.getoption("--commit") or "unknown",
                 versions=history.installed(),
                 threads=torch.get_num_threads(),
                 roofs={},

@@ -326,7 +326,12 @@ def largest(trial: Trial, kept_per_second: float, tried: list[dict[str, Any]], d
 
     def fits(size: int) -> bool:
         result = trial.attempt(size, kept_per_second)
-        tried.append({"batch": size, "fits": result is not None, "peak_bytes": result and result["peak_bytes"]})
+        tried.append(
+            {
+                "batch": size, "fits": result is not None, "peak_bytes": result and result["peak_bytes"],
+                "predicted_bytes": prediction(trial, size, kept_per_second).peak,
+            }
+        )  # fmt: skip
         return result is not None
 
     if not trial.cuda:
@@ -445,10 +450,6 @@ def speed(trial: Trial, size: int, kept_per_second: float, times: list[float], r
     kept = trial.kept or 0
     flops = ACCUMULATION * model_flops(trial.stage, size, trial.seconds, kept, trial.text, trial.dims)
     tokens = ACCUMULATION * (size * trial.text["text_tokens"] + kept) if trial.stage > 1 else 0
-    predicted = memory.predict(
-        trial.stage, size, trial.seconds, gpu_gib=CAP_GIB + memory.RESERVED_GIB,
-        implementation=trial.implementation, kept_per_second=kept_per_second, dims=trial.dims, **trial.text,
-    )  # fmt: skip
     return {
         "accumulation": ACCUMULATION,
         "step_seconds_median": median,
@@ -457,8 +458,16 @@ def speed(trial: Trial, size: int, kept_per_second: float, times: list[float], r
         "tokens_per_second": tokens / median,
         "model_tflop_per_step": flops / 1e12,
         "model_flop_utilisation": flops / median / roof,
-        "predicted_peaks": predicted.peaks,
+        "predicted_peaks": prediction(trial, size, kept_per_second).peaks,
     }
+
+
+def prediction(trial: Trial, size: int, kept_per_second: float) -> memory.Prediction:
+    """What `soundwave.memory` predicts for a step of a trial."""
+    return memory.predict(
+        trial.stage, size, trial.seconds, gpu_gib=CAP_GIB + memory.RESERVED_GIB, implementation=trial.implementation,
+        kept_per_second=kept_per_second, dims=trial.dims, **trial.text,
+    )  # fmt: skip
 
 
 def interquartile_range(values: list[float]) -> float:
@@ -490,18 +499,20 @@ def in_a_process(stage: int, implementation: str, tiny: bool, until: float) -> t
             error = f"exit status {code}" if code else None
         except subprocess.TimeoutExpired:
             error = f"not done after {timeout:.0f} s"
+        except KeyboardInterrupt:  # as `timeout --signal INT` sends it; what was measured is written all the same
+            error = "interrupted"
         return json.loads(results.read_text()) if results.exists() else [], error
 
 
 # ---------------------------------------------------------------- the file and the table
 
 
-def header(tiny: bool) -> dict[str, Any]:
+def header(tiny: bool, given_commit: str = "") -> dict[str, Any]:
     return {
         "benchmark": "train_24gb",
         "device": "CPU rehearsal" if tiny else torch.cuda.get_device_name(),
         "date": date.today().isoformat(),
-        "commit": commit() or "unknown",
+        "commit": commit() or given_commit or "unknown",
         "versions": versions(PACKAGES) | ({"cuda": torch.version.cuda} if torch.version.cuda else {}),
         "dtype": "bfloat16 products, float32 trained weights, NF4 language model",
         "cap_gib": None if tiny else CAP_GIB,
@@ -537,6 +548,9 @@ def main(
     implementation: Annotated[list[str] | None, typer.Option(help="fused or eager; default: both.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the JSON file.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Rehearse on the CPU at small sizes.")] = False,
+    given_commit: Annotated[
+        str, typer.Option("--commit", help="Commit of the checkout, where git does not know it.")
+    ] = "",
     minutes: Annotated[float, typer.Option(help="Time for everything, in minutes.")] = 8.0,
     child: Annotated[
         Path | None, typer.Option(hidden=True, help="Measure in this process and write the results to this file.")
@@ -554,7 +568,7 @@ def main(
         raise SystemExit(
             "bitsandbytes is not installed, but stages 2 and 3 hold the LLM in its 4-bit format: install it"
         )
-    content = header(tiny) | {"runs": [], "failures": []}
+    content = header(tiny, given_commit) | {"runs": [], "failures": []}
     results = ROOT / "runs" if tiny else ROOT / "bench" / "results" / slug(content["device"])
     folder = out or Path(os.environ.get("OUT") or results)
     folder.mkdir(parents=True, exist_ok=True)
