@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from soundwave.kernels import ctc_lattice
+from soundwave.kernels import ctc_lattice, ctc_peaks, norm
 from tests import (
     test_ctc,
     test_ctc_peaks,
@@ -68,13 +68,22 @@ def _norm() -> Iterator[Case]:
             yield Case("norm", name, NAMES[dtype], partial(test, dtype, 7, 100, gather, with_sum, *HERE), small=small)
     for width in (1024, 4097, test_norm.MAX_D):
         small = (90,) if width == 1024 else ()
-        yield Case("norm", f"D{width}", "fp32", partial(test_norm.test_wide_rows, width, *HERE), small=small)
-    yield Case("norm", "D576", "bf16", partial(test, BF16, 3, 576, False, True, *HERE))
+        wide = partial(_two_programs, test_norm.test_wide_rows, width, *HERE)
+        yield Case("norm", f"D{width}, 3 rows in 2 programs", "fp32", wide, small=small)
+    several = partial(_two_programs, test, BF16, 7, 576, False, True, *HERE)
+    yield Case("norm", "D576, 7 rows in 2 programs", "bf16", several)
     for x, residual in ((BF16, FP32), (FP16, FP32)):
         test = test_norm.test_dtypes_may_differ_and_each_gradient_has_its_own
         yield Case("norm", f"{NAMES[x]} onto fp32", NAMES[x], partial(test, x, residual, FP32, True, *HERE))
     test = test_norm.test_in_triton_a_row_that_does_not_exist_is_nan_and_no_other
     yield Case("norm", "a row that does not exist", "fp32", partial(test, "cpu"))
+
+
+def _two_programs(test: Callable[..., None], *arguments: Any) -> None:
+    """With the rows of so few programs that each has several: a loop with one round needs fewer barriers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norm, "PROGRAMS", 2)
+        test(*arguments)
 
 
 def _ctc() -> Iterator[Case]:
@@ -186,17 +195,24 @@ def _peaks() -> Iterator[Case]:
     for keep in t.KEEP:
         for size in (1, 63, 750):
             small = (86,) if (keep, size) == ("peaks", 63) else ()
-            test = partial(t.test_odd_sizes, size, keep, *HERE)
+            test = partial(_blocks_of_frames, t.test_odd_sizes, size, keep, *HERE)
             yield Case("ctc_peaks", f"T{size}, {keep}", "fp32", test, small=small)
         test = partial(t.test_runs_go_on_from_one_block_of_frames_to_the_next, keep, *HERE)
-        yield Case("ctc_peaks", f"four blocks of frames, {keep}", "fp32", test, MOST)
+        yield Case("ctc_peaks", f"blocks of 1024 frames, {keep}", "fp32", test, MOST)
     for dtype in (FP64, BF16, FP16):
-        test = partial(t.test_scores_of_any_dtype_and_int32_paths, dtype, *HERE)
+        test = partial(_blocks_of_frames, t.test_scores_of_any_dtype_and_int32_paths, dtype, *HERE)
         yield Case("ctc_peaks", "T33, int32 path", NAMES[dtype], test)
     test = partial(t.test_more_kept_frames_than_one_program_copies, *HERE)
     yield Case("ctc_peaks", "more frames than one program copies", "fp32", test)
     test = partial(t.test_in_triton_lengths_out_of_range_read_nothing_out_of_bounds, "cpu")
     yield Case("ctc_peaks", "lengths out of range", "fp32", test)
+
+
+def _blocks_of_frames(test: Callable[..., None], *arguments: Any) -> None:
+    """With blocks of 32 frames, so that there are several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ctc_peaks, "MAX_BLOCK_T", 32)
+        test(*arguments)
 
 
 def _splice() -> Iterator[Case]:

@@ -43,7 +43,8 @@ def barrier_lines(ptx: str) -> list[str]:
     place, found = "", []
     for line in ptx.splitlines():
         if line.lstrip().startswith(".loc"):
-            place = re.findall(r"([\w.]+:\d+):\d+", line)[-1]  # a comment names the functions called, the kernel last
+            # A comment names the functions called, the kernel last; code that the compiler made up has line 0.
+            place = next((x for x in re.findall(r"([\w.]+:\d+):\d+", line)[::-1] if not x.endswith(":0")), place)
         elif re.match(r"\s*(@\S+\s+)?(bar|barrier)(\.cta)?\.sync\b", line):
             name, _, number = place.partition(":")
             found.append(linecache.getline(paths.get(name, name), int(number or 0)).strip() or place)
