@@ -156,12 +156,11 @@ class Approximate:
     @staticmethod
     def _within(y: np.ndarray, bound: np.ndarray) -> np.ndarray:
         """The float32 next to y + bound that is no farther from y."""
-        wanted = y + bound
-        out = wanted.astype(F4)
-        over = np.abs(out.astype(F8) - y) > np.abs(bound)
-        out = np.where(over, np.nextafter(out, y.astype(F4)), out)
+        nearest = y.astype(F4)
+        out = (y + bound).astype(F4)
+        out = np.where(np.abs(out.astype(F8) - y) > np.abs(bound), np.nextafter(out, nearest), out)
         # Exact zeros, infinities and results too small for a normal number stay as they are.
-        return np.where(np.isfinite(y) & (np.abs(y) >= 2.0**-125), out, y.astype(F4))
+        return np.where(np.isfinite(nearest) & (np.abs(y) >= 2.0**-125), out, nearest)
 
     def ex2(self, x: np.ndarray) -> np.ndarray:
         y = np.exp2(x.astype(F8))
@@ -171,10 +170,9 @@ class Approximate:
         y = np.log2(x.astype(F8))
         if not self.noise:
             return y.astype(F4)
+        bound = self._sign(x) * 2.0**-22
         near_one = (x > 0.5) & (x < 2.0)
-        bound = np.where(near_one, 1.0, np.abs(y)) * self._sign(x) * 2.0**-22
-        wanted = y + bound
-        return np.where(near_one, wanted.astype(F4), self._within(y, bound))
+        return np.where(near_one, (y + bound).astype(F4), self._within(y, np.abs(y) * bound))
 
     def rcp(self, x: np.ndarray) -> np.ndarray:
         return self._ulps(1.0 / x.astype(F8), 1, x)
@@ -190,7 +188,7 @@ class Approximate:
         out = y.astype(F4)
         if not self.noise:
             return out
-        return self._within(y, self._sign(x) * ulps * np.spacing(np.abs(out)).astype(F8))
+        return self._within(y, self._sign(x) * np.ldexp(np.float64(ulps), np.frexp(out)[1] - 24))
 
 
 def rcp_f64(x: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """From the text of PTX to a list of instructions.
 
     kernel = parse(ptx)
-    kernel.name, kernel.parameters      # "_ctc_lattice_kernel", [("..._param_0", "u64"), ...]
+    kernel.name, kernel.params         # "_ctc_lattice_kernel", [("..._param_0", "u64"), ...]
     kernel.items                        # labels (str) and Instruction, in the order of the text
 
 Only what Triton writes is understood: one entry function in a module, registers declared in nested scopes (inline
@@ -128,12 +128,12 @@ class Kernel:
             )
         (entry,) = entries
         self.name = entry[1]
-        self.parameters = []
+        self.params = []
         for declaration in split(entry[2]):
             found = re.match(r"\.param\s+\.([bsuf]\d+)\b.*?(\w+)$", declaration)
             if not found:
                 raise Unsupported(f"parameter {declaration}")
-            self.parameters.append((found[2], found[1]))
+            self.params.append((found[2], found[1]))
         threads = re.search(r"\.reqntid\s+(\d+)", entry[3])
         self.threads = int(threads[1]) if threads else None
         self.files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text))
@@ -144,10 +144,6 @@ class Kernel:
         self.registers: dict[int, str] = {}
         self.items: list[str | Instruction] = []
         self._body(text, entry.end(), end - 1)
-
-    @property
-    def params(self) -> list[tuple[str, str]]:
-        return self.parameters
 
     def _body(self, text: str, at: int, end: int) -> None:
         lines = [newline.start() for newline in re.finditer("\n", text)]
@@ -206,7 +202,7 @@ class Kernel:
             instruction.opcode, *instruction.modifiers = name.split(".")
             instruction.operands = [self._operand(part, scopes) for part in split(rest)]
         except Unsupported as error:
-            raise Unsupported(f"{instruction}: {error}") from None
+            raise Unsupported(f"{instruction}: {str(error).removeprefix('unsupported: ')}") from None
         return instruction
 
     def _operand(self, text: str, scopes: list[dict[str, int]]) -> Any:

@@ -205,7 +205,7 @@ class Launch:
                 unit.stack.pop()
                 continue
             if index >= len(blocks):
-                raise EmulationError("the end of the program is reached without ret")
+                raise EmulationError("end: the program goes on behind its last instruction")
             block = blocks[index]
             function = block.full if mask is None else block.masked
             if function is None:
@@ -213,7 +213,7 @@ class Launch:
             condition = function(unit, unit.registers, mask)
             report.instructions += len(block.instructions)
             if report.instructions > self.limit:
-                raise EmulationError(f"more than {self.limit} instructions: it hangs")
+                raise EmulationError(f"hangs: more than {self.limit} instructions")
             end = block.end
             top[1] = index + 1
             if end is None:

@@ -42,8 +42,11 @@ def unsigned(bits: int) -> str:
 
 
 class EmulationError(Exception):
-    """What a GPU would stop for, or what leaves nothing sensible to go on with: out of bounds, misaligned, diverged."""
+    """What a GPU would stop for, or what leaves nothing sensible to go on with. The message begins with its kind."""
 
 
 class Unsupported(EmulationError):
     """PTX that the emulator does not know. It is never passed over."""
+
+    def __init__(self, text: str):
+        super().__init__(f"unsupported: {text}")
