@@ -21,7 +21,14 @@ from torch import Tensor
 from soundwave.kernels.checks import needs_gradient, no_second_derivative, raise_or_defer, raise_pending
 from soundwave.kernels.dispatch import ranged
 from soundwave.kernels.linear_ctc_path import sum_dtype, without_autocast
-from soundwave.kernels.vocab_rows import RowStats, add_weight_gradient, probabilities_times_weight, vocab_chunks
+from soundwave.kernels.vocab_rows import (
+    RowStats,
+    add_weight_gradient,
+    gradient_dtype,
+    p_factor,
+    probabilities_times_weight,
+    vocab_chunks,
+)
 
 TARGET_ROWS = 1024  # targets whose rows of the head are gathered at once: bounds the fp32 copy
 
@@ -74,7 +81,7 @@ def _run(
         factor = upstream[place].to(dtype)
         greatest = factor.abs().amax().clamp(min=torch.finfo(dtype).tiny)
         row_weight, sign = factor.abs() / greatest, factor.sign()
-    dhidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
+    dhidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=gradient_dtype(hidden))
     dweight = target_logits.new_zeros(weight.shape if need_weight else 0)
     stats = RowStats.empty(len(rows), target_logits)
     rows, product_weight = rows.to(product_dtype), weight.to(product_dtype)
@@ -85,9 +92,10 @@ def _run(
         if need_hidden:
             product, _, _ = probabilities_times_weight(p, product_weight, off_label[:, 0], exact)
             product.addcmul_(off_label, weight[ids[start:stop, 0]].to(dtype), value=-1)
-            dhidden[place[start:stop]] = product.to(hidden.dtype)
+            dhidden[place[start:stop]] = product.to(dhidden.dtype)
         if need_weight:
-            p.scatter_(1, ids[start:stop], (-off_label * row_weight[start:stop, None]).to(p.dtype))
+            of_target = -off_label * (row_weight[start:stop, None] * p_factor(p.dtype))
+            p.scatter_(1, ids[start:stop], of_target.to(p.dtype))
             add_weight_gradient(dweight, p, rows[start:stop] * sign[start:stop, None].to(product_dtype))
     dweight *= greatest
     losses = target_logits.new_zeros(len(hidden))
@@ -128,7 +136,8 @@ def _(
 ):  # fmt: skip
     loss = hidden.new_empty(hidden.shape[0] if reduction == "none" else (), dtype=sum_dtype(hidden, weight))
     dweight = loss.new_empty(weight.shape if need_weight and reduction != "none" else 0)
-    return loss, hidden.new_empty(hidden.shape if need_hidden else 0), dweight, loss.new_empty(())
+    dhidden = hidden.new_empty(hidden.shape if need_hidden else 0, dtype=gradient_dtype(hidden))
+    return loss, dhidden, dweight, loss.new_empty(())
 
 
 @torch.library.custom_op("soundwave::linear_cross_entropy_dweight", mutates_args=())
@@ -175,7 +184,7 @@ def _setup_context(ctx, inputs, output):
     ctx.settings, reduction = inputs[3:6], inputs[6]
     ctx.need_hidden, ctx.need_weight = inputs[8:10]
     ctx.again = ctx.need_weight and reduction == "none"
-    ctx.weight_dtype = inputs[1].dtype
+    ctx.hidden_dtype, ctx.weight_dtype = inputs[0].dtype, inputs[1].dtype
     ctx.save_for_backward(*output[1:], *(inputs[:3] if ctx.again else ()))
     ctx.mark_non_differentiable(output[3])  # dH and dW stay: a second derivative reaches them and is refused
     ctx.set_materialize_grads(False)
@@ -188,7 +197,7 @@ def _autograd(ctx, grad, *_):
     if ctx.again:
         dweight = _linear_cross_entropy_dweight(*ctx.saved_tensors[3:], *ctx.settings, grad)
     dweight = dweight.to(ctx.weight_dtype) if ctx.need_weight else None
-    return dhidden if ctx.need_hidden else None, dweight, *[None] * 9
+    return dhidden.to(ctx.hidden_dtype) if ctx.need_hidden else None, dweight, *[None] * 9
 
 
 _linear_cross_entropy_fwd.register_autograd(_autograd, setup_context=_setup_context)

@@ -23,8 +23,8 @@ close to 1.
 
 Shapes    hidden [B, T, D], weight [V, D], targets int [B, U], lengths int [B]; C = U + 1 columns of the lattice; N rows
           inside the lengths, packed. An extra blank row (`blank_weight` [D], `blank_bias`) never enters S.
-Numerics  products in `product_dtype`; labels, softmax and lattice in fp32 (fp64 if hidden or weight is). fp16 rounds
-          probabilities below 3e-8 to 0, so where a model is sure the off-label gradient is lost; bf16 keeps it.
+Numerics  products in `product_dtype`; labels, softmax and lattice in fp32 (fp64 if hidden or weight is). For fp16 the
+          probabilities are stored 2^15 times as large, and dH is fp32 until backward: small ones would be lost.
 Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it is trained (8 with reduction "none"), less
           what is skipped. Memory: one chunk of logits, dH, a few N·C of the lattice, and for a trained head dW in fp32.
 Bitwise deterministic: scattered rows go to distinct labels.
@@ -49,6 +49,7 @@ from soundwave.kernels.linear_ctc_steps import (
     loss_weights,
     over_vocabulary,
 )
+from soundwave.kernels.vocab_rows import gradient_dtype
 
 
 class Result(NamedTuple):
@@ -158,7 +159,7 @@ def _(
         path_log_prob=like.new_empty(batch, size),
         active_share=like.new_empty(()),
         error_bound=like.new_empty(()),
-        dhidden=hidden.new_empty(hidden.shape if need_hidden else 0),
+        dhidden=hidden.new_empty(hidden.shape if need_hidden else 0, dtype=gradient_dtype(hidden)),
         dweight=like.new_empty(weight.shape if need_weight and reduction != "none" else 0),
         dblank=like.new_empty((batch, width + 1) if need_blank else 0),
         scale=like.new_empty(batch),
@@ -218,7 +219,7 @@ def _(grad, dhidden, dweight, dblank, scale):
 def _setup_context(ctx, inputs, output):
     tensors, ctx.settings, reduction = inputs[:7], inputs[7:10], inputs[10]
     ctx.need_hidden, ctx.need_weight, _ = inputs[13:16]
-    ctx.again = ctx.need_weight and reduction == "none"
+    ctx.again, ctx.hidden_dtype = ctx.need_weight and reduction == "none", tensors[0].dtype
     ctx.like = [None if x is None else (x.dtype, x.shape) for x in tensors[1:4]]
     ctx.save_for_backward(*output[5:], *(tensors if ctx.again else ()))
     ctx.mark_non_differentiable(*output[1:5])  # the gradients stay: a second derivative reaches them
@@ -236,7 +237,7 @@ def _autograd(ctx, grad, *_):
     others = [
         x.to(like[0]).view(like[1]) if want else None for x, like, want in zip(others, ctx.like, wanted, strict=True)
     ]
-    return dhidden if ctx.need_hidden else None, *others, *[None] * 13
+    return dhidden.to(ctx.hidden_dtype) if ctx.need_hidden else None, *others, *[None] * 13
 
 
 _linear_ctc_fwd.register_autograd(_autograd, setup_context=_setup_context)

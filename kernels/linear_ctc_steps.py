@@ -11,6 +11,7 @@ from soundwave.kernels.linear_ctc_path import Head, Packed, argmax_path, logits_
 from soundwave.kernels.vocab_rows import (
     RowStats,
     add_weight_gradient,
+    gradient_dtype,
     longest_row,
     probabilities_times_weight,
     vocab_chunks,
@@ -130,7 +131,7 @@ def over_vocabulary(batch: Batch, weights: Weights, settings: Settings) -> Sums:
     hidden, packed, label_logits, need = batch.hidden, batch.packed, batch.label_logits, settings.need
     rows, weight = packed.pack(hidden).to(settings.product_dtype), batch.head.weight.to(settings.product_dtype)
     stats = RowStats.empty(len(rows), label_logits)
-    dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0)
+    dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0, dtype=gradient_dtype(hidden))
     dweight = label_logits.new_zeros(weight.shape if need.weight else 0)
     active, skipped = 0.0, label_logits.new_zeros(len(weights.groups))
     chunks = vocab_chunks(
@@ -144,7 +145,7 @@ def over_vocabulary(batch: Batch, weights: Weights, settings: Settings) -> Sums:
                 p, weight, stats.off_label_mass[start:stop] * factor, settings.exact, weights.groups[:, start:stop]
             )
             product *= torch.where(factor > 0, 1 / factor, 0.0)[:, None]
-            dhidden.view(-1, hidden.shape[2])[packed.place[start:stop]] = product.to(hidden.dtype)
+            dhidden.view(-1, hidden.shape[2])[packed.place[start:stop]] = product.to(dhidden.dtype)
             active += columns * (stop - start)
             skipped += missing
         if need.weight:

@@ -36,6 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from soundwave.kernels.dispatch import interpreted
+
 SKIPPED_MASS = 0.025  # of a chunk's off-label mass: the net gradient stays within 1.2 times eager's error in bf16
 MOST_ACTIVE = 0.25  # above it, gathering columns of P and rows of W costs more than the shorter product saves
 BINS = 48  # tails are told apart down to 2^-48, because 128 k columns of a sure row lie near 2^-40
@@ -43,15 +45,23 @@ CHUNK_BYTES = 1 << 28  # of logits on a GPU: 1 024 rows of 128 k columns in bf16
 CHUNK_ROWS_CPU = 256  # more rows make no product faster, but hold more memory
 BLOCK_BYTES_CPU = 1 << 21  # of fp32 in one step of the torch pass, so that it stays in the caches
 GROUP_CPU = 64  # columns in a group of `_max`, which looks for the argmax in one group only
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2_HIGH, LN2_LOW = tl.constexpr(0.6931471824645996), tl.constexpr(-1.9046542999577679e-9)  # their sum is log(2)
+LEAST = tl.constexpr(-200.0)  # below -104 exp is 0 in fp32
 TILE_CPU = 2048  # columns of an fp32 product on the CPU: 1.2 to 1.8 times faster than all at once
 WEIGHT_TILE = 8192  # rows of dW a step: bounds the temporary product beside the fp32 sum
 
 
-def _config(columns: int, labels: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(BLOCK, BLOCK_C, warps): 16 elements a thread, 8 in fp64, so that maximum, sum and place fit the registers."""
-    block = min(8192 // (dtype.itemsize // 2), max(128, triton.next_power_of_2(columns)))
-    block_c = min(4096 // dtype.itemsize, max(16, triton.next_power_of_2(labels)))
-    return block, block_c, max(1, min(8, block // 512))
+def _config(columns: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(groups a block, columns a group, warps) for logits of `dtype`.
+
+    A group is what a thread loads at once, 16 bytes; two are in flight. With at most 64 registers a thread four blocks
+    of 256 threads or more share a multiprocessor, which then has 32 KB or more in flight. An H200 needs some 26 KB:
+    4.3 TB/s for 0.8 µs, by 132 multiprocessors.
+    """
+    each = 16 // dtype.itemsize
+    groups = min(512, max(32, triton.next_power_of_2(triton.cdiv(columns, each))))
+    return groups, each, max(1, groups // 64)
 
 
 class RowStats(NamedTuple):
@@ -110,61 +120,117 @@ def _log1p(x):
 
 
 @triton.jit
+def _exp(x, SPLIT: tl.constexpr):
+    """exp(x) for x <= 0, exact within 4e-7 with SPLIT, which is for compiled fp32.
+
+    The hardware has 2^y only. The rounding of y = x·log2(e) alone is 2.6e-6 of the result at x = -60. What y lacks is
+    computed by fused multiply-adds, which the interpreter does not have, and multiplied on.
+    """
+    if SPLIT:
+        x = tl.maximum(x, LEAST, propagate_nan=tl.PropagateNan.ALL)  # of -inf y would lack NaN
+        y = x * LOG2E
+        lacking = tl.fma(y, -LN2_LOW, tl.fma(y, -LN2_HIGH, x))
+        power = tl.exp2(y)
+        return tl.fma(power, lacking, power)
+    return tl.exp(x)
+
+
+@triton.jit
+def _exp_of_logits(x, HALF: tl.constexpr, SPLIT: tl.constexpr):
+    """exp(x). Logits of half types are themselves rounded to 2^-9 or 2^-11, so the error of 2^-24·|x| does not matter,
+    and three operations for each logit are saved.
+    """
+    return tl.exp2(x * LOG2E) if HALF else _exp(x, SPLIT)
+
+
+@triton.jit
+def _add_block(x, start, maximum, total, at, HALF: tl.constexpr, SPLIT: tl.constexpr):
+    """Take in columns x [groups, each] from `start` on. Of each group: the maximum, the sum of exponentials relative to
+    it, and the `start` of the first block that held it.
+
+    The sum is rescaled once for all columns of a group, because an exponential is as dear as eight other operations.
+    """
+    highest = tl.max(x, 1)
+    at = tl.where(highest > maximum, start, at)
+    higher = tl.maximum(maximum, highest)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    terms = tl.sum(_exp_of_logits(x - base[:, None], HALF, SPLIT), 1)
+    return higher, total * _exp(maximum - base, SPLIT) + terms, at
+
+
+# A chunk starts at any row, so the alignment of what has one value a row, or C, varies; so does C.
+@triton.jit(
+    do_not_specialize=["C"],
+    do_not_specialize_on_alignment=[
+        "LABEL_LOGITS", "LABELS", "GROUP", "SCALE", "MAXIMUM", "ARGMAX", "LOG_SUM", "OFF_LABEL_MASS",
+    ],
+)  # fmt: skip
 def _vocab_rows_kernel(
     LOGITS, LABEL_LOGITS, LABELS, GROUP, SCALE, MAXIMUM, ARGMAX, LOG_SUM, OFF_LABEL_MASS, V, C, stride,
-    WRITE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    WRITE: tl.constexpr, SPLIT: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One row."""
+    """One row. Only its last block is masked: where V is odd, a masked load takes one column at a time."""
     row = tl.program_id(0).to(tl.int64)
     ROW, LABEL_LOGITS_ROW = LOGITS + row * stride, LABEL_LOGITS + row * C
     LABELS_ROW = LABELS + tl.load(GROUP + row) * C
-    dtype = LABEL_LOGITS.dtype.element_ty
+    given: tl.constexpr = LOGITS.dtype.element_ty
+    dtype: tl.constexpr = LABEL_LOGITS.dtype.element_ty
+    HALF: tl.constexpr = given.primitive_bitwidth == 16
+    BLOCK: tl.constexpr = GROUPS * EACH
     lowest = float("-inf")
-    lane, label_lane = tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
+    label_lane = tl.arange(0, BLOCK_C)
     label_maximum, label_at = tl.full([BLOCK_C], lowest, dtype), tl.zeros([BLOCK_C], tl.int32)
     for start in range(0, C, BLOCK_C):
         c = start + label_lane
         labels = tl.load(LABELS_ROW + c, mask=c < C, other=-1)
         inside = (labels >= 0) & (labels < V)
-        tl.store(ROW + labels, tl.full([BLOCK_C], lowest, LOGITS.dtype.element_ty), mask=inside)
+        tl.store(ROW + labels, tl.full([BLOCK_C], lowest, given), mask=inside)
         label_logits = tl.load(LABEL_LOGITS_ROW + c, mask=c < C, other=lowest)
         label_at = tl.where(label_logits > label_maximum, c, label_at)
         label_maximum = tl.maximum(label_maximum, label_logits)
     tl.debug_barrier()  # other threads read the columns just stored
 
-    maximum, total, at = tl.full([BLOCK], lowest, dtype), tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], tl.int32)
-    for start in range(0, V, BLOCK):
-        column = start + lane
-        x = tl.load(ROW + column, mask=column < V, other=lowest).to(dtype)
-        at = tl.where(x > maximum, start, at)
-        higher = tl.maximum(maximum, x)
-        base = tl.where(higher == lowest, 0.0, higher)
-        total = total * tl.exp(maximum - base) + tl.exp(x - base)
-        maximum = higher
+    lane = tl.arange(0, GROUPS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    whole = V // BLOCK
+    tail = whole * BLOCK + lane
+    maximum, total = tl.full([GROUPS], lowest, dtype), tl.zeros([GROUPS], dtype)
+    at = tl.zeros([GROUPS], tl.int32)
+    for block in range(0, whole):
+        x = tl.load(ROW + block * BLOCK + lane).to(dtype)
+        maximum, total, at = _add_block(x, block * BLOCK, maximum, total, at, HALF, SPLIT)
+    x = tl.load(ROW + tail, mask=tail < V, other=lowest).to(dtype)
+    maximum, total, at = _add_block(x, whole * BLOCK, maximum, total, at, HALF, SPLIT)
     off_label_maximum = tl.max(maximum, 0)
-    argmax = tl.min(tl.where(maximum == off_label_maximum, at + lane, V - 1), 0)
+    # The groups that held it are read again, to tell in which of their columns it was.
+    column = at[:, None] + lane
+    held = (maximum == off_label_maximum)[:, None] & (column < V)
+    x = tl.load(ROW + column, mask=held, other=lowest).to(dtype)
+    argmax = tl.min(tl.min(tl.where(held & (x == off_label_maximum), column, V - 1), 1), 0)
 
     highest_label = tl.max(label_maximum, 0)
     first_label = tl.min(tl.where(label_maximum == highest_label, label_at, C), 0)
     highest = tl.maximum(off_label_maximum, highest_label)
-    off_label = tl.sum(total * tl.exp(maximum - highest), 0)
+    off_label = tl.sum(total * _exp(maximum - highest, SPLIT), 0)
     others = tl.zeros([BLOCK_C], dtype)
     for start in range(0, C, BLOCK_C):
         c = start + label_lane
         label_logits = tl.load(LABEL_LOGITS_ROW + c, mask=c < C, other=lowest)
-        others += tl.where(c == first_label, 0.0, tl.exp(label_logits - highest))
+        others += tl.where(c == first_label, 0.0, _exp(label_logits - highest, SPLIT))
     rest = off_label + tl.sum(others, 0)
-    total_mass = rest + tl.exp(highest_label - highest)
+    total_mass = rest + _exp(highest_label - highest, SPLIT)
     tl.store(MAXIMUM + row, off_label_maximum)
     tl.store(ARGMAX + row, argmax.to(tl.int64))
     tl.store(LOG_SUM + row, tl.where(highest_label >= off_label_maximum, _log1p(rest), tl.log(total_mass)))
     tl.store(OFF_LABEL_MASS + row, off_label / total_mass)
     if WRITE:
         factor = tl.load(SCALE + row) / total_mass
-        for start in range(0, V, BLOCK):
-            column = start + lane
-            x = tl.load(ROW + column, mask=column < V, other=lowest).to(dtype)
-            tl.store(ROW + column, (tl.exp(x - highest) * factor).to(LOGITS.dtype.element_ty), mask=column < V)
+        # From the end backwards: what was read last is most likely to be in the L2 cache still.
+        x = tl.load(ROW + tail, mask=tail < V, other=lowest).to(dtype)
+        tl.store(ROW + tail, (_exp_of_logits(x - highest, HALF, SPLIT) * factor).to(given), mask=tail < V)
+        for block in range(0, whole):
+            BLOCK_OF_ROW = ROW + (whole - 1 - block) * BLOCK + lane
+            x = tl.load(BLOCK_OF_ROW).to(dtype)
+            tl.store(BLOCK_OF_ROW, (_exp_of_logits(x - highest, HALF, SPLIT) * factor).to(given))
 
 
 def vocab_rows(
@@ -179,12 +245,13 @@ def vocab_rows(
     """The pass over `logits` [n, V], which it overwrites: with P if `scale` is given, else with undefined values."""
     rows, columns = logits.shape
     if impl == "triton":
-        block, block_c, warps = _config(columns, label_logits.shape[1], label_logits.dtype)
+        groups, each, warps = _config(columns, logits.dtype)
         with torch.cuda.device_of(logits):
             _vocab_rows_kernel[(rows,)](
                 logits, label_logits, labels, group, label_logits if scale is None else scale, *out, columns,
                 label_logits.shape[1], logits.stride(0),
-                WRITE=scale is not None, BLOCK=block, BLOCK_C=block_c, num_warps=warps,
+                WRITE=scale is not None, SPLIT=label_logits.dtype == torch.float32 and not interpreted(),
+                GROUPS=groups, EACH=each, BLOCK_C=32 * warps, num_warps=warps,
             )  # fmt: skip
         return
     labels_of_row = labels[group]
@@ -213,12 +280,17 @@ def vocab_chunks(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, P [stop - start, V]) over chunks of `hidden` [N, D]; the next chunk overwrites P.
 
-    `weight` [V, D] has the dtype of `hidden`, in which the products run.
+    `weight` [V, D] has the dtype of `hidden`, in which the products run. P is `p_factor` of that dtype times as large
+    as `scale`, which is 0 to 1, makes it. `probabilities_times_weight` and `add_weight_gradient` divide by it.
     """
     (rows, _), columns = hidden.shape, weight.shape[0]
     on_cpu = hidden.device.type == "cpu"
     most = CHUNK_ROWS_CPU if on_cpu else max(128, CHUNK_BYTES // (columns * hidden.dtype.itemsize) // 128 * 128)
     step = math.ceil(rows / max(math.ceil(rows / most), 1))
+    if not on_cpu:
+        step = -(-step // 128) * 128  # whole tiles of the product
+    if scale is not None and p_factor(hidden.dtype) != 1:
+        scale = scale * p_factor(hidden.dtype)
     # A row starts at a multiple of 128 bytes on a GPU; the CPU's products copy what is not contiguous.
     buffer = hidden.new_empty(step, columns if on_cpu else -(-columns // 64) * 64)[:, :columns]
     tile = _tile(hidden, columns)
@@ -234,26 +306,54 @@ def vocab_chunks(
         yield start, stop, logits
 
 
+def p_factor(dtype: torch.dtype) -> float:
+    """The power of two by which P is larger in memory.
+
+    Most of a large vocabulary's probabilities are below 6e-5, where fp16 loses digits, and many below 6e-8, where it
+    ends. It ends at 65504 on the other side.
+    """
+    return 2.0**15 if dtype == torch.float16 else 1.0
+
+
+def gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which the gradient of `hidden` is kept until backward: fp32 for fp16.
+
+    It is that of a row's own loss. Where the model is sure, it is smaller than what fp16 holds, until backward
+    multiplies it by the factor with which the loss was scaled for just this reason.
+    """
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+def _divided(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` / `p_factor(dtype)`, in place."""
+    return x if p_factor(dtype) == 1 else x.mul_(1 / p_factor(dtype))
+
+
 def _tile(x: Tensor, columns: int) -> int:
     """Columns of one product."""
-    return TILE_CPU if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) else max(columns, 1)
+    return TILE_CPU if x.device.type == "cpu" and x.dtype != torch.bfloat16 else max(columns, 1)
+
+
+def _wide(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The operand of a product with P: on the CPU products of fp16 give fp16, which the factor of P may exceed."""
+    return x.to(dtype) if x.dtype == torch.float16 and not x.is_cuda else x
 
 
 def _mm(p: Tensor, weight: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`p @ weight` (of its rows `columns`, if given), summed in fp32 as far as the device's products can."""
+    """`p @ weight / p_factor` (of the rows `columns`, if given), summed in fp32 as far as the device's products can."""
     if not p.shape[1]:
         return p.new_zeros(p.shape[0], weight.shape[1], dtype=dtype)
     tile = _tile(p, p.shape[1])
     out = None
     for v in range(0, p.shape[1], tile):
-        rows = weight[v : v + tile] if columns is None else weight[columns[v : v + tile]]
+        rows = _wide(weight[v : v + tile] if columns is None else weight[columns[v : v + tile]], dtype)
         if out is not None:
-            out.addmm_(p[:, v : v + tile], rows)
+            out.addmm_(_wide(p[:, v : v + tile], dtype), rows)
         elif p.is_cuda and dtype == torch.float32 != p.dtype:  # half types are summed in float32 only
             out = torch.mm(p, rows, out_dtype=dtype)
         else:
-            out = torch.mm(p[:, v : v + tile], rows).to(dtype)
-    return out
+            out = torch.mm(_wide(p[:, v : v + tile], dtype), rows).to(dtype)
+    return _divided(out, p.dtype)
 
 
 def probabilities_times_weight(
@@ -262,7 +362,7 @@ def probabilities_times_weight(
     """`P W` [n, D]; the share of columns that took part in it; the squared 2-norms [G] of the skipped mass.
 
     Args:
-        p: [n, V], from `vocab_chunks`.
+        p: [n, V], from `vocab_chunks`, `p_factor` times as large as it is in the result.
         off_label: [n], the sums of its rows. Results are in its dtype.
         exact: skip nothing.
         groups: bool [G, n], the rows of each group; None makes one group of all rows.
@@ -272,7 +372,7 @@ def probabilities_times_weight(
     columns = p.shape[1]
     groups = (off_label.new_ones(1, off_label.shape[0]) if groups is None else groups).to(off_label.dtype)
     if not exact:
-        maximum = p.amax(0).to(off_label.dtype)
+        maximum = _divided(p.amax(0).to(off_label.dtype), p.dtype)
         # Column v is in bin j where 2^-(j + 1) < its maximum <= 2^-j.
         bins = maximum.log2_().neg_().floor_().nan_to_num_(0.0, BINS - 1, 0).clamp_(0, BINS - 1).to(torch.int64)
         below = bins[:, None] >= torch.arange(BINS, device=p.device)  # [v, j]: its maximum is at most 2^-j
@@ -286,7 +386,8 @@ def probabilities_times_weight(
                 break
             kept = (bins < j).nonzero()[:, 0]
             p_kept = _columns(p, kept)
-            tail = skipped[:, j] + p_kept.masked_fill(p_kept > 2.0**-j, 0.0).sum(1, dtype=off_label.dtype)
+            small = p_kept.masked_fill(p_kept > p_factor(p.dtype) * 2.0**-j, 0.0).sum(1, dtype=off_label.dtype)
+            tail = skipped[:, j] + _divided(small, p.dtype)
             lost = groups @ tail.square()
             if (lost <= limits).all():
                 return _mm(p_kept, weight, kept, off_label.dtype), kept.shape[0] / columns, lost
@@ -303,15 +404,16 @@ def _columns(p: Tensor, kept: Tensor) -> Tensor:
 
 
 def add_weight_gradient(dweight: Tensor, p: Tensor, hidden: Tensor) -> None:
-    """`dweight` [V, D] += pᵀ hidden, summed over chunks in the dtype of `dweight`."""
+    """`dweight` [V, D] += pᵀ hidden / `p_factor`, summed over chunks in the dtype of `dweight`."""
+    unit = 1 / p_factor(p.dtype)
     for v in range(0, p.shape[1], WEIGHT_TILE):
         out, left = dweight[v : v + WEIGHT_TILE], p[:, v : v + WEIGHT_TILE].t()
         if p.dtype == dweight.dtype:
             out.addmm_(left, hidden)
         elif p.is_cuda and dweight.dtype == torch.float32:
-            out += torch.mm(left, hidden, out_dtype=dweight.dtype)
+            out.add_(torch.mm(left, hidden, out_dtype=dweight.dtype), alpha=unit)
         else:
-            out += torch.mm(left, hidden)
+            out.add_(torch.mm(_wide(left, dweight.dtype), _wide(hidden, dweight.dtype)), alpha=unit)
 
 
 def longest_row(weight: Tensor, dtype: torch.dtype) -> Tensor:

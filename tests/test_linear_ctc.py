@@ -185,6 +185,33 @@ def test_a_blank_that_is_sure(device, impl, probability, place):
     check(case, BF16, device=device, impl=impl, trained=("hidden", *GRADIENTS[2:]))
 
 
+@not_interpreted
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
+def test_probabilities_that_fp16_cannot_hold(device, impl, loss_scale):
+    """Silence: the model is sure of the blank, and 20 000 columns, whose gradient it is, share 0.1 to 1e-5."""
+    pairs, rows = [], 20000
+    for seed in range(5):
+        case = make(2, 10, rows, 64, 3, blank=rows, seed=seed, full=True)
+        common = torch.randn(64, generator=torch.Generator().manual_seed(seed), dtype=FP64)
+        case["weight"] += common / common.norm()
+        case["target_lengths"] *= 0
+        case["hidden"] *= 0.3
+        case["blank_weight"] *= 0.0
+        case["blank_bias"] = torch.tensor(rows * 10.0 ** (seed + 1), dtype=FP64).log()
+        given, upstream = to(case, FP16, device), torch.tensor(loss_scale)
+        (_, truth), (_, theirs), (_, ours) = (
+            run(function, to(given, dtype, device, ("hidden",)), upstream, zero_infinity=True, **others)
+            for function, dtype, others in (
+                (eager.linear_ctc_loss, FP64, {}),
+                (eager.linear_ctc_loss, FP16, {}),
+                (linear_ctc_loss, FP16, {"exact": True, "impl": impl}),
+            )
+        )
+        gradients = (ours["hidden"], theirs["hidden"], truth["hidden"])
+        pairs.append(relative(assert_as_accurate(*gradients, FP16, f"hidden, seed {seed}"), truth["hidden"]))
+    assert_rms(pairs, 0.0, "hidden")
+
+
 def test_the_difference_of_a_label_that_is_almost_certain():
     """1 - 1e-7 is 1 in fp32, but the sum of all other columns still gives the difference exactly."""
     p = torch.tensor([[1 - 3e-7, 1e-7, 5e-8], [0.2, 0.3, 0.1]], dtype=FP64)
@@ -637,8 +664,13 @@ def test_a_second_derivative_raises(device, impl):
 
 @pytest.mark.gpu
 def test_more_logits_than_int32_counts():
-    """In a batch whose B·T·V passes 2^31 the first and the last utterance get the same results as alone."""
+    """In a batch whose B·T·V passes 2^31 the first and the last utterance get the same results as alone.
+
+    Products of a whole batch and of one utterance may sum in another order. So all values are multiples of 1/4 up to 1,
+    whose sums of eight products are exact in any order, in bfloat16 too, and of equal logits the lowest id is taken.
+    """
     case = make(23, 750, 128257, 8, 9, seed=2, full=True)
+    case |= {name: (case[name] * 4).round().clamp(-4, 4) / 4 for name in ("hidden", "weight")}
     of_utterances = ("hidden", "targets", "input_lengths", "target_lengths")
     parts = [case | {name: case[name][[row]] for name in of_utterances} for row in (0, -1)]
     whole, gradients = run(linear_ctc_loss, to(case, BF16, "cuda", ("hidden",)), reduction="sum")

@@ -4,6 +4,7 @@ import torch
 
 from soundwave.kernels.vocab_rows import _config, _vocab_rows_kernel
 
+TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 DTYPES = {"fp16": "fp32", "bf16": "fp32", "fp32": "fp32", "fp64": "fp64"}
 SHAPES = ((2, 1), (1000, 7), (49152, 81), (128256, 1), (128257, 3000))  # V, C
 
@@ -11,7 +12,7 @@ SHAPES = ((2, 1), (1000, 7), (49152, 81), (128256, 1), (128257, 3000))  # V, C
 def cases(arch, Case):
     for given, inside in DTYPES.items():
         for columns, labels in SHAPES:
-            block, block_c, warps = _config(columns, labels, torch.float64 if inside == "fp64" else torch.float32)
+            groups, each, warps = _config(columns, TYPES[given])
             for write in (True, False):
                 if not write and given == "fp16":
                     continue  # the same as bf16
@@ -21,7 +22,7 @@ def cases(arch, Case):
                     {"LOGITS": f"*{given}", "LABELS": "*i64", "GROUP": "*i64", "ARGMAX": "*i64"}
                     | {name: f"*{inside}" for name in ("LABEL_LOGITS", "SCALE", "MAXIMUM", "LOG_SUM", "OFF_LABEL_MASS")}
                     | {name: "i32" for name in ("V", "C", "stride")},
-                    {"WRITE": write, "BLOCK": block, "BLOCK_C": block_c},
+                    {"WRITE": write, "SPLIT": inside == "fp32", "GROUPS": groups, "EACH": each, "BLOCK_C": 32 * warps},
                     warps,
                     divisible_by_16=(
                         "LOGITS",
