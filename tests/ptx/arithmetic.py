@@ -281,3 +281,4 @@ def compare(x: np.ndarray, y: np.ndarray, how: str) -> np.ndarray:
 
 ORDERED = {"eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
 OPPOSITE = {"neu": "eq", "ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}
+COMPARISONS = {*ORDERED, *OPPOSITE, "ne", "equ", "num", "nan"}

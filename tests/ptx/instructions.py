@@ -10,6 +10,7 @@ modifier must be known, or the instruction is Unsupported. These are known and c
 from collections.abc import Callable
 from typing import Any
 
+from tests.ptx.arithmetic import COMPARISONS
 from tests.ptx.parser import Instruction, Integer, Vector
 from tests.ptx.storage import BITS, FLOATS, PACKED, storage_name, unsigned
 
@@ -204,6 +205,8 @@ def set_predicate(w: Any, x: Instruction) -> None:
     rest = x.modifiers[1:-1]
     if rest not in ([], ["ftz"]) or (rest and kind != "f32") or kind not in BITS:
         raise w.unsupported(f"modifiers {x.modifiers}")
+    if how not in (COMPARISONS if kind in FLOATS else INTEGER_COMPARISONS):
+        raise w.unsupported(f"comparison {how} of {kind}")
     a, b = (as_number(w, operand, kind, bool(rest)) for operand in x.operands[1:])
     if kind in FLOATS:
         w.write(x.operands[0], "pred", f'compare({a}, {b}, "{how}")')
