@@ -9,16 +9,17 @@ PIP_ARGS ?=
 JOBS ?= 2
 STAMP = $(VENV)/.soundwave-installed
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test ptx lint clean
 
 help:
 	@echo "make setup   create $(VENV) and install soundwave with the versions of constraints.txt"
 	@echo "make demo    train the three stages on the embedded default and show the result in runs/demo"
 	@echo "             QUICK=1: a few minutes only, in runs/demo-quick;  SEED=1: another corpus and initialisation"
 	@echo "make test    run the tests"
+	@echo "make ptx     run every kernel as compiled code, emulated, and write docs/ptx.md and docs/ptx-barriers.md: half an hour"
 	@echo "make lint    check style and formatting"
 	@echo "make clean   remove $(VENV), build outputs and caches of tools; runs/ stays"
-	@echo "Variables:   PYTHON=python3.12 (3.10 or newer)   VENV=$(VENV)   JOBS=$(JOBS) (of test)   PIP_ARGS=\"--index-url URL\""
+	@echo "Variables:   PYTHON=python3.12 (3.10 or newer)   VENV=$(VENV)   JOBS=$(JOBS) (of test, ptx)   PIP_ARGS=\"--index-url URL\""
 
 setup: $(STAMP)
 
@@ -49,6 +50,13 @@ demo: setup
 
 test: setup
 	@$(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# Under the interpreter Triton compiles nothing.
+ptx: export TRITON_INTERPRET = 0
+ptx: export OMP_NUM_THREADS = 1
+ptx: setup
+	@$(VENV)/bin/python -m tests.ptx sweep --jobs $(JOBS) --write docs/ptx.md
+	@$(VENV)/bin/python -m tests.ptx mutate --jobs $(JOBS) --write docs/ptx-barriers.md
 
 lint: setup
 	@$(VENV)/bin/ruff check

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ["setup", "demo", "test", "lint", "clean"]
+TARGETS = ["setup", "demo", "test", "ptx", "lint", "clean"]
 # Variables that a make running these tests sets, and variables of the Makefile that the environment may have.
 HANDED_DOWN = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VENV", "PYTHON", "PIP_ARGS", "QUICK", "SEED"}
 
@@ -31,6 +31,7 @@ def test_make_alone_explains_every_target():
         (["demo", "QUICK=0"], ".venv/bin/soundwave demo"),
         (["demo", "QUICK=1", "SEED=7"], ".venv/bin/soundwave demo --quick --seed 7"),
         (["test"], ".venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder"),
+        (["ptx", "JOBS=5"], ".venv/bin/python -m tests.ptx mutate --jobs 5 --write docs/ptx-barriers.md"),
         (["test", "JOBS=5"], ".venv/bin/pytest -n 5 --dist loadfile --no-loadscope-reorder"),
     ],
     ids=" ".join,
