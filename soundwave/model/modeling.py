@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from soundwave import eager, fused
 from soundwave.backbones.load import load_encoder, load_language_model, load_output_embedding
+from soundwave.kernels.dispatch import to_device
 from soundwave.model.augment import spec_augment
 from soundwave.model.configuration import SoundwaveConfig
 
@@ -38,7 +39,7 @@ class SoundwaveOutput(ModelOutput):
         ctc_loss, lm_loss: scalars, the parts of the loss; None without the labels of a part.
         logits: [B, L', V] of the language model over the spliced sequence; None in stage I, and while training.
         path: int64 [A, T], the most probable CTC id of each frame, -1 past the length.
-        path_lengths: int64 [A], frames of each recording.
+        path_lengths: int64 [A], frames of each recording; on the CPU with the fused implementation.
         cu_seqlens: int32 [A + 1], bounds of each recording's kept frames; None in stage I.
     """
 
@@ -275,16 +276,18 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 f"input_features has {input_features.shape[-1]} mel frames, but the encoder takes {limit} "
                 f"({limit / 100:g} s): cut the recording, e.g. with soundwave.inference.long.windows"
             )
-        mel_mask = eager.length_mask(feature_lengths, input_features.shape[-1])[:, None, :]
-        lengths = (feature_lengths + 1) // 2
+        mel_lengths, lengths = to_device(feature_lengths, input_features.device), (feature_lengths + 1) // 2
+        mel_mask = eager.length_mask(mel_lengths, input_features.shape[-1])[:, None, :]
         x = input_features.masked_fill(~mel_mask, 0.0).to(self.compute_dtype)  # no product, because padding may be NaN
         x = F.gelu(tower.conv1(x)) * mel_mask
         x = F.gelu(tower.conv2(x)).transpose(1, 2)
         x = x + tower.embed_positions.weight[: x.shape[1]]
-        mask = eager.length_mask(lengths, x.shape[1])
-        padded = not bool(mask.all())
+        attended = None
+        if (lengths < x.shape[1]).any():
+            mask = eager.length_mask((mel_lengths + 1) // 2, x.shape[1])
+            attended = mask[:, None, None, :].expand(-1, 1, x.shape[1], -1)
         for layer in tower.layers:
-            x = layer(x, mask[:, None, None, :].expand(-1, 1, x.shape[1], -1) if padded else None)
+            x = layer(x, attended)
         return tower.layer_norm(x), lengths
 
     def align(
@@ -298,21 +301,27 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             ctc_labels: int [A, U], padded with -100. Recordings whose labels are all -100 have no transcript and are
                 left out of the loss. Without labels there is no loss.
 
+        Lengths and labels may be on the CPU, where the host can read them without waiting for a GPU.
+
         Returns:
-            Aligned frames [A, T, D], their lengths int [A], and the result of CTC.
+            Aligned frames [A, T, D], their lengths int [A] (on the CPU, with the eager implementation on the device),
+            and the result of CTC.
         """
         if feature_lengths is None:
-            feature_lengths = torch.full(
-                (input_features.shape[0],), input_features.shape[-1], device=input_features.device
-            )
+            feature_lengths = torch.full((input_features.shape[0],), input_features.shape[-1], device="cpu")
+        # From here on the host reads them as often as it wants. The eager modules compute with them on the device.
+        where = input_features.device if self.config.implementation == "eager" else torch.device("cpu")
+        feature_lengths = to_device(feature_lengths, where)
         with self._autocast():
             if self.training:
-                input_features = spec_augment(input_features, feature_lengths, self.config)
+                on_device = to_device(feature_lengths, input_features.device)
+                input_features = spec_augment(input_features, on_device, self.config)
             with torch.no_grad():
                 frames, lengths = self.encode(input_features, feature_lengths)
             hidden, lengths = self.alignment(frames, lengths)
             if ctc_labels is None:
                 return hidden, lengths, self._ctc(hidden, lengths)
+            ctc_labels = to_device(ctc_labels, where)
             known = ctc_labels != eager.IGNORE_INDEX
             targets, counts = ctc_labels.masked_fill(~known, 0), known.sum(1)
             transcribed = counts > 0
@@ -325,9 +334,11 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             loss = torch.cat([x.flatten()[:0] for x in (hidden, self.blank_weight, self.blank_bias)]).sum()
             for chosen in (transcribed, ~transcribed):
                 if chosen.any():
+                    rows = to_device(chosen.nonzero()[:, 0], hidden.device)
                     labels = (targets[chosen], counts[chosen]) if chosen is transcribed else ()
-                    part = self._ctc(hidden[chosen], lengths[chosen.to(lengths.device)], *labels)
-                    path[chosen], scores[chosen] = part.path, part.path_log_prob.to(scores.dtype)
+                    part = self._ctc(hidden.index_select(0, rows), lengths[chosen], *labels)
+                    path.index_copy_(0, rows, part.path)
+                    scores.index_copy_(0, rows, part.path_log_prob.to(scores.dtype))
                     loss = loss if part.loss is None else part.loss
             return hidden, lengths, eager.LinearCTCOutput(loss, path, scores)
 
@@ -387,6 +398,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         padding_side: str,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Splice the shrunk kept frames into the text -> embeddings, mask, labels, cu_seqlens of the kept frames."""
+        input_ids, attention_mask = (to_device(x, self.device) for x in (input_ids, attention_mask))
+        labels = None if labels is None else to_device(labels, self.device)
         placeholder = input_ids == self.config.audio_placeholder_id
         embeddings = self.language_model.get_input_embeddings()(input_ids.masked_fill(placeholder, 0))
         if hidden is None or lengths is None or ctc is None:
@@ -409,6 +422,42 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         )
         return embeddings, mask, labels, cu_seqlens
 
+    def _answers(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Which tokens the language model has to answer, in the order of the text.
+
+        Returns:
+            int64 [B, L] on the CPU: 0, 1, 2, … for the tokens that have a label and a token or a frame before them, and
+            -100 elsewhere.
+            int64 [n], their labels.
+        """
+        ids, mask, labels = torch.stack([x.to(torch.int64) for x in (input_ids, attention_mask, labels)]).cpu()
+        is_text = mask.bool() & (ids != self.config.audio_placeholder_id)
+        is_audio = mask.bool() & ~is_text
+        if lengths is not None and int(is_audio.any(1).sum()) == len(lengths):
+            is_audio[is_audio.any(1)] &= lengths.cpu()[:, None] > 0  # a recording of no frames takes no place
+        before = (is_text | is_audio).cumsum(1) - is_text.to(torch.int64)
+        answered = is_text & (labels != eager.IGNORE_INDEX) & (before > 0)
+        order = answered.flatten().cumsum(0).view(answered.shape) - 1
+        return order.masked_fill(~answered, eager.IGNORE_INDEX), labels[answered]
+
+    def _attention_mask(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """The mask of the language model for rows that are padded on the right.
+
+        No token sees what comes after it, so padding on the right needs no mask of its own. Given `mask` [B, L'],
+        transformers waits for a GPU to see whether there is padding; given a causal mask [1, 1, L', L'], it does not.
+        """
+        config, size = self.language_model.config, embeddings.shape[1]
+        window = getattr(config, "sliding_window", None)
+        if config._attn_implementation not in ("eager", "sdpa") or (window is not None and window < size):
+            return mask  # FlashAttention unpads the rows, and a window needs a mask of its own
+        causal = torch.ones(size, size, dtype=torch.bool, device=embeddings.device).tril_()[None, None]
+        if config._attn_implementation == "sdpa":
+            return causal
+        hidden = torch.finfo(embeddings.dtype).min
+        return embeddings.new_zeros(causal.shape).masked_fill_(~causal, hidden)
+
     # ---------------------------------------------------------------- forward and generation
 
     def forward(
@@ -430,6 +479,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             labels: int [B, L] aligned with `input_ids`, -100 where nothing is learned (prompt, padding).
             ctc_labels: int [A, U], the transcripts' tokens, padded with -100; all -100 without a transcript.
 
+        All but `input_features` may be on the CPU: what the host has to know, it then knows without waiting for a GPU.
+
         Returns:
             `loss` = `lm_loss` + `ctc_weight` · `ctc_loss`, or the one of them that was computed. `lm_loss` is the mean
             over answer tokens. In training with labels only the answers are projected on the vocabulary, so `logits`
@@ -447,18 +498,26 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 return out
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
-            embeddings, mask, labels, out.cu_seqlens = self._splice(
-                input_ids, attention_mask, hidden, lengths, ctc, labels, "right"
+            order = wanted = None
+            if labels is not None:
+                order, wanted = self._answers(input_ids, attention_mask, labels, lengths)
+            embeddings, mask, order, out.cu_seqlens = self._splice(
+                input_ids, attention_mask, hidden, lengths, ctc, order, "right"
             )
             states = self.language_model.base_model(
-                inputs_embeds=embeddings, attention_mask=mask, use_cache=False
+                inputs_embeds=embeddings, attention_mask=self._attention_mask(embeddings, mask), use_cache=False
             ).last_hidden_state
             if labels is None or not self.training:
                 out.logits = self.language_model.get_output_embeddings()(states)
-            if labels is not None:
-                answered = labels[:, 1:] != eager.IGNORE_INDEX
-                rows, wanted = states[:, :-1][answered], labels[:, 1:][answered]
-                summed = self._operations.linear_cross_entropy(rows, self.head_weight, wanted, reduction="sum")
+            if order is not None:
+                # The k-th answered token is predicted by the row before it; rows of other tokens go to a last slot.
+                places = torch.arange(order.numel(), device=order.device)
+                slot = order.flatten().where(order.flatten() >= 0, len(wanted))
+                place = places.new_empty(len(wanted) + 1).scatter_(0, slot, places)[:-1]
+                rows = states.flatten(0, 1).index_select(0, place - 1)
+                summed = self._operations.linear_cross_entropy(
+                    rows, self.head_weight, to_device(wanted, rows.device), reduction="sum"
+                )
                 lm_loss = summed / max(wanted.numel(), 1)  # 0 without any answer, where a mean would be NaN
                 out.loss = out.lm_loss = lm_loss
                 if out.ctc_loss is not None:

@@ -1,11 +1,12 @@
 """transformers' Trainer with our batches, and with logs that show whether alignment works."""
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from soundwave.data.collate import LeftOut
 from soundwave.data.sampling import BucketBatchSampler
 from soundwave.data.selection import SampleError
 from soundwave.eager import IGNORE_INDEX
+from soundwave.kernels.dispatch import to_device
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, SoundwaveOutput
 from soundwave.training.callbacks import ignore_interrupts
 from soundwave.training.checkpoints import STATE_FILE, WriteError, clear_place, newest_checkpoint, rotate, written_aside
@@ -27,8 +29,19 @@ MEL_FRAMES_A_SECOND = 100
 BAD_BATCH = "bad-batch"  # name of two files, .json and .safetensors
 
 
+class Unread(NamedTuple):
+    """What a batch gave that the host has not read yet: the names and values of its losses, and its figures."""
+
+    names: list[str]
+    losses: Tensor  # [names], the sum first
+    figures: dict[str, float | Tensor]
+
+
 class SoundwaveTrainer(Trainer):
     """Trainer that gets its batches from a `BucketBatchSampler` and skips steps whose loss or gradient is not finite.
+
+    The host waits for a GPU once a step, when it reads all losses and the norm of the gradient together. Lengths and
+    labels stay on the CPU, where their values can be read at any time; the model sends them where it needs them.
 
     A step of several batches (gradient accumulation) has the loss of one batch with all their samples: `lm_loss` is the
     mean over all answer tokens, `ctc_loss` the mean over all recordings that have a transcript.
@@ -71,6 +84,7 @@ class SoundwaveTrainer(Trainer):
         self._faults: list[str] = []  # those of the current step
         self._totals: dict[str, Tensor | int] = {}  # what `counts_of` finds in them together
         self._losses: dict[str, Tensor] = {}  # loss of the current step and its parts, summed over its batches
+        self._unread: list[Unread] = []  # of the current step
         self._empty_in_a_row = 0
         self._aside: Path | None = None
 
@@ -91,17 +105,24 @@ class SoundwaveTrainer(Trainer):
             worker_init_fn=ignore_interrupts,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(loader, device_placement=[False])  # `_prepare_inputs` sends what has to go
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
         """As in Trainer; the batches of the step are remembered too."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._batches, self._faults, self._losses = batches, [], {}
+        self._batches, self._faults, self._losses, self._unread = batches, [], {}, []
         counts = [counts_of(batch) for batch in batches]
         self._totals = {part: sum(count[part] for count in counts) for part in ("lm_loss", "ctc_loss")}
         return batches, items
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Recordings go to the device, without a wait. Whole numbers (tokens, lengths, labels) stay on the CPU."""
+        return {
+            name: x.to(self.args.device, non_blocking=True) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in inputs.items()
+        }
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer, without the names of the samples. A batch without any sample gives loss 0 and no gradient."""
@@ -122,18 +143,15 @@ class SoundwaveTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, SoundwaveOutput]:
         """The model's loss; in training this batch's part of the loss of the whole step.
 
-        A loss that is not finite is recorded and becomes 0, because its step will be skipped.
+        A loss that is not finite becomes 0. Its step will be skipped, as soon as the host knows of it.
         """
         outputs = model(**inputs)
         loss = outputs.loss
-        if model.training and torch.isfinite(loss):
-            loss = self._part_of_step(outputs, inputs)
-            self._observe(outputs, inputs)
-        elif model.training:
-            parts = {"ctc_loss": outputs.ctc_loss, "lm_loss": outputs.lm_loss}
-            found = ", ".join(f"{name} = {value.item():g}" for name, value in parts.items() if value is not None)
-            self._faults.append(f"the loss is not finite ({found})")
-            loss = loss.new_zeros((), requires_grad=True)
+        if model.training:
+            parts = {"loss": loss, "ctc_loss": outputs.ctc_loss, "lm_loss": outputs.lm_loss}
+            found = {name: value.detach().float() for name, value in parts.items() if value is not None}
+            self._unread.append(Unread(list(found), torch.stack(list(found.values())), self._figures(outputs, inputs)))
+            loss = torch.where(torch.isfinite(loss), self._part_of_step(outputs, inputs), 0.0)
         return (loss, outputs) if return_outputs else loss
 
     def _part_of_step(self, outputs: SoundwaveOutput, inputs: dict[str, Tensor]) -> Tensor:
@@ -142,8 +160,7 @@ class SoundwaveTrainer(Trainer):
         for name, count in counts_of(inputs).items():
             value = getattr(outputs, name)
             if value is not None:
-                # As tensors, so that the host need not wait for a GPU.
-                own, all_of_step = (torch.as_tensor(n, device=value.device) for n in (count, self._totals[name]))
+                own, all_of_step = (torch.as_tensor(n) for n in (count, self._totals[name]))
                 parts[name] = value * (own / all_of_step.clamp(min=1))
         loss = parts.get("lm_loss", parts.get("ctc_loss"))
         if len(parts) == 2:
@@ -157,8 +174,7 @@ class SoundwaveTrainer(Trainer):
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
         """As in Trainer. If loss or gradient is not finite, the gradients are dropped, so that no weight changes."""
         norm = super()._clip_grad_norm(model)
-        if not self._faults and not torch.isfinite(norm):
-            self._faults.append(f"the gradient is not finite (norm {norm.item():g})")
+        self._read(norm)
         if self._faults:
             model.zero_grad(set_to_none=True)
             self._skip(self._faults[0])
@@ -171,6 +187,21 @@ class SoundwaveTrainer(Trainer):
         else:
             self._count_empty_step()
         return norm
+
+    def _read(self, norm: Tensor) -> None:
+        """Read the losses of the step's batches and the norm of its gradient: the one wait for a GPU in a step."""
+        together = torch.cat([*(unread.losses for unread in self._unread), norm.detach().float().reshape(1)])
+        *values, norm_found = together.tolist()
+        for names, losses, figures in self._unread:
+            found, values = dict(zip(names, values, strict=False)), values[len(losses) :]
+            if math.isfinite(found.pop("loss")):
+                self._observe(figures)
+            else:
+                parts = ", ".join(f"{name} = {value:g}" for name, value in found.items())
+                self._faults.append(f"the loss is not finite ({parts})")
+        self._unread = []
+        if not self._faults and not math.isfinite(norm_found):
+            self._faults.append(f"the gradient is not finite (norm {norm_found:g})")
 
     def _skip(self, fault: str) -> None:
         step = self.state.global_step + 1
@@ -251,29 +282,37 @@ class SoundwaveTrainer(Trainer):
     def _add(self, name: str, value: float | Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value
 
-    @torch.no_grad()
-    def _observe(self, outputs: SoundwaveOutput, inputs: dict[str, Tensor]) -> None:
-        add = self._add
-        batch = inputs["input_ids"] if "input_ids" in inputs else inputs["input_features"]
+    def _observe(self, figures: dict[str, float | Tensor]) -> None:
         self._sums.setdefault("first_step", self.state.global_step)
-        add("samples", batch.shape[0])
+        for name, value in figures.items():
+            self._add(name, value)
+
+    @torch.no_grad()
+    def _figures(self, outputs: SoundwaveOutput, inputs: dict[str, Tensor]) -> dict[str, float | Tensor]:
+        """What a batch adds to the figures of the log."""
+        batch = inputs["input_ids"] if "input_ids" in inputs else inputs["input_features"]
+        figures: dict[str, float | Tensor] = {"samples": batch.shape[0]}
         if outputs.path is not None and outputs.path_lengths is not None:
             path, blank = outputs.path, self.model.blank
-            add("frames", outputs.path_lengths.sum())
-            add("blank_frames", (path == blank).sum())
-            add("mel_frames", inputs["feature_lengths"].sum())
-            add("kept", self._kept(path, blank) if outputs.cu_seqlens is None else outputs.cu_seqlens[-1])
+            kept = self._kept(path, blank)
+            figures |= {
+                "frames": outputs.path_lengths.sum(),
+                "blank_frames": (path == blank).sum(),
+                "mel_frames": inputs["feature_lengths"].sum(),
+                "kept": kept.sum() if outputs.cu_seqlens is None else outputs.cu_seqlens[-1],
+            }
             if "ctc_labels" in inputs:
                 labels = inputs["ctc_labels"] != IGNORE_INDEX
-                add("labels", labels.sum())
-                add("kept_of_labels", self._kept(path[labels.any(1)], blank))
+                transcribed = to_device(labels.any(1), path.device)
+                figures |= {"labels": labels.sum(), "kept_of_labels": (kept * transcribed).sum()}
+        return figures
 
     @staticmethod
     def _kept(path: Tensor, blank: int) -> Tensor:
-        """Number of peaks in a path [A, T] (-1: padding): each run of a non-blank id has one."""
+        """Numbers of peaks [A] in the paths [A, T] (-1: padding): each run of a non-blank id has one."""
         first = torch.ones_like(path, dtype=torch.bool)
         first[:, 1:] = path[:, 1:] != path[:, :-1]
-        return (first & (path != blank) & (path >= 0)).sum()
+        return (first & (path != blank) & (path >= 0)).sum(1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer, with our figures since the last log. The journal also gets the sample count of each task."""
