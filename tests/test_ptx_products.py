@@ -250,10 +250,14 @@ def test_wgmma_needs_its_fence_its_barriers_and_its_wait(lockstep):
     assert "race" in faulty(after="bar.sync 0;", lockstep=lockstep)  # still reading
 
 
-def test_a_fence_publishes_the_own_warps_writes_only():
-    """A barrier first and the fence in one warp only: the other warps' writes are not published."""
-    one = "bar.sync 0; setp.lt.u32 %p3, %r0, 32; @%p3 fence.proxy.async.shared::cta; bar.sync 0;"
-    assert faulty(before=one, lockstep=True) == ["proxy"]
+@pytest.mark.parametrize("lockstep", [True, False], ids=["lockstep", "by warps"])
+def test_the_fence_is_before_the_barrier_or_behind_it_in_every_warp(lockstep):
+    """Triton's comes behind it, in the warps that read."""
+    assert faulty(before="fence.proxy.async.shared::cta; bar.sync 0;", lockstep=lockstep) == []
+    assert faulty(before="bar.sync 0; fence.proxy.async.shared::cta;", lockstep=lockstep) == []
+    one = "bar.sync 0; setp.lt.u32 %p3, %r0, 32; @%p3 fence.proxy.async.shared::cta;"
+    assert faulty(before=one, lockstep=lockstep) == ["proxy"]
+    assert "race" in faulty(before="fence.proxy.async.shared::cta;", lockstep=lockstep)
 
 
 # --- shuffles and reductions

@@ -89,7 +89,9 @@ class Memory:
         self.shared = np.full(self._whole, GARBAGE, U1)
         self.written = np.zeros(self._whole, bool)
         self.in_flight = np.zeros(self._whole, np.int16)  # copies under way to a byte
-        self.unfenced = np.zeros(self._whole, np.int16)  # 1 + the warp that wrote a byte without a fence since
+        # For wgmma: 1 + the warp that wrote a byte without a fence since, when that was, and each warp's last fence.
+        self.unfenced, self.stamps = np.zeros(self._whole, np.int16), np.zeros(self._whole, np.int32)
+        self.clock, self.fences = 0, {}
         self._tables = {}
 
     def shared_table(self, size: int, n: int) -> np.ndarray:
@@ -183,7 +185,9 @@ class Memory:
         self.shared_table(size, n)[place] = rows
         self.written.reshape(-1, size * n)[place] = True
         if self.proxied:
+            self.clock += 1
             self.unfenced.reshape(-1, size * n)[place] = warps[:, None] + 1
+            self.stamps.reshape(-1, size * n)[place] = self.clock
 
     def load_shared(
         self, unit: Any, address: np.ndarray, k: np.ndarray | None, size: int, n: int, instruction: Any

@@ -156,10 +156,21 @@ class Products:
 
 
 def fence_proxy(unit: Any, k: np.ndarray | None) -> None:
-    """fence.proxy.async: what these lanes' warps wrote may be read by wgmma."""
-    warps = unit.warps if k is None else np.unique(unit.warps.repeat(32)[k])
-    unfenced = unit.memory.unfenced
-    unfenced[np.isin(unfenced, warps + 1)] = 0
+    """fence.proxy.async: wgmma may read what these warps wrote, and these warps' wgmma whatever was written before.
+
+    So both orders are right: write, fence, barrier, wgmma, and write, barrier, fence, wgmma. (What is written before,
+    but with no barrier between, is a race.)
+    """
+    warps, memory = unit.warps if k is None else np.unique(unit.warps.repeat(32)[k]), unit.memory
+    memory.unfenced[np.isin(memory.unfenced, warps + 1)] = 0
+    memory.fences.update(dict.fromkeys(warps.tolist(), memory.clock))
+
+
+def _is_published(unit: Any, pieces: np.ndarray, warps: np.ndarray) -> bool:
+    memory, place = unit.memory, pieces // PIECE
+    unfenced = memory.unfenced.reshape(-1, PIECE)[place] != 0
+    fence = min(memory.fences.get(warp, 0) for warp in warps.tolist())
+    return not (unfenced & (memory.stamps.reshape(-1, PIECE)[place] > fence)).any()
 
 
 def _places(descriptor: int, rows: np.ndarray, depth: int, transposed: int, size: int, instruction: Any) -> np.ndarray:
@@ -192,7 +203,7 @@ def _described(
     at = _places(int(descriptor), rows, depth, transposed, size, instruction)
     pieces = np.unique(at // PIECE) * PIECE
     memory.check_shared(pieces, PIECE, instruction, read=True)
-    if memory.unfenced.reshape(-1, PIECE)[pieces // PIECE].any():
+    if not _is_published(unit, pieces, warps):
         memory.report.add(
             "proxy",
             instruction,
