@@ -139,13 +139,13 @@ has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 mapfile -t gpu_files < <(grep -lE 'mark\.gpu|tests\.implementations' tests/test_*.py)
 sanitized=(tests/test_vocab_rows.py tests/test_ctc.py tests/test_ctc_peaks.py tests/test_norm.py tests/test_splice.py)
 
-# choose EXPRESSION REHEARSED: the tests for a GPU, by an expression of pytest's -k, or in a rehearsal the others by
-# REHEARSED.
+# choose EXPRESSION REHEARSED FILE…: the tests for a GPU in some files, by an expression of pytest's -k. In a rehearsal
+# it is one test that needs no GPU.
 choose() {
   if [[ $rehearse ]]; then
-    chosen=(-m "not gpu" -k "$2")
+    chosen=(tests/test_ctc_peaks.py -m "not gpu" -k "$2 and same_frames_every_time")
   else
-    chosen=(-m gpu -k "$1")
+    chosen=("${@:3}" -m gpu -k "$1")
   fi
 }
 
@@ -162,23 +162,23 @@ part_of_tests() {
     echo "gpu.sh: pytest-xdist is not installed: the tests run in one process, and fewer of them in the same time"
   fi
   export OMP_NUM_THREADS=1
-  pytest "${gpu_files[@]}" "${chosen[@]}" --continue-on-collection-errors --durations 20 \
+  pytest "${chosen[@]}" --continue-on-collection-errors --durations 20 \
     ${parallel[@]+"${parallel[@]}"}
 }
 
 part_tests() {
-  choose "not cuda-torch" "interpreter and same_frames_every_time"
+  choose "not cuda-torch" interpreter "${gpu_files[@]}"
   part_of_tests
 }
 
 part_torch() {
-  choose "cuda-torch" "cpu-torch and same_frames_every_time"
+  choose cuda-torch cpu-torch "${gpu_files[@]}"
   part_of_tests
 }
 
 sanitize() {
   local tool=$1
-  choose "cuda-triton and (every_time or statistics or over_20_runs)" "interpreter and same_frames_every_time"
+  choose "cuda-triton and (every_time or statistics or over_20_runs)" interpreter "${sanitized[@]}"
   if [[ $rehearse ]]; then
     echo "gpu.sh: compute-sanitizer needs a GPU: in this rehearsal the tests run without $tool"
   elif command -v compute-sanitizer >/dev/null; then
@@ -188,7 +188,7 @@ sanitize() {
     return 1
   fi
   export OMP_NUM_THREADS=1
-  pytest "${sanitized[@]}" "${chosen[@]}" --continue-on-collection-errors
+  pytest "${chosen[@]}" --continue-on-collection-errors
 }
 
 part_memcheck() {

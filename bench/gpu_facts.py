@@ -419,13 +419,12 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def free() -> None:
-    """Free the memory of the last operation."""
+    """Free the GPU's memory of the last operation."""
     gc.collect()
-    if torch.cuda.is_available():
-        try:
-            torch.cuda.empty_cache()
-        except RuntimeError as error:  # After an illegal access nothing works any more; the next fact's error tells it.
-            print(f"the GPU's memory could not be freed: {error}")
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:  # After an illegal access nothing works any more; the next fact's error tells it.
+        print(f"the GPU's memory could not be freed: {error}")
 
 
 def wanted(problem: Problem, device: torch.device) -> list[str]:
@@ -500,6 +499,7 @@ def main() -> None:
             content["not_run"].append(name)
         else:
             task()
+        if device.type == "cuda":
             free()
         save()
     if content["not_run"]:
