@@ -18,6 +18,7 @@ import numpy as np
 from tests.ptx.storage import F2, F4, F8, I8, U1, U2, U4, U8
 
 SMALLEST_F32 = 2.0**-126  # the smallest normal number
+SUBNORMAL = (np.float64(SMALLEST_F32).view(U8) << np.uint64(1)) - np.uint64(1)
 SPLIT = 134217729.0  # 2**27 + 1, which parts a float64 into two halves of 26 bits
 
 # --- rounding
@@ -36,7 +37,8 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
 
 def flush(x: np.ndarray) -> np.ndarray:
     """.ftz of float32."""
-    return np.where(np.abs(x) < np.float32(SMALLEST_F32), np.copysign(np.float32(0), x), x)
+    small = np.abs(x) < np.float32(SMALLEST_F32)
+    return np.where(small, np.copysign(np.float32(0), x), x) if np.count_nonzero(small) else x
 
 
 def two_sum(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -59,8 +61,10 @@ def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     product, z = np.multiply(x, y, dtype=F8), z.astype(F8)
     s = product + z
     # Rounding s again errs only where s is half way between two float32, or where these are subnormal.
-    halfway = (s.view(U8) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
-    if halfway.any() or np.fmin.reduce(np.abs(s)) < SMALLEST_F32:
+    u = s.view(U8)
+    halfway = (u & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
+    subnormal = (u << np.uint64(1)) - np.uint64(1) < SUBNORMAL  # a zero wraps around
+    if np.count_nonzero(halfway | subnormal):
         s = to_odd(*two_sum(product, z))
         s = np.where(s == 0, product + z, s)  # keeps the sign of a zero
     return s.astype(F4)

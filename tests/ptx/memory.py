@@ -14,6 +14,7 @@ and a finding is written down for what leaves the result to chance:
 Races are `races.py`. Shared memory and registers hold 0xA5 at first, so that nothing relies on zeros.
 """
 
+import bisect
 import ctypes
 from typing import Any
 
@@ -77,6 +78,7 @@ class Memory:
         self.allocations = sorted(allocations, key=lambda a: a.base)
         self.bases = np.array([a.base for a in self.allocations], I8)
         self.ends = np.array([a.base + a.nbytes for a in self.allocations], I8)
+        self._bases, self._ends = self.bases.tolist(), self.ends.tolist()
         self.spaces = [Space(a.name, a.nbytes, granules["global"], True) for a in self.allocations]
         self.shared_space = Space("shared memory", shared, granules["shared"], False)
         self.shared_bytes, self.races, self.report = shared, races, report
@@ -103,9 +105,9 @@ class Memory:
 
     def find(self, address: np.ndarray, total: int, instruction: Any) -> int | np.ndarray:
         """Number of the allocation, or of each lane's, that holds the `total` bytes from `address` on."""
-        low, high = int(address.min()), int(address.max())
-        first = int(self.bases.searchsorted(low, "right")) - 1
-        if first >= 0 and high + total <= self.ends[first] and not (address & (total - 1)).any():
+        low, high = int(np.minimum.reduce(address)), int(np.maximum.reduce(address))
+        first = bisect.bisect_right(self._bases, low) - 1
+        if first >= 0 and high + total <= self._ends[first] and not np.count_nonzero(address & (total - 1)):
             return first
         at = self.bases.searchsorted(address, "right") - 1
         wrong = at < 0
@@ -133,7 +135,7 @@ class Memory:
         self, unit: Any, address: np.ndarray, k: np.ndarray | None, size: int, n: int, instruction: Any
     ) -> np.ndarray:
         """[n, lanes] of n elements a lane; 0 in lanes outside k."""
-        lanes = slice(None) if k is None else np.flatnonzero(k)
+        lanes = slice(None) if k is None else k.nonzero()[0]
         address, threads = address[lanes], unit.threads[lanes]
         out = np.zeros((n, unit.lanes), f"u{size}")
         if not len(address):
@@ -149,7 +151,7 @@ class Memory:
     def store_global(
         self, unit: Any, address: np.ndarray, data: list[np.ndarray], k: np.ndarray | None, size: int, instruction: Any
     ) -> None:
-        lanes = slice(None) if k is None else np.flatnonzero(k)
+        lanes = slice(None) if k is None else k.nonzero()[0]
         address, threads = address[lanes], unit.threads[lanes]
         if not len(address):
             return
@@ -163,17 +165,18 @@ class Memory:
     # --- shared memory
 
     def check_shared(self, address: np.ndarray, total: int, instruction: Any, read: bool) -> None:
-        if address.min() < 0 or address.max() + total > self.shared_bytes:
+        if np.minimum.reduce(address) < 0 or np.maximum.reduce(address) + total > self.shared_bytes:
             raise EmulationError(
                 f"bounds: {instruction}: {total} bytes at bytes {address.min()} to {address.max()} of shared memory, "
                 f"which has {self.shared_bytes}"
             )
-        if (address & (total - 1)).any():
+        if np.count_nonzero(address & (total - 1)):
             bad = int(address[address % total != 0][0])
             raise EmulationError(f"align: {instruction}: byte {bad} of shared memory, {total} bytes")
-        if read and not self.written.reshape(-1, total)[address // total].all():
+        place = address // total
+        if read and np.count_nonzero(self.written.reshape(-1, total)[place]) < total * len(place):
             self.report.add("uninit", instruction, f"shared memory: read before it is written ({instruction})")
-        if self.asynchronous and self.in_flight.reshape(-1, total)[address // total].any():
+        if self.asynchronous and np.count_nonzero(self.in_flight.reshape(-1, total)[place]):
             self.report.add(
                 "async", instruction, f"shared memory: touched while cp.async is under way to it ({instruction})"
             )
@@ -193,7 +196,7 @@ class Memory:
         self, unit: Any, address: np.ndarray, k: np.ndarray | None, size: int, n: int, instruction: Any
     ) -> np.ndarray:
         """[n, lanes] of n elements a lane; 0 in lanes outside k."""
-        lanes = slice(None) if k is None else np.flatnonzero(k)
+        lanes = slice(None) if k is None else k.nonzero()[0]
         address = address[lanes]
         if len(address):
             self.check_shared(address, size * n, instruction, read=True)
@@ -210,7 +213,7 @@ class Memory:
     def store_shared(
         self, unit: Any, address: np.ndarray, data: list[np.ndarray], k: np.ndarray | None, size: int, instruction: Any
     ) -> None:
-        lanes = slice(None) if k is None else np.flatnonzero(k)
+        lanes = slice(None) if k is None else k.nonzero()[0]
         address, threads = address[lanes], unit.threads[lanes]
         if not len(address):
             return

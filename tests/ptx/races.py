@@ -55,7 +55,7 @@ class Shadow:
     def places(self, granules: np.ndarray) -> np.ndarray:
         page = granules >> 16
         place = self.table[page]
-        if (place < 0).any():
+        if np.count_nonzero(place < 0):
             for new in np.unique(page[place < 0]):
                 self.table[new] = self.pages
                 self.pages += 1
@@ -169,6 +169,8 @@ class Races:
         wrong = (other >= 0) & (who[other] != who)
         wrong &= unknown | unknown[other] | (data != data[other])  # of a read nothing is known
         owner[places[written]] = 0
+        if not np.count_nonzero(wrong):
+            return
         for pair in np.unique(numbers[wrong] * len(accesses) + numbers[other[wrong]]):
             one, two = (accesses[int(number)] for number in divmod(pair, len(accesses)))
             at = np.flatnonzero(wrong & (numbers * len(accesses) + numbers[other] == pair))[0]
@@ -204,7 +206,7 @@ class Races:
         wrong = (before != 0) & (before != block + 1)
         read = reader[places]
         wrong |= write & (read != 0) & (read != block + 1)
-        for number in np.unique(numbers[wrong]):
+        for number in np.unique(numbers[wrong]) if np.count_nonzero(wrong) else ():
             at = np.flatnonzero(wrong & (numbers == number))[0]
             instruction = accesses[number].instruction
             self.report.add(

@@ -45,6 +45,7 @@ class Unit:
         self.lane_ids = np.arange(lanes) % 32
         self.warp_starts = np.arange(lanes) - self.lane_ids
         self.warps = np.arange(first // 32, (first + lanes) // 32)
+        self.lane_maps: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}  # of shuffles by constants
         self.registers: list[np.ndarray] = []
         self.begin_block()
 
@@ -238,9 +239,9 @@ class Launch:
             return
         yes = taken if mask is None else taken & mask
         no = ~taken if mask is None else ~taken & mask
-        if not no.any():
+        if not np.count_nonzero(no):
             top[1] = target
-        elif yes.any():
+        elif np.count_nonzero(yes):
             if end.modifiers == ["uni"]:
                 raise EmulationError(f"diverged: {end}: {yes.sum()} lanes take it and {no.sum()} do not")
             meet = self.program.meet[index]

@@ -95,7 +95,11 @@ def shuffle(w: Any, x: Instruction) -> None:
     require(w, x, "sync", ("bfly", "idx", "up", "down"), "b32")
     first, *rest = x.operands
     d, within = first.elements if isinstance(first, Pair) else (first, Sink())
-    a, b, c = (w.read(operand, "b32") for operand in rest[:3])
+    a = w.read(rest[0], "b32")
+    if isinstance(rest[1], Integer) and isinstance(rest[2], Integer):
+        b, c = (operand.value & 0xFFFFFFFF for operand in rest[1:3])
+    else:
+        b, c = (w.read(operand, "b32") for operand in rest[1:3])
     found = w.name(
         f'warps.shuffle(U, "{x.modifiers[1]}", {a}, {b}, {c}, {member_mask(w, rest[3])}, {w.guard}, {w.instruction})'
     )

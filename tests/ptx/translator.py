@@ -212,7 +212,7 @@ class BlockWriter:
         self.guard: str | None = None  # name of the mask of the present instruction, None for all lanes
         self.first_use: dict[int, bool] = {}  # register -> whether it is written, by every lane, before it is read
         self._instruction: Instruction | None = None
-        self._known: dict[tuple[int, str], str] = {}  # (register, numpy type) -> variable
+        self._known: dict[int, dict[str, str]] = {}  # register -> numpy type -> variable
         self._latest: dict[int, str] = {}  # register -> variable that was written last
         self._guards: dict[tuple[int, bool], str] = {}
 
@@ -286,8 +286,10 @@ class BlockWriter:
             expression = f"where({self.guard}, {expression}, {self._register(index, storage)})"
         self.first_use.setdefault(index, True)
         variable = self.name(expression)
-        self._forget(index)
-        self._known[index, storage] = self._latest[index] = variable
+        self._guards.pop((index, False), None)
+        self._guards.pop((index, True), None)
+        self._known[index] = {storage: variable}
+        self._latest[index] = variable
 
     # --- for the translation
 
@@ -314,18 +316,13 @@ class BlockWriter:
         self.lines.append(f"return {condition}")
 
     def _register(self, index: int, storage: str) -> str:
-        if (index, storage) not in self._known:
+        known = self._known.setdefault(index, {})
+        if storage not in known:
             if index in self.program.kernel.registers:
                 self.first_use.setdefault(index, False)
             here = self._latest.get(index, f"R[{index}]")
-            self._known[index, storage] = self.name(here if storage == "B1" else f"{here}.view({storage})")
-        return self._known[index, storage]
-
-    def _forget(self, index: int) -> None:
-        for key in [key for key in self._known if key[0] == index]:
-            del self._known[key]
-        for negated in (False, True):
-            self._guards.pop((index, negated), None)
+            known[storage] = self.name(here if storage == "B1" else f"{here}.view({storage})")
+        return known[storage]
 
 
 _programs: dict[bytes, Program] = {}

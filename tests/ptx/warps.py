@@ -32,30 +32,39 @@ def active_warps(unit: Any, k: np.ndarray | None, mask: np.ndarray | None, instr
     return some
 
 
-def shuffle(
-    unit: Any, how: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, mask: np.ndarray | None, k: np.ndarray | None,
-    instruction: Any,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """shfl.sync: (a of another lane, whether that lane is within the segment; otherwise the lane's own a)."""
-    active_warps(unit, k, mask, instruction)
-    lane = unit.lane_ids
-    b, c = (b & np.uint32(31)).astype(I8), c.astype(I8)
+def sources(unit: Any, how: str, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """([lanes] place in the unit of the lane that each lane reads, whether that is within its segment)."""
+    lane, b, c = unit.lane_ids, (b & np.uint32(31)).astype(I8), c.astype(I8)
     segment, clamp = (c >> 8) & 31, c & 31
-    highest = (lane & segment) | (clamp & ~segment & 31)
-    if how == "bfly":
-        source = lane ^ b
-        within = source <= highest
-    elif how == "up":
-        source = lane - b
-        within = source >= highest
-    elif how == "down":
-        source = lane + b
-        within = source <= highest
-    else:
-        source = (lane & segment) | (b & ~segment & 31)
-        within = source <= highest
-    source = np.where(within, source, lane)
-    return a[unit.warp_starts + source], within
+    last = (lane & segment) | (clamp & ~segment & 31)
+    match how:
+        case "bfly":
+            source = lane ^ b
+        case "up":
+            source = lane - b
+        case "down":
+            source = lane + b
+        case _:
+            source = (lane & segment) | (b & ~segment & 31)
+    within = source >= last if how == "up" else source <= last
+    return unit.warp_starts + np.where(within, source, lane), within
+
+
+def shuffle(
+    unit: Any, how: str, a: np.ndarray, b: Any, c: Any, mask: np.ndarray | None, k: np.ndarray | None, instruction: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """shfl.sync: (a of another lane, whether that lane is within the segment; otherwise the lane's own a).
+
+    b and c are arrays, or two numbers that are the same for all lanes.
+    """
+    active_warps(unit, k, mask, instruction)
+    if not isinstance(b, int):
+        source, within = sources(unit, how, b, c)
+        return a[source], within
+    if (how, b, c) not in unit.lane_maps:
+        unit.lane_maps[how, b, c] = sources(unit, how, np.uint32(b), np.uint32(c))
+    source, within = unit.lane_maps[how, b, c]
+    return a[source], within
 
 
 def reduce(unit: Any, how: str, a: np.ndarray, mask: Any, k: np.ndarray | None, instruction: Any) -> np.ndarray:
