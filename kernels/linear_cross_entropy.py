@@ -9,7 +9,8 @@ dW, which is a sum over rows, that needs an upstream gradient of one number; wit
 backward.
 
 Shapes    hidden [N, D], weight [V, D], target int [N], or any shape of N values (errors then name the place in that
-          shape) -> scalar, or [N]. An ignored row costs nothing.
+          shape) -> scalar, or [N]. An ignored row costs nothing. With targets on the CPU nothing waits for a GPU; to
+          leave out the ignored rows of targets on CUDA, the host waits once for their number.
 Numerics  products in `product_dtype`; targets, softmax and sums in fp32 (fp64 if hidden or weight is).
 Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it is trained (8 with reduction "none").
           Memory: one chunk of logits, dH, and for a trained head dW in fp32.       Bitwise deterministic.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from soundwave.kernels.checks import needs_gradient, no_second_derivative, raise_or_defer, raise_pending
-from soundwave.kernels.dispatch import ranged
+from soundwave.kernels.dispatch import ranged, to_device
 from soundwave.kernels.linear_ctc_path import sum_dtype, without_autocast
 from soundwave.kernels.vocab_rows import (
     RowStats,
@@ -34,7 +35,10 @@ TARGET_ROWS = 1024  # targets whose rows of the head are gathered at once: bound
 
 
 def _valid_rows(target: Tensor, ignore_index: int, columns: int, validate: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of the N targets count: their places int64 [M]; `kept` and `wrong` bool [N]. Raises for the wrong ones."""
+    """Which of the N targets count: their places int64 [M]; `kept` and `wrong` bool [N]. Raises for the wrong ones.
+
+    The host has to know M. It waits for targets on CUDA, and knows it of those on the CPU.
+    """
     kept = target != ignore_index
     wrong = kept & ((target < 0) | (target >= columns))
 
@@ -73,7 +77,9 @@ def _run(
     """Losses [N], 0 where ignored; dH of each; dW of their sum, weighted by `upstream` [N]; how many rows count."""
     dtype = sum_dtype(hidden, weight)
     place, kept, wrong = _valid_rows(target, ignore_index, weight.shape[0], validate)
-    rows, ids = hidden[place], target.flatten()[place].to(torch.int64)[:, None]
+    ids = to_device(target.flatten()[place].to(torch.int64)[:, None], hidden.device)
+    place, wrong, count = (to_device(x, hidden.device) for x in (place, wrong, kept.sum()))
+    rows = hidden[place]
     target_logits = _target_logits(rows, weight, ids[:, 0], dtype)
     row_weight = sign = target_logits.new_ones(len(rows))
     greatest = target_logits.new_ones(())
@@ -101,7 +107,7 @@ def _run(
     losses = target_logits.new_zeros(len(hidden))
     losses[place] = stats.log_sum + (torch.maximum(stats.maximum, target_logits[:, 0]) - target_logits[:, 0])
     losses.masked_fill_(wrong, torch.nan)
-    return losses, dhidden, dweight, kept.sum()
+    return losses, dhidden, dweight, count
 
 
 @torch.library.custom_op("soundwave::linear_cross_entropy_fwd", mutates_args=())

@@ -14,8 +14,9 @@ formed in chunks of rows, and each chunk is used before the next overwrites it (
   3. the lattice on the labels' log-probabilities
   4. dH += (P_labels - gamma) W_labels in fp32, and the same for dW and the extra blank
 
-An utterance may have enough frames and still be lost, because a label or blank that it needs has probability 0. Only
-step 3 shows that. If the utterance took part in step 2, steps 2 and 3 run once more without it.
+An utterance may have enough frames and still be lost, because a label or blank that it needs has probability 0. Where
+it would have a part in step 2, in dW or in the choice of columns, a lattice of its own finds it before: a probability
+is 0 where a logit is -inf, and that step 1 shows.
 
 Where the model is sure, P_labels - gamma is much smaller than both of its terms. A row of the gradient sums to 0 over
 its columns, so the difference of the most probable label is computed as minus the sum of all others, none of which is
@@ -48,6 +49,7 @@ from soundwave.kernels.linear_ctc_steps import (
     label_columns,
     loss_weights,
     over_vocabulary,
+    without_alignment,
 )
 from soundwave.kernels.vocab_rows import gradient_dtype
 
@@ -88,16 +90,19 @@ def _run(
     scale = _scale(batch.feasible.to(batch.label_logits.dtype), batch.target_lengths, settings.reduction)
     if upstream is not None:
         scale = torch.where(batch.feasible, scale * upstream, 0.0)
-    while True:
-        weights = loss_weights(scale, batch, settings)
-        sums = over_vocabulary(batch, weights, settings)
-        alignment = align(batch, sums.stats, settings)
-        lost = batch.feasible & (alignment.nll == torch.inf)
-        took_part = need.weight or (need.hidden and sums.active < rows)  # in dW, or in the choice of columns
-        again = took_part and bool((lost & (scale != 0)).any())
-        scale = scale.masked_fill(lost, 0.0)
-        if not again:
-            break  # at the latest after the second pass, in which every lost utterance has the factor 0
+    no_alignment, takes_part = None, scale
+    if need.weight or (need.hidden and not settings.exact):  # in dW, or in the choice of columns
+        no_alignment = without_alignment(batch, settings)
+        takes_part = scale.masked_fill(no_alignment, 0.0)
+    weights = loss_weights(takes_part, batch, settings)
+    sums = over_vocabulary(batch, weights, settings)
+    alignment = align(batch, sums.stats, settings)
+    lost = batch.feasible & (alignment.nll == torch.inf)
+    if need.weight:
+        # Differences of logits beyond the largest float make other utterances infeasible. They are in dW already.
+        unforeseen = (lost & ~no_alignment & (scale != 0)).any()
+        weights = weights._replace(greatest=weights.greatest.masked_fill(unforeseen, torch.nan))
+    scale = scale.masked_fill(lost, 0.0)
     dblank = add_labels(batch, weights, sums, alignment, batch.feasible & ~lost, need)
     nll = alignment.nll
     if settings.zero_infinity:
@@ -109,7 +114,7 @@ def _run(
         loss=loss.clone() if settings.reduction == "none" else loss.sum(),
         path=alignment.path,
         path_log_prob=alignment.path_log_prob,
-        active_share=batch.label_logits.new_tensor(sums.active / max(rows, 1)),
+        active_share=batch.label_logits.new_full((), sums.active / max(rows, 1)),
         error_bound=error_bound(batch, weights, sums, need),
         dhidden=sums.dhidden,
         dweight=sums.dweight,

@@ -109,6 +109,19 @@ def label_columns(
     return Batch(hidden, head, input_lengths, target_lengths, wrong, fits, packed, labels, used, column, logits)
 
 
+def without_alignment(batch: Batch, settings: Settings) -> Tensor:
+    """bool [B]: utterances with enough frames that cannot be aligned, because what they need has a logit of -inf."""
+    impossible = batch.label_logits == -torch.inf
+    if not impossible.is_cuda and not (impossible & batch.used[batch.packed.utterance]).any():  # nothing waits there
+        return torch.zeros_like(batch.feasible)
+    log_probs = torch.zeros_like(batch.label_logits).masked_fill_(impossible, -torch.inf)
+    nll, _ = ctc_lattice(
+        batch.packed.pad(log_probs, batch.hidden).transpose(0, 1), batch.column, batch.input_lengths,
+        batch.target_lengths, blank=0, impl=settings.impl, need_gamma=False,
+    )  # fmt: skip
+    return batch.feasible & (nll == torch.inf)
+
+
 def loss_weights(scale: Tensor, batch: Batch, settings: Settings) -> Weights:
     """The factors `scale` [B] of the losses in the forms that the steps need."""
     greatest = scale.abs().amax() if len(scale) else scale.sum()

@@ -199,6 +199,7 @@ OPERATIONS: dict[str, Callable[[], Callable[[], None]]] = {
     "linear_ctc_loss, exact, labels and lengths on the GPU": lambda: linear_ctc(exact=True, on_cuda=True),
     "linear_ctc_loss, nothing to skip": linear_ctc,
     "linear_ctc_loss, columns skipped": peaky_ctc,
+    "linear_cross_entropy": cross_entropy,
     "linear_cross_entropy, target on the GPU": lambda: cross_entropy(on_cuda=True),
     "add_layer_norm": add_layer_norm,
     "shrink_attention": shrink_attention,

@@ -168,7 +168,7 @@ def linear_cross_entropy(
         hidden: [..., D].
         weight: [V, D], the head; trained if it requires a gradient.
         target: int [...], a row of `weight`, or `ignore_index`: then that row of hidden costs nothing and may have any
-            values.
+            values. On the CPU if possible: on CUDA the host waits once, for the number of rows that are not ignored.
         reduction: "mean" over the rows that are not ignored (NaN if all are), "sum", or "none": [...], 0 if ignored.
         exact: False leaves columns out of the gradient of hidden, as `linear_ctc_loss` does.
         impl: "auto", "triton" or "torch".
@@ -186,7 +186,8 @@ def linear_cross_entropy(
     refuse_transforms("linear_cross_entropy", hidden, weight)
     expect("hidden", hidden, (*hidden.shape[:-1], "D") if hidden.dim() else ("...", "D"))
     check_weight(weight, hidden)
-    expect("target", target, hidden.shape[:-1], hidden, floating=False)
+    on_cpu = isinstance(target, Tensor) and target.device.type == "cpu"
+    expect("target", target, hidden.shape[:-1], None if on_cpu else hidden, floating=False)
     check_reduction(reduction)
     check_flag("exact", exact)
     check_flag("validate", validate)

@@ -515,9 +515,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 slot = order.flatten().where(order.flatten() >= 0, len(wanted))
                 place = places.new_empty(len(wanted) + 1).scatter_(0, slot, places)[:-1]
                 rows = states.flatten(0, 1).index_select(0, place - 1)
-                summed = self._operations.linear_cross_entropy(
-                    rows, self.head_weight, to_device(wanted, rows.device), reduction="sum"
-                )
+                wanted = to_device(wanted, rows.device) if self.config.implementation == "eager" else wanted
+                summed = self._operations.linear_cross_entropy(rows, self.head_weight, wanted, reduction="sum")
                 lm_loss = summed / max(wanted.numel(), 1)  # 0 without any answer, where a mean would be NaN
                 out.loss = out.lm_loss = lm_loss
                 if out.ctc_loss is not None:
