@@ -97,7 +97,8 @@ def _ctc() -> Iterator[Case]:
         test = partial(test_ctc.test_short_targets_with_much_padding, width)
         yield Case("ctc", f"4 labels padded to {width}", "fp32", test, MOST)
     yield Case("ctc", "T120 U80, uniform", "fp32", partial(test_ctc.test_long_and_wide, *HERE), ONE)
-    yield Case("ctc", "2 labels padded to 40", "fp32", partial(test_ctc.test_a_short_target_in_a_wide_batch, *HERE), ONE)
+    test = partial(test_ctc.test_a_short_target_in_a_wide_batch, *HERE)
+    yield Case("ctc", "2 labels padded to 40", "fp32", test, ONE)
     yield Case("ctc", "corners", "fp32", partial(test_ctc.test_corner_cases_are_torchs, *HERE, "none", False))
     for case in ("too short", "no frames", "all -inf", "a label -inf", "the lowest number"):
         test = test_ctc.test_zero_infinity_leaves_no_nan
