@@ -29,6 +29,7 @@
 # where they can be committed as they came, and logs into runs/gpu/. A rehearsal puts both into runs/gpu-rehearsal/.
 # The exit status is the number of parts that failed, were stopped, or did not run.
 
+# shellcheck disable=SC2329 # the parts are called by their names
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -42,7 +43,7 @@ declare -A limits=(
 usual=575                 # seconds for all parts, well inside ten minutes
 log_bytes=$((4 << 20))    # of a log that are kept, its end
 workers_at_most=14        # processes that run tests
-grace=10                  # seconds from the interrupt to the kill
+grace=15                  # seconds from the interrupt to the kill
 python=python3 wheels="" rehearse="" seconds=$usual commit="" wanted=()
 
 fail() {
@@ -162,7 +163,10 @@ part_of_tests() {
     echo "gpu.sh: pytest-xdist is not installed: the tests run in one process, and fewer of them in the same time"
   fi
   export OMP_NUM_THREADS=1
-  pytest "${chosen[@]}" --continue-on-collection-errors --durations 20 \
+  # Only the process that collects the results is interrupted: its workers would lose them if they were, too. And the
+  # log names each test when it ends, so that even a killed run tells what had passed.
+  to=(--foreground)
+  pytest "${chosen[@]}" -vv --continue-on-collection-errors --durations 20 \
     ${parallel[@]+"${parallel[@]}"}
 }
 
@@ -246,7 +250,7 @@ pytest() {
 # limited COMMAND…: interrupt it after `allowed` seconds, so that it can write its files, and kill it soon after. A
 # command in the background ignores interrupts unless that is taken back.
 limited() {
-  timeout --signal INT --kill-after "$grace" "$allowed" "$python" -c \
+  timeout ${to[@]+"${to[@]}"} --signal INT --kill-after "$grace" "$allowed" "$python" -c \
     'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])' \
     "$@" &
   echo $! >"$scratch/running"
@@ -291,8 +295,8 @@ for part in "${wanted[@]}"; do
   start=$SECONDS
   log=$logs/$part.log
   case $part in
-    train-*) (under=() && part_train "${part#train-}") ;;
-    *) (under=() && "part_$part") ;;
+    train-*) (under=() to=() && part_train "${part#train-}") ;;
+    *) (under=() to=() && "part_$part") ;;
   esac >"$log" 2>&1 &
   wait $!
   status=$?
