@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 import torch  # noqa: E402
-from fake_cuda import CUDA, Log, fake_cuda, prepare, to_cuda  # noqa: E402
+from fake_cuda import CUDA, DECIDE, Log, fake_cuda, prepare, to_cuda  # noqa: E402
 
 from soundwave.fused import functional as op  # noqa: E402
 
@@ -173,7 +173,8 @@ def step_of_training(stage: int, accumulation: int = 1) -> Log:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(log.copy())
 
-    with tempfile.TemporaryDirectory() as folder, fake_cuda() as log:
+    runs = (*DECIDE, "_shrink_attention_fwd_kernel")  # it writes over NaN, and a step with NaN would be skipped
+    with tempfile.TemporaryDirectory() as folder, fake_cuda(runs) as log:
         arguments = TrainingArguments(
             folder, max_steps=3, per_device_train_batch_size=B, gradient_accumulation_steps=accumulation, use_cpu=True,
             report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
@@ -211,7 +212,7 @@ STEPS = {"a step of stage I": 1, "a step of stage II": 2}
 
 def count(prepared: Callable[[], Callable[[], None]]) -> Log:
     call = prepared()
-    with fake_cuda() as log:
+    with fake_cuda((*DECIDE, *(["_vocab_rows_kernel"] if prepared is peaky_ctc else []))) as log:
         call()
     return log
 

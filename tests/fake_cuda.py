@@ -1,7 +1,8 @@
 """A CUDA device that is not there: tensors that say `cuda:0`, and a count of every wait and every launch of one.
 
 `OnCuda` wraps a CPU tensor. Python code sees the device `cuda:0` and takes its road for CUDA; each operation runs on
-the wrapped tensor, and Triton's kernels run in the interpreter. Below Python torch sees a device of its own, not the
+the wrapped tensor. Of Triton's kernels only those run, in the interpreter, whose values decide what comes next: it is
+slow. What the others should have written is 0. Below Python torch sees a device of its own, not the
 CPU, so that mixing both is the error that it is on CUDA, and that autograd and `Tensor.to` behave as they do there.
 
 A *wait* is what `torch.cuda.set_sync_debug_mode` warns about, judged from the operation and its arguments:
@@ -23,7 +24,7 @@ driver does with a large copy from memory that is not pinned.
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 ROOT = Path(__file__).resolve().parents[1]
 _setup_privateuseone_for_python_backend("below")
 CUDA, CPU, BELOW = torch.device("cuda", 0), torch.device("cpu"), torch.device("below", 0)
+DECIDE = ("_ctc_peaks_kernel", "_pack_frames_kernel")  # kernels whose results the host reads
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal}
 SIZES = {
@@ -45,8 +47,9 @@ SIZES = {
 }  # fmt: skip
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 COPIES = {aten._to_copy, aten.copy_}
-WITHOUT_KERNEL = {
-    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach, aten.detach_,
+EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+WITHOUT_KERNEL = EMPTY | {
+    aten.detach, aten.detach_,
     aten._unsafe_view, aten.resize_, aten.lift_fresh, aten.set_, aten.is_same_size, aten._local_scalar_dense,
     aten.split_with_sizes, aten.unsafe_split,
 }  # fmt: skip
@@ -105,7 +108,7 @@ class Log:
         return other
 
 
-_log = Log()
+_log, _runs = Log(), frozenset()
 
 
 def _line() -> str:
@@ -189,8 +192,6 @@ def _run(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _log.wait(wait)
     if _mixed(name, args, kwargs):
         raise RuntimeError(f"{operation}: tensors on cuda:0 and on cpu")
-    if (on_cuda or wait) and not operation.is_view and name not in WITHOUT_KERNEL:
-        _log.launch(name.__name__)
     plain = {key: _unwrap(value) for key, value in kwargs.items() if key != "pin_memory"}
     args_, kwargs_ = tree_map(_unwrap, (args, plain))
     if name in INDEXED:
@@ -199,6 +200,11 @@ def _run(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = _product(name, args_, kwargs_)
     else:
         out = operation(*args_, **kwargs_)
+    something = any(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+    if (on_cuda or wait) and something and not operation.is_view and name not in WITHOUT_KERNEL:
+        _log.launch(name.__name__)
+    if name in EMPTY:
+        out.zero_()  # where a kernel that does not run should have written
     if on_cuda:
         out = tree_map(lambda x: OnCuda(x) if isinstance(x, torch.Tensor) else x, out)
     out = return_and_correct_aliasing(operation, args, kwargs, out)
@@ -279,6 +285,8 @@ def _launch(kernel: Any) -> Any:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         _log.launch(self.fn.__name__)
+        if self.fn.__name__ not in _runs:
+            return None
         return run(self, *tree_map(_unwrap, args), **{key: _unwrap(value) for key, value in kwargs.items()})
 
     return call
@@ -312,10 +320,10 @@ def to_cuda(x: Any) -> Any:
 
 
 @contextmanager
-def fake_cuda() -> Iterator[Log]:
-    """Within it `cuda` is the device that is not there; yields the log of what happens."""
-    global _log
-    before, _log = _log, Log()
+def fake_cuda(run: Iterable[str] = DECIDE) -> Iterator[Log]:
+    """Within it `cuda` is the device that is not there; yields the log of what happens. `run`: kernels that run."""
+    global _log, _runs
+    before, (_log, _runs) = (_log, _runs), (Log(), frozenset(run))
     with _Translate(), _Below():
         yield _log
-    _log = before
+    _log, _runs = before
