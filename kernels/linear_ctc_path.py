@@ -24,6 +24,9 @@ from soundwave.kernels.dispatch import ranged, to_device
 from soundwave.kernels.vocab_rows import RowStats, vocab_chunks
 
 
+LABEL_BYTES = 1 << 28  # of frames in fp32 in one batched product of labels: 16 clips of 30 s with D = 4096
+
+
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: `function` runs without autocast, which is still active in a registered operation.
 
@@ -56,11 +59,29 @@ class Head(NamedTuple):
         return self.weight.shape[0] + (self.blank_weight is not None)
 
     def rows(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of `labels` [C], of which the blank is the first: [C, D]."""
+        """The rows of `labels` [G, C], of which the blank is the first: [G, C, D]."""
         rows = self.weight[labels.clamp(max=self.weight.shape[0] - 1)].to(dtype)
         if self.blank_weight is not None:
-            rows[0] = self.blank_weight
+            rows[:, 0] = self.blank_weight
         return rows
+
+
+def _together(hidden: Tensor) -> int:
+    """How many utterances have their labels multiplied together: LABEL_BYTES of frames in fp32 bound the copies.
+
+    On the CPU it is one, because there a batched product is no faster, and padding costs.
+    """
+    _, size, width = hidden.shape
+    return 1 if hidden.device.type == "cpu" else max(1, LABEL_BYTES // max(4 * size * width, 1))
+
+
+class Group(NamedTuple):
+    """Utterances whose labels are multiplied in one batched product."""
+
+    utterances: slice
+    rows: slice  # those of them among the packed rows
+    frames: int  # of each of them in the product
+    padded: bool  # whether some of these frames are past a length
 
 
 class Packed(NamedTuple):
@@ -80,9 +101,16 @@ class Packed(NamedTuple):
         place = torch.arange(len(utterance), device="cpu") + (each * size - ends + count)[utterance]
         return cls([0, *ends.tolist()], to_device(utterance, hidden.device), to_device(place, hidden.device))
 
-    def utterances(self, x: Tensor) -> list[Tensor]:
-        """`x` [N, ...] as one view for each utterance."""
-        return [x[start:stop] for start, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
+    def groups(self, hidden: Tensor) -> list[Group]:
+        """All utterances in order, in groups of `_together`."""
+        (batch, size, _), step = hidden.shape, _together(hidden)
+        groups = []
+        for first in range(0, batch, step):
+            last = min(first + step, batch)
+            start, stop = self.bounds[first], self.bounds[last]
+            frames = stop - start if last == first + 1 else size
+            groups.append(Group(slice(first, last), slice(start, stop), frames, stop - start < (last - first) * frames))
+        return groups
 
     def pack(self, x: Tensor) -> Tensor:
         """`x` [B, T, ...] -> [N, ...]."""
@@ -97,12 +125,28 @@ class Packed(NamedTuple):
         return out.view(batch, size, *x.shape[1:])
 
 
+def _bmm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Batched product with sums and result in `dtype`. Products of half types are exact in float32."""
+    if x.is_cuda and x.dtype == y.dtype != dtype == torch.float32:
+        return torch.bmm(x, y, out_dtype=dtype)
+    return torch.bmm(x.to(dtype), y.to(dtype))
+
+
 def logits_of_labels(hidden: Tensor, head: Head, labels: Tensor, used: Tensor, packed: Packed) -> Tensor:
     """Logits of `labels` int64 [B, C]: [N, C], -inf where not `used` [B, C]."""
     dtype = sum_dtype(hidden, head.weight)
+    extra = hidden if head.blank_weight is None else head.blank_weight
+    # The blank's own row would lose digits in a half type.
+    operands = hidden.dtype if hidden.dtype == head.weight.dtype == extra.dtype else dtype
     logits = hidden.new_empty(len(packed.place), labels.shape[1], dtype=dtype)
-    for b, out in enumerate(packed.utterances(logits)):
-        torch.mm(hidden[b, : len(out)].to(dtype), head.rows(labels[b], dtype).t(), out=out)
+    for group in packed.groups(hidden):
+        rows = head.rows(labels[group.utterances], operands)
+        product = _bmm(hidden[group.utterances, : group.frames], rows.mT, dtype).flatten(0, 1)
+        if group.padded:
+            place = packed.place[group.rows] - group.utterances.start * group.frames
+            torch.index_select(product, 0, place, out=logits[group.rows])
+        else:
+            logits[group.rows] = product
     if head.blank_bias is not None:
         logits[:, 0] += head.blank_bias
     return logits.masked_fill_(~used[packed.utterance], -torch.inf)

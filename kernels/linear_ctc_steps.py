@@ -191,18 +191,32 @@ def add_labels(batch: Batch, weights: Weights, sums: Sums, alignment: Alignment,
     gamma = alignment.gamma.transpose(0, 1).flatten(0, 1)[packed.place]
     gradient = label_gradient(alignment.log_probs, gamma, sums.stats)
     gradient.masked_fill_(~aligned[packed.utterance, None], 0.0)
+    gradient = packed.pad(gradient, hidden)
     rows = len(head.weight)
     first = head.size - rows  # the extra blank is column 0 and no row of `head.weight`
-    for b, g in enumerate(packed.utterances(gradient)):
-        h = hidden[b, : len(g)].to(dtype)
+    for group in packed.groups(hidden):
+        at, labels = (group.utterances, slice(group.frames)), batch.labels[group.utterances]
+        g = gradient[at]
         if need.hidden:
-            dh = sums.dhidden[b, : len(g)]
-            dh.copy_(torch.addmm(dh.to(dtype), g, head.rows(batch.labels[b], dtype)))
+            dh, of_labels = sums.dhidden[at], head.rows(labels, dtype)
+            if dh.dtype == dtype:
+                dh.baddbmm_(g, of_labels)
+            else:
+                dh.copy_(torch.baddbmm(dh.to(dtype), g, of_labels))
+        if not (need.blank or need.weight):
+            continue
+        h = hidden[at].to(dtype)
+        if group.padded:  # past a length there may be NaN, which 0 does not hide
+            h = h.masked_fill(~length_mask(batch.input_lengths[group.utterances], group.frames)[..., None], 0.0)
         if need.blank:
-            dblank[b, :width], dblank[b, width] = g[:, 0] @ h, g[:, 0].sum()
+            # Of one utterance as a vector times a matrix, whose order of sums the CPU has always had.
+            of_blank = g[0, :, 0] @ h[0] if len(g) == 1 else torch.bmm(g[..., :1].mT, h)[:, 0]
+            dblank[group.utterances, :width], dblank[group.utterances, width] = of_blank, g[..., 0].sum(1)
         if need.weight:
-            places = batch.labels[b, first:].clamp(max=rows - 1)  # an unused column adds zeros
-            sums.dweight.index_add_(0, places, (g[:, first:] * weights.utterance[b]).t() @ h)
+            product = torch.bmm((g[..., first:] * weights.utterance[group.utterances, None, None]).mT, h)
+            places = labels[:, first:].clamp(max=rows - 1)  # an unused column adds zeros
+            # Utterances share labels: `index_put_` adds them in a fixed order, where atomics would not.
+            sums.dweight.index_put_((places.flatten(),), product.flatten(0, 1), accumulate=True)
     if need.weight:
         sums.dweight.mul_(weights.greatest)
     return dblank

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from soundwave import eager, fused
 from soundwave.fused.functional import linear_ctc_loss, linear_ctc_path
 from soundwave.kernels import linear_ctc, linear_ctc_steps, vocab_rows
+from soundwave.kernels import linear_ctc_path as linear_ctc_path_module
 from soundwave.kernels.linear_ctc_path import Head
 from tests.accuracy import assert_as_accurate, assert_rms, relative
 from tests.implementations import everywhere, not_interpreted, skip_unless_runnable
@@ -210,6 +211,30 @@ def test_probabilities_that_fp16_cannot_hold(device, impl, loss_scale):
         gradients = (ours["hidden"], theirs["hidden"], truth["hidden"])
         pairs.append(relative(assert_as_accurate(*gradients, FP16, f"hidden, seed {seed}"), truth["hidden"]))
     assert_rms(pairs, 0.0, "hidden")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("together", [2, 3, 9])
+def test_labels_of_several_utterances_in_one_product(monkeypatch, together, dtype):
+    """As on a GPU: groups that divide the batch and that do not, utterances shorter than their group, junk behind them."""
+    case = make(5, 13, 40, 8, 4, blank=40, seed=3)
+    case["input_lengths"] = torch.tensor([13, 0, 7, 13, 11])
+    case["target_lengths"] = torch.minimum(case["target_lengths"], torch.tensor([4, 0, 2, 3, 1]))
+    case["hidden"].masked_fill_(~eager.length_mask(case["input_lengths"], 13)[..., None], torch.nan)
+
+    def result():
+        given = to(case, dtype, "cpu", GRADIENTS)
+        return run(linear_ctc_loss, given, zero_infinity=True, exact=True)
+
+    one, gradients = result()
+    monkeypatch.setattr(linear_ctc_path_module, "_together", lambda _: together)
+    several, found = result()
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(several.loss, one.loss, **close)
+    assert torch.equal(several.path, one.path)
+    for name in GRADIENTS:
+        rounding = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6} if dtype == BF16 else close
+        torch.testing.assert_close(found[name], gradients[name], **rounding)
 
 
 def test_the_difference_of_a_label_that_is_almost_certain():
