@@ -6,7 +6,7 @@ is replaced silently.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -16,7 +16,16 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 
-@torch.compiler.assume_constant_result  # because Triton's knobs cannot be traced
+def _constant_in_graphs(function: Function) -> Function:
+    """Decorator: torch.compile takes the result as a constant, because Triton's knobs cannot be traced.
+
+    It does what torch.compiler.assume_constant_result does, which would import torch._dynamo: two seconds at each start.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_in_graphs
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (`TRITON_INTERPRET=1`), on CPU tensors too."""
     import triton
@@ -24,7 +33,7 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result  # as above
+@_constant_in_graphs
 def runs_on_cpu() -> bool:
     """Whether Triton runs kernels on CPU tensors: in its interpreter, or by a driver whose device is the CPU."""
     if interpreted():
@@ -73,6 +82,18 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
         return x.to(device)
     # Without the copy, pinned memory would be read later, when the caller may have changed it.
     return x.clone().to(device, non_blocking=True)
+
+
+def to_device_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of integers or bools on the CPU, sent to `device` as int64 in one copy; those on it stay as they are.
+
+    Each begins at a multiple of 128 bytes, because Triton compiles another kernel for pointers that are less aligned.
+    """
+    if all(x.device == device for x in tensors):
+        return list(tensors)
+    padded = [torch.nn.functional.pad(x.flatten().to(torch.int64), (0, -x.numel() % 16)) for x in tensors]
+    sent = to_device(torch.cat(padded), device).split([len(x) for x in padded])
+    return [part[: x.numel()].view(x.shape) for part, x in zip(sent, tensors, strict=True)]
 
 
 def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[Any]:

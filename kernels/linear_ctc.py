@@ -38,7 +38,7 @@ from torch import Tensor
 
 from soundwave.kernels.checks import needs_gradient, no_second_derivative, raise_pending
 from soundwave.kernels.ctc_targets import pad_targets
-from soundwave.kernels.dispatch import ranged
+from soundwave.kernels.dispatch import ranged, to_device
 from soundwave.kernels.linear_ctc_path import Head, sum_dtype, without_autocast
 from soundwave.kernels.linear_ctc_steps import (
     Need,
@@ -87,17 +87,17 @@ def _run(
     need = settings.need
     batch = label_columns(hidden, head, targets, input_lengths, target_lengths, settings)
     rows = len(batch.packed.place)
-    scale = _scale(batch.feasible.to(batch.label_logits.dtype), batch.target_lengths, settings.reduction)
+    scale = batch.factor
     if upstream is not None:
-        scale = torch.where(batch.feasible, scale * upstream, 0.0)
+        scale = torch.where(batch.feasible, to_device(scale, hidden.device) * upstream, 0.0)
     no_alignment, takes_part = None, scale
     if need.weight or (need.hidden and not settings.exact):  # in dW, or in the choice of columns
         no_alignment = without_alignment(batch, settings)
-        takes_part = scale.masked_fill(no_alignment, 0.0)
+        takes_part = to_device(scale, hidden.device).masked_fill(no_alignment, 0.0)
     weights = loss_weights(takes_part, batch, settings)
     sums = over_vocabulary(batch, weights, settings)
     alignment = align(batch, sums.stats, settings)
-    lost = batch.feasible & (alignment.nll == torch.inf)
+    lost, scale = batch.feasible & (alignment.nll == torch.inf), to_device(scale, hidden.device)
     if need.weight:
         # Differences of logits beyond the largest float make other utterances infeasible. They are in dW already.
         unforeseen = (lost & ~no_alignment & (scale != 0)).any()

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from soundwave.kernels.checks import raise_or_defer, raise_pending
-from soundwave.kernels.dispatch import ranged, to_device
+from soundwave.kernels.dispatch import ranged, to_device_together
 from soundwave.kernels.vocab_rows import RowStats, vocab_chunks
-
 
 LABEL_BYTES = 1 << 28  # of frames in fp32 in one batched product of labels: 16 clips of 30 s with D = 4096
 
@@ -99,7 +98,7 @@ class Packed(NamedTuple):
         each = torch.arange(len(count), device="cpu")  # whatever torch's default device is
         utterance = each.repeat_interleave(count)
         place = torch.arange(len(utterance), device="cpu") + (each * size - ends + count)[utterance]
-        return cls([0, *ends.tolist()], to_device(utterance, hidden.device), to_device(place, hidden.device))
+        return cls([0, *ends.tolist()], *to_device_together([utterance, place], hidden.device))
 
     def groups(self, hidden: Tensor) -> list[Group]:
         """All utterances in order, in groups of `_together`."""

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from soundwave.kernels.ctc_lattice import ctc_lattice
 from soundwave.kernels.ctc_targets import check_targets, distinct_labels, feasible, length_mask
-from soundwave.kernels.linear_ctc_path import Head, Packed, argmax_path, logits_of_labels
+from soundwave.kernels.dispatch import to_device, to_device_together
+from soundwave.kernels.linear_ctc_path import Head, Packed, argmax_path, logits_of_labels, sum_dtype
 from soundwave.kernels.vocab_rows import (
     RowStats,
     add_weight_gradient,
@@ -54,17 +55,22 @@ class Batch(NamedTuple):
     used: Tensor  # bool [B, C]
     column: Tensor  # int64 [B, U], where each target stands in `labels`
     label_logits: Tensor  # [N, C], -inf in unused columns
+    factor: Tensor  # [B], of each utterance's loss in the reduction, 0 where it does not fit; perhaps on the CPU
 
 
 class Weights(NamedTuple):
-    """The factors of the losses, as multiples of the greatest one, so that they lie between -1 and 1."""
+    """The factors of the losses, as multiples of the greatest one, so that they lie between -1 and 1.
+
+    Those of utterances may be on the CPU. What only the choice of columns or dW needs is None without them.
+    """
 
     greatest: Tensor  # scalar, the largest absolute factor
     utterance: Tensor  # [B], the factor of each utterance, with its sign
-    row: Tensor  # [N], its absolute value for each row
     p: Tensor  # [N], what the rows of P are multiplied with
-    sign: Tensor  # [N, 1], in the dtype of the products
-    groups: Tensor  # bool [G, N], groups of rows for each of which the bound on skipped columns holds
+    inverse: Tensor  # [N], 1 / p, or 0
+    row: Tensor | None  # [N], the absolute value of each row's factor
+    sign: Tensor | None  # [N, 1], in the dtype of the products
+    groups: Tensor | None  # bool [G, N], groups of rows for each of which the bound on skipped columns holds
 
 
 class Sums(NamedTuple):
@@ -90,11 +96,16 @@ class Alignment(NamedTuple):
 def label_columns(
     hidden: Tensor, head: Head, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, settings: Settings
 ) -> Batch:
-    """Step 1: the checked arguments, the rows inside the lengths, and the logits of each utterance's labels."""
+    """Step 1: the checked arguments, the rows inside the lengths, and the logits of each utterance's labels.
+
+    Where labels and lengths are on the CPU, what follows from them is computed there, and sent in one copy.
+    """
     size, given = hidden.shape[1], input_lengths
+    late = any(x.is_cuda for x in (targets, input_lengths, target_lengths))
     targets, input_lengths, target_lengths, wrong = check_targets(
-        targets, input_lengths, target_lengths, frames=size, classes=head.size, blank=head.blank, device=hidden.device,
-        validate=settings.validate, frames_of="hidden", classes_of="rows of the head",
+        targets, input_lengths, target_lengths, frames=size, classes=head.size, blank=head.blank,
+        device=hidden.device if late else targets.device, validate=settings.validate, frames_of="hidden",
+        classes_of="rows of the head",
     )  # fmt: skip
     fits = feasible(targets, input_lengths, target_lengths)
     if wrong is not None:
@@ -105,8 +116,19 @@ def label_columns(
     used = labels != head.blank
     used[:, 0] = True
     column = torch.zeros_like(rank).scatter_(1, order, rank)
+    factor = _factor(fits, target_lengths, settings.reduction, sum_dtype(hidden, head.weight))
+    labels, used, column, input_lengths, target_lengths, can = to_device_together(
+        [labels, used, column, input_lengths, target_lengths, fits], hidden.device
+    )
+    used, can = used.to(torch.bool), can.to(torch.bool)
     logits = logits_of_labels(hidden, head, labels, used, packed)
-    return Batch(hidden, head, input_lengths, target_lengths, wrong, fits, packed, labels, used, column, logits)
+    return Batch(hidden, head, input_lengths, target_lengths, wrong, can, packed, labels, used, column, logits, factor)
+
+
+def _factor(fits: Tensor, target_lengths: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """[B]: the factor of each loss in the reduction, before any sum; 0 where an utterance does not fit."""
+    factor = fits.to(dtype)
+    return factor / (target_lengths.clamp(min=1) * len(factor)) if reduction == "mean" else factor
 
 
 def without_alignment(batch: Batch, settings: Settings) -> Tensor:
@@ -124,19 +146,25 @@ def without_alignment(batch: Batch, settings: Settings) -> Tensor:
 
 def loss_weights(scale: Tensor, batch: Batch, settings: Settings) -> Weights:
     """The factors `scale` [B] of the losses in the forms that the steps need."""
+    need, utterance, device = settings.need, batch.packed.utterance, batch.hidden.device
     greatest = scale.abs().amax() if len(scale) else scale.sum()
-    weight, utterance = scale / greatest.clamp(min=torch.finfo(scale.dtype).tiny), batch.packed.utterance
-    row = p = weight.abs()[utterance]
-    if not settings.need.weight:
+    weight = scale / greatest.clamp(min=torch.finfo(scale.dtype).tiny)
+    p = weight.abs()
+    if not need.weight:
         # Then the factor of P only decides which columns are skipped and is divided out again. A power of two makes
         # that exact.
-        p = row.log2().round_().exp2_()
-    groups = utterance == torch.arange(len(scale), device=scale.device)[:, None]
-    if settings.reduction != "none":
-        # One bound for all rows. With "none" the caller weighs the losses later, so it must hold for each utterance.
-        groups = groups.any(0, keepdim=True)
-    sign = weight.sign().to(settings.product_dtype)[utterance, None]
-    return Weights(greatest, weight, row, p, sign, groups)
+        p = p.log2().round_().exp2_()
+    p, inverse = to_device(torch.stack([p, torch.where(p > 0, 1 / p, 0.0)]), device)[:, utterance]
+    row = sign = groups = None
+    if need.weight:
+        sign = to_device(weight.sign().to(settings.product_dtype), device)[utterance, None]
+    if need.hidden and not settings.exact:
+        row = to_device(weight.abs(), device)[utterance]
+        groups = utterance == torch.arange(len(scale), device=device)[:, None]
+        if settings.reduction != "none":
+            # One bound for all rows. With "none" the caller weighs the losses later: it must hold for each utterance.
+            groups = groups.any(0, keepdim=True)
+    return Weights(greatest, weight, p, inverse, row, sign, groups)
 
 
 def over_vocabulary(batch: Batch, weights: Weights, settings: Settings) -> Sums:
@@ -146,21 +174,22 @@ def over_vocabulary(batch: Batch, weights: Weights, settings: Settings) -> Sums:
     stats = RowStats.empty(len(rows), label_logits)
     dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0, dtype=gradient_dtype(hidden))
     dweight = label_logits.new_zeros(weight.shape if need.weight else 0)
-    active, skipped = 0.0, label_logits.new_zeros(len(weights.groups))
+    active, skipped = 0.0, label_logits.new_zeros(0 if weights.groups is None else len(weights.groups))
     chunks = vocab_chunks(
         rows, weight, label_logits, batch.labels.masked_fill(~batch.used, -1), packed.utterance,
         weights.p if need.hidden or need.weight else None, stats, settings.impl,
     )  # fmt: skip
     for start, stop, p in chunks:
         if need.hidden:
-            factor = weights.p[start:stop]
-            product, columns, missing = probabilities_times_weight(
-                p, weight, stats.off_label_mass[start:stop] * factor, settings.exact, weights.groups[:, start:stop]
-            )
-            product *= torch.where(factor > 0, 1 / factor, 0.0)[:, None]
+            mass, groups = stats.off_label_mass[start:stop], weights.groups
+            if groups is not None:
+                mass, groups = mass * weights.p[start:stop], groups[:, start:stop]
+            product, columns, missing = probabilities_times_weight(p, weight, mass, settings.exact, groups)
+            product *= weights.inverse[start:stop, None]
             dhidden.view(-1, hidden.shape[2])[packed.place[start:stop]] = product.to(dhidden.dtype)
             active += columns * (stop - start)
-            skipped += missing
+            if groups is not None:
+                skipped += missing
         if need.weight:
             add_weight_gradient(dweight, p, rows[start:stop] * weights.sign[start:stop])
     return Sums(stats, dhidden, dweight, active, skipped)
@@ -213,12 +242,12 @@ def add_labels(batch: Batch, weights: Weights, sums: Sums, alignment: Alignment,
             of_blank = g[0, :, 0] @ h[0] if len(g) == 1 else torch.bmm(g[..., :1].mT, h)[:, 0]
             dblank[group.utterances, :width], dblank[group.utterances, width] = of_blank, g[..., 0].sum(1)
         if need.weight:
-            product = torch.bmm((g[..., first:] * weights.utterance[group.utterances, None, None]).mT, h)
+            product = torch.bmm((g[..., first:] * to_device(weights.utterance[at[0]], h.device)[:, None, None]).mT, h)
             places = labels[:, first:].clamp(max=rows - 1)  # an unused column adds zeros
             # Utterances share labels: `index_put_` adds them in a fixed order, where atomics would not.
             sums.dweight.index_put_((places.flatten(),), product.flatten(0, 1), accumulate=True)
     if need.weight:
-        sums.dweight.mul_(weights.greatest)
+        sums.dweight.mul_(to_device(weights.greatest, hidden.device))
     return dblank
 
 
