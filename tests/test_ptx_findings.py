@@ -95,6 +95,15 @@ def test_a_block_that_writes_what_others_have_read(order):
     )
 
 
+def test_the_last_of_several_readers_must_not_write_either():
+    body = """mov.u32 %r5, %ctaid.x; ld.global.b32 %r6, [%rd0]; bar.sync 0; setp.eq.s32 %p1, %r5, 2;
+        @%p1 ld.global.b32 %r6, [%rd0]; bar.sync 0; @%p1 st.global.b32 [%rd1], %r5; bar.sync 0;
+        @%p1 ld.global.b32 %r6, [%rd0]; bar.sync 0; @%p1 st.global.b32 [{}], %r5;"""
+    x, y = numbers(1), numbers(1)
+    assert kinds(run(body.format("%rd0"), x, y, blocks=3)) == ["race"]
+    assert kinds(run(body.format("%rd1"), x, y, blocks=3)) == []
+
+
 @pytest.mark.parametrize("lockstep", [True, False])
 def test_lanes_of_a_warp_need_bar_warp_sync(lockstep):
     body = f"{OWN} {NEIGHBOUR} st.shared.b32 [%r1], %r0; {{}} ld.shared.b32 %r4, [%r3];"
@@ -293,7 +302,15 @@ def test_a_copy_under_way_races_with_a_write_behind_a_later_barrier():
     body = f"""{COPY.format(size=4)} {OTHER} bar.sync 0; {{}} st.shared.b32 [%r3], 1; cp.async.wait_group 0;"""
     settings = {"threads": 64, "shared": 256, "lockstep": True}
     assert "race" in kinds(run(body.format(""), numbers(64), **settings))
+    assert "race" in kinds(run(body.format("").replace("1; cp", "1; bar.sync 0; cp"), numbers(64), **settings))
     assert kinds(run(body.format("cp.async.wait_group 0; bar.sync 0;"), numbers(64), **settings)) == []
+
+
+def test_other_lanes_need_bar_warp_sync_behind_the_wait():
+    body = f"{COPY.format(size=4)} {NEIGHBOUR} cp.async.wait_group 0; {{}} ld.shared.b32 %r4, [%r3];"
+    settings = {"shared": 128, "lanes": True}
+    assert kinds(run("mov.b32 %r2, smem;" + body.format(""), numbers(32), **settings)) == ["lanes"]
+    assert kinds(run("mov.b32 %r2, smem;" + body.format("bar.warp.sync -1;"), numbers(32), **settings)) == []
 
 
 def test_a_copy_of_what_is_out_of_bounds():

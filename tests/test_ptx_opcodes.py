@@ -109,6 +109,15 @@ def test_fma_by_way_of_float64_would_round_twice():
     assert apply("fma.rn.f32 {d}, {a}, {b}, {c}", "f4", x, y, z) == 2.0**30 + 128 != twice
 
 
+def test_fma_with_a_subnormal_result_would_round_twice_elsewhere():
+    """z + 2^-150 - 2^-190: of a subnormal float32 2^-150 is half a unit."""
+    x, y, z = (
+        np.array([v], "f4") for v in (2.0**-75 * (1 + 2.0**-20), 2.0**-75 * (1 - 2.0**-20), 2.0**-127 + 2.0**-149)
+    )
+    twice = np.float32(np.float64(x[0]) * np.float64(y[0]) + np.float64(z[0]))
+    assert apply("fma.rn.f32 {d}, {a}, {b}, {c}", "f4", x, y, z) == z != twice
+
+
 @pytest.mark.parametrize("kind", ["f16x2", "bf16x2", "f32x2"])
 def test_packed_pairs_are_two_numbers(kind):
     half = kind[:-2]
