@@ -49,7 +49,12 @@ def _config(width: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return block, 1 if size <= 512 else min(size // 256, 16), min(max(block // 128, 1), 8)
 
 
-@triton.jit
+# Frames, labels and batch vary from batch to batch, and with them the alignment of rows. `blank` does not.
+VARYING = ["T", "W", "B", "stride_t", "stride_b", "stride_c"]
+ROWS_OF_THE_CALLER = ["LOG_PROBS", "TARGETS", "INPUT_LENGTHS", "TARGET_LENGTHS"]
+
+
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ROWS_OF_THE_CALLER)
 def _ctc_emit_kernel(
     LOG_PROBS, TARGETS, INPUT_LENGTHS, TARGET_LENGTHS, EMISSIONS, SHIFT, T, W, blank, stride_t, stride_b, stride_c,
     BLOCK: tl.constexpr,
@@ -92,7 +97,7 @@ def _logadd(a, b, FAST: tl.constexpr):
     return high + _log2(1.0 + tl.exp2(tl.minimum(a, b) - tl.maximum(high, LOWEST)), FAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ROWS_OF_THE_CALLER)
 def _ctc_lattice_kernel(
     EMISSIONS, TARGETS, INPUT_LENGTHS, TARGET_LENGTHS, STATES, EDGES, LIKELIHOOD, T, W,
     STORE: tl.constexpr, MANY: tl.constexpr, FAST: tl.constexpr, RENORM: tl.constexpr, BLOCK: tl.constexpr,
@@ -106,7 +111,7 @@ def _ctc_lattice_kernel(
     b, is_beta = tl.program_id(0).to(tl.int64), tl.program_id(1) > 0
     dtype = EMISSIONS.dtype.element_ty
     length, size = tl.load(INPUT_LENGTHS + b).to(tl.int32), tl.load(TARGET_LENGTHS + b).to(tl.int32)
-    first, step = tl.where(is_beta, length - 1, 0).to(tl.int64), tl.where(is_beta, -1, 1)
+    first, step = tl.where(is_beta, length - 1, 0).to(tl.int64), tl.where(is_beta, -1, 1).to(tl.int64)
     direction = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + b
     column = tl.arange(0, BLOCK)
     left = tl.maximum(column - 1, 0)
@@ -177,7 +182,7 @@ def _add_equal(key, value, next_key, next_value):
     return next_key, next_value + tl.where(key == next_key, value, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ROWS_OF_THE_CALLER)
 def _ctc_posterior_kernel(
     STATES, NLL, INPUT_LENGTHS, TARGET_LENGTHS, ORDER, COLUMN, POSTERIORS, B, T, W, BLOCK: tl.constexpr
 ):
@@ -188,7 +193,8 @@ def _ctc_posterior_kernel(
     if (t < tl.load(INPUT_LENGTHS + b)) & (nll != float("inf")):
         dtype = STATES.dtype.element_ty
         size = tl.load(TARGET_LENGTHS + b).to(tl.int32)
-        ALPHA, BETA, OUT = STATES + row * 2 * W, STATES + (B * T + row) * 2 * W, POSTERIORS + (t * B + b) * W
+        frames = tl.num_programs(0).to(tl.int64)  # B·T
+        ALPHA, BETA, OUT = STATES + row * 2 * W, STATES + (frames + row) * 2 * W, POSTERIORS + (t * B + b) * W
         column = tl.arange(0, BLOCK)
         maximum = tl.full([BLOCK], float("-inf"), dtype)
         for start in range(0, size + 1, BLOCK):
@@ -220,15 +226,19 @@ def _ctc_posterior_kernel(
 
 
 def _lattice_triton(
-    log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int, need_gamma: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """nll [B], posteriors [T, B, U + 1] (T = 0 without `need_gamma`), and the labels [B, U + 1] of their columns."""
+    log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int, need_gamma: bool,
+    in_order: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """nll [B], posteriors [T, B, U + 1] (T = 0 without `need_gamma`), and the labels [B, U + 1] of their columns.
+
+    `in_order` are order and column of `distinct_labels`, where the caller knows them; then no labels are returned.
+    """
     size, batch, _ = log_probs.shape
     device, dtype, width = log_probs.device, torch.promote_types(log_probs.dtype, torch.float32), targets.shape[1] + 1
     block, lattice_warps, row_warps = _config(width, dtype)
     many, fast = width > block, dtype == torch.float32 and not interpreted()
     targets, lengths = targets.contiguous(), (input_lengths.to(device), target_lengths.to(device))
-    labels, order, column = distinct_labels(targets, lengths[1], blank)
+    labels, order, column = distinct_labels(targets, lengths[1], blank) if in_order is None else (None, *in_order)
     posteriors = torch.zeros(size if need_gamma else 0, batch, width, dtype=dtype, device=device)
     shift = torch.zeros(batch, size, dtype=dtype, device=device)
     emissions, states, edges = (
@@ -309,13 +319,21 @@ def ctc_lattice(
     blank: int,
     impl: str,
     need_gamma: bool,
+    in_order: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The lattice on log-probabilities [T, B, C]. It is not differentiable and checks nothing.
+
+    `in_order`: where the C = U + 1 columns are the blank and each utterance's distinct labels in rising order, the
+    positions sorted by label, and their columns; then they are not looked for again.
 
     Returns:
         nll [B], inf where no alignment exists.
         gamma [T, B, C], the posteriors: 0 past the lengths and where nll is inf; empty without `need_gamma`. The
         gradient of nll is -gamma. Both are float32, or float64 for float64.
     """
+    if in_order is not None and impl == "triton":
+        return _lattice_triton(
+            log_probs, targets, input_lengths, target_lengths, blank, need_gamma, in_order
+        )[:2]  # fmt: skip
     nll, posteriors, labels = LATTICES[impl](log_probs, targets, input_lengths, target_lengths, blank, need_gamma)
     return nll, spread(posteriors, labels, log_probs.shape[2]) if need_gamma else posteriors

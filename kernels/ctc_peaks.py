@@ -58,7 +58,7 @@ def _better(first_a, score_a, frame_a, first_b, score_b, frame_b):
     return first_a | first_b, tl.where(take_b, score_b, score_a), tl.where(take_b, frame_b, frame_a)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "PATH_STRIDE", "SCORES_STRIDE"])  # they vary from batch to batch
 def _ctc_peaks_kernel(
     PATH, LENGTHS, SCORES, FRAMES, COUNTS, T, PATH_STRIDE, SCORES_STRIDE, BLANK,
     PEAKS: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -99,7 +99,7 @@ def _ctc_peaks_kernel(
     tl.store(COUNTS + b, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _pack_frames_kernel(FRAMES, CU_SEQLENS, INDEX, T, BLOCK: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     start = tl.load(CU_SEQLENS + b).to(tl.int64)

@@ -50,7 +50,7 @@ def _config(width: int) -> Config:
     return Config(block_d, min(max(block_d // 512, 1), 16), together=block_d <= 4096)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _add_layer_norm_fwd_kernel(
     X, RESIDUAL, INDEX, WEIGHT, BIAS, Y, SUM, MEAN, RSTD, R, D,
     EPS: tl.constexpr, HAS_INDEX: tl.constexpr, STORE_SUM: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -80,7 +80,7 @@ def _add_layer_norm_fwd_kernel(
     tl.store(RSTD + n, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R"])
 def _add_layer_norm_bwd_kernel(
     DY, DSUM, X, RESIDUAL, INDEX, WEIGHT, MEAN, RSTD, DX, DRESIDUAL, DWEIGHT, DBIAS, N, R, D,
     HAS_INDEX: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DSUM: tl.constexpr, STORE_DX: tl.constexpr,

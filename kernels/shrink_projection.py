@@ -58,41 +58,47 @@ def shrink_projection_ref(
     return q, k, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["COUNT", "ROWS"])  # the numbers of kept and of all frames
 def _gather_matmul_kernel(
-    A, B, BIAS, INDEX, C, SIZE_I, SIZE_J, SIZE_R, ROWS, A_I, A_R, B_R, B_J, C_I,
+    A, B, BIAS, INDEX, C, COUNT, SIZE, SIZE_J, ROWS, A_I, A_R, B_R, B_J, C_I,
     GATHER: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """C[i, j] = Σ_r A[i, r] B[r, j]. INDEX gives the rows of one of them, and GATHER says which: "a", "b" or "c".
 
+    INDEX has COUNT rows; these are the terms of the sum for "b", else the rows of C. The other number is SIZE.
     With "a" BIAS[j] is added, with "c" the former value of C. Where an indexed row does not exist, C is NaN for "a",
     the term is left out for "b", and nothing is stored for "c".
     """
     pid = tl.program_id(0)
+    SIZE_I, SIZE_R = COUNT, SIZE
+    if GATHER == "b":
+        SIZE_I, SIZE_R = SIZE, COUNT
     tiles_i, tiles_j = tl.cdiv(SIZE_I, BLOCK_I), tl.cdiv(SIZE_J, BLOCK_J)
     group, within = pid // (GROUP * tiles_j), pid % (GROUP * tiles_j)
     together = tl.minimum(tiles_i - group * GROUP, GROUP)
     i = (group * GROUP + within % together) * BLOCK_I + tl.arange(0, BLOCK_I)
     j = (within // together) * BLOCK_J + tl.arange(0, BLOCK_J)
-    row = i.to(tl.int64)
+    # Offsets are int64: K rows of 3·D columns pass 2^31 at K = 174 763 for D = 4096.
+    row, column = i.to(tl.int64), j.to(tl.int64)
     known = i < SIZE_I
     if GATHER != "b":
         row = tl.load(INDEX + i, mask=i < SIZE_I, other=-1)
         known = (row >= 0) & (row < ROWS)
     row_a = row if GATHER == "a" else i.to(tl.int64)
     row_c = row if GATHER == "c" else i.to(tl.int64)
+    A_ROW, B_COLUMN = A + row_a[:, None] * A_I, B + column[None, :] * B_J
     total = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
     for first in range(0, SIZE_R, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
-        row_b = r.to(tl.int64)
+        term = r.to(tl.int64)
+        row_b = term
         known_b = r < SIZE_R
         if GATHER == "b":
             row_b = tl.load(INDEX + r, mask=r < SIZE_R, other=-1)
             known_b = (row_b >= 0) & (row_b < ROWS)
-        a = tl.load(A + row_a[:, None] * A_I + r[None, :] * A_R, mask=known[:, None] & (r < SIZE_R)[None, :], other=0.0)
-        at_b = B + row_b[:, None] * B_R + j[None, :] * B_J
-        b = tl.load(at_b, mask=known_b[:, None] & (j < SIZE_J)[None, :], other=0.0)
+        a = tl.load(A_ROW + term[None, :] * A_R, mask=known[:, None] & (r < SIZE_R)[None, :], other=0.0)
+        b = tl.load(B_COLUMN + row_b[:, None] * B_R, mask=known_b[:, None] & (j < SIZE_J)[None, :], other=0.0)
         total = tl.dot(a.to(DTYPE), b.to(DTYPE), total, input_precision=PRECISION)
     if GATHER == "a":
         total += tl.load(BIAS + j, mask=j < SIZE_J, other=0.0).to(tl.float32)[None, :]
@@ -108,14 +114,17 @@ def _gather_matmul_kernel(
 def _gather_matmul(gather: str, a: Tensor, b: Tensor, bias: Tensor | None, index: Tensor, c: Tensor) -> None:
     """`a` @ `b` into `c`. `gather` names the tensor whose rows `index` gives. Any of them may be transposed."""
     dtype = (a if gather == "b" else b).dtype  # that of the weight; x may have a wider one
-    size_i, size_r = index.shape[0] if gather != "b" else a.shape[0], a.shape[1]
+    count, (size_i, size_r) = index.shape[0], a.shape
+    if gather == "a":
+        size_i = count
     rows, size_j = {"a": a, "b": b, "c": c}[gather].shape[0], b.shape[1]
     aligned = not any(stride % 16 for stride in (*a.stride(), *b.stride(), c.stride(0)) if stride != 1)
     config = _config(dtype, aligned, architecture(a.device))
     grid = (triton.cdiv(size_i, config.block_i) * triton.cdiv(size_j, config.block_j),)
     if grid[0]:
         _gather_matmul_kernel[grid](
-            a, b, bias, index.contiguous(), c, size_i, size_j, size_r, rows, *a.stride(), *b.stride(), c.stride(0),
+            a, b, bias, index.contiguous(), c, count, size_i if gather == "b" else size_r, size_j, rows, *a.stride(),
+            *b.stride(), c.stride(0),
             GATHER=gather, DTYPE=TRITON_DTYPE[dtype], GROUP=GROUP,
             PRECISION=input_precision(),
             BLOCK_I=config.block_i, BLOCK_J=config.block_j, BLOCK_R=config.block_r,

@@ -30,7 +30,7 @@ def splice_rows_ref(embeddings: Tensor, speech: Tensor, source: Tensor) -> Tenso
     return rows[source]  # -1 is the last row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TEXT_ROWS"])  # it varies from batch to batch
 def _splice_rows_fwd_kernel(EMBEDDINGS, SPEECH, SOURCE, OUT, TEXT_ROWS, D, BLOCK_D: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -44,7 +44,7 @@ def _splice_rows_fwd_kernel(EMBEDDINGS, SPEECH, SOURCE, OUT, TEXT_ROWS, D, BLOCK
     tl.store(OUT + m * D + column, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["INVERSE"])  # the part of the speech begins at any place
 def _splice_rows_bwd_kernel(DOUT, INVERSE, DX, D, BLOCK_D: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -26,7 +26,7 @@ def cases(arch, Case):
             config = op._config(weight, aligned, arch)
             a, b, c = (POINTER[(x, weight)[i]] for i in dtypes)
             pointers = {"A": a, "B": b, "BIAS": POINTER[weight], "INDEX": "*i64", "C": c}
-            sizes = {name: "i32" for name in ("SIZE_I", "SIZE_J", "SIZE_R", "ROWS", "A_I", "A_R", "B_R", "B_J", "C_I")}
+            sizes = {name: "i32" for name in ("COUNT", "SIZE", "SIZE_J", "ROWS", "A_I", "A_R", "B_R", "B_J", "C_I")}
             constexprs = {
                 "GATHER": gather,
                 "DTYPE": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[weight],
@@ -39,9 +39,9 @@ def cases(arch, Case):
             signature = pointers | {name: kind for name, kind in sizes.items() if name not in ones}
             # The number of kept rows is arbitrary. Widths are multiples of 16 in the models, but need not be.
             widths = {
-                "a": ("SIZE_J", "SIZE_R", "A_I", "B_J"),
-                "b": ("SIZE_I", "SIZE_J", "A_R", "B_R"),
-                "c": ("SIZE_J", "SIZE_R", "A_I", "B_R"),
+                "a": ("SIZE_J", "SIZE", "A_I", "B_J"),
+                "b": ("SIZE_J", "SIZE", "A_R", "B_R"),
+                "c": ("SIZE_J", "SIZE", "A_I", "B_R"),
             }
             yield Case(
                 f"{use}, rows of {gather}, {'aligned' if aligned else 'any'} widths",
