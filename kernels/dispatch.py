@@ -19,7 +19,7 @@ IMPLEMENTATIONS = ("auto", "triton", "torch")
 def _constant_in_graphs(function: Function) -> Function:
     """Decorator: torch.compile takes the result as a constant, because Triton's knobs cannot be traced.
 
-    It does what torch.compiler.assume_constant_result does, which would import torch._dynamo: two seconds at each start.
+    torch.compiler.assume_constant_result does the same, but imports torch._dynamo: two seconds at each start.
     """
     function._dynamo_marked_constant = True
     return function
