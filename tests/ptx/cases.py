@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from soundwave import eager
 from soundwave.kernels import ctc_lattice, ctc_peaks, norm
 from tests import (
     test_ctc,
@@ -25,7 +26,7 @@ from tests import (
     test_splice,
     test_vocab_rows,
 )
-from tests.accuracy import assert_rms
+from tests.accuracy import assert_rms, error
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 NAMES = {FP16: "fp16", BF16: "bf16", FP32: "fp32", FP64: "fp64"}
@@ -50,10 +51,11 @@ class Case(NamedTuple):
 
 
 class Redundant(NamedTuple):
-    """Barriers of a kernel, at a line of its source, whose absence nobody can notice, with the reason."""
+    """Barriers of a kernel at a line of its source, `most` in one compiled kernel, that are redundant, and why."""
 
     kernel: str
     line: str
+    most: int
     why: str
 
 
@@ -246,6 +248,24 @@ def _attention() -> Iterator[Case]:
     for size, dtype in ((80, BF16), (128, BF16), (128, FP16), (128, FP32), (256, BF16)):
         test = partial(t.check, *t.make([3, 70], [130, 70], 1, size, dtype), "triton")
         yield Case("shrink_attention", f"H1 E{size}", NAMES[dtype], test, ONE)
+    yield Case("shrink_attention", "H1 E64", "tf32", _attention_tf32, ONE)
+
+
+def _attention_tf32() -> None:
+    """float32 where torch's products may be TensorFloat-32, as a user allows them. Eager does not round so on a CPU."""
+    t = test_shrink_attention
+    tensors, where = t.make([3, 33], [63, 70], 1, 64, FP32)
+    upstream = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1))
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    truth = t.everything(lambda *x: eager.shrink_attention(*x, *where, scale=0.125), wide, upstream)
+    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
+    try:
+        found = t.everything(lambda *x: t.shrink_attention(*x, *where, impl="triton"), tensors, upstream)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    for name, ours, exact in zip(t.NAMES, found, truth, strict=True):
+        # Products of two values with 10 bits each, of which tensor cores cut off the others.
+        assert 1e-6 < error(ours, exact) / float(exact.norm()) < 4 * 2**-10, name
 
 
 def _adapter() -> Iterator[Case]:

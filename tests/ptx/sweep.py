@@ -65,7 +65,11 @@ def excuse(barrier: Barrier) -> Redundant | None:
 
 
 def unexplained(barriers: list[Barrier]) -> list[Barrier]:
-    return [barrier for barrier in barriers if not barrier.noticed and excuse(barrier) is None]
+    """Those that nothing noticed and no reason covers, or more of them at a line than it covers."""
+    missed = [barrier for barrier in barriers if not barrier.noticed]
+    count = Counter((barrier.variant, barrier.line) for barrier in missed)
+    entries = [(barrier, excuse(barrier)) for barrier in missed]
+    return [b for b, entry in entries if entry is None or count[b.variant, b.line] > entry.most]
 
 
 def stale(barriers: list[Barrier]) -> list[Redundant]:
@@ -77,7 +81,7 @@ def stale(barriers: list[Barrier]) -> list[Redundant]:
 def summary(barriers: list[Barrier]) -> str:
     noticed = sum(bool(barrier.noticed) for barrier in barriers)
     share = 100 * noticed / max(len(barriers), 1)
-    return f"{noticed} of {len(barriers)} barriers are missed when they are taken out ({share:.1f} %)"
+    return f"{noticed} of {len(barriers)} barriers are noticed when they are missing ({share:.1f} %)"
 
 
 def versions() -> str:
