@@ -6,13 +6,19 @@ store that touches them is a finding (`memory.py`), and for races the copy is a 
 stretch between barriers that it may land in. The wait is for the lane's own copies only: others need a barrier.
 """
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tests.ptx.memory import Memory
 from tests.ptx.races import Access
 from tests.ptx.storage import I8, U1, Unsupported
+
+if TYPE_CHECKING:
+    from tests.ptx.parser import Instruction
+    from tests.ptx.schedule import Unit
 
 
 class Copy(NamedTuple):
@@ -23,7 +29,7 @@ class Copy(NamedTuple):
     size: int
     take: np.ndarray
     threads: np.ndarray
-    instruction: Any
+    instruction: Instruction
 
 
 class Copies:
@@ -35,8 +41,8 @@ class Copies:
         self.groups: list[list[Copy]] = []
 
     def issue(
-        self, unit: Any, to: np.ndarray, source: np.ndarray, size: int, take: np.ndarray | None,
-        k: np.ndarray | None, instruction: Any,
+        self, unit: Unit, to: np.ndarray, source: np.ndarray, size: int, take: np.ndarray | None,
+        k: np.ndarray | None, instruction: Instruction,
     ) -> None:  # fmt: skip
         lanes = np.arange(unit.lanes) if k is None else np.flatnonzero(k)
         if not len(lanes):
@@ -49,12 +55,12 @@ class Copies:
         self._read(copy)  # what is out of bounds is so from the start
         self._note(copy)
 
-    def commit(self, unit: Any, k: np.ndarray | None, instruction: Any) -> None:
+    def commit(self, unit: Unit, k: np.ndarray | None, instruction: Instruction) -> None:
         self._together(unit, k, instruction)
         self.groups.append(self.open)
         self.open = []
 
-    def wait(self, unit: Any, count: int, k: np.ndarray | None, instruction: Any) -> None:
+    def wait(self, unit: Unit, count: int, k: np.ndarray | None, instruction: Instruction) -> None:
         """Until at most `count` groups are under way."""
         self._together(unit, k, instruction)
         while len(self.groups) > count:
@@ -67,7 +73,7 @@ class Copies:
             self._note(copy)
 
     @staticmethod
-    def _together(unit: Any, k: np.ndarray | None, instruction: Any) -> None:
+    def _together(unit: Unit, k: np.ndarray | None, instruction: Instruction) -> None:
         if k is not None and (k != unit.alive).any():
             raise Unsupported(f"{instruction}: by some lanes only")
 

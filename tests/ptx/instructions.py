@@ -7,12 +7,17 @@ modifier must be known, or the instruction is Unsupported. These are known and c
     lo       of mul and mad: the lower half of the product, as numpy's product of integers is
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.ptx.arithmetic import COMPARISONS
 from tests.ptx.parser import Instruction, Integer, Vector
 from tests.ptx.storage import BITS, FLOATS, PACKED, storage_name, unsigned
+
+if TYPE_CHECKING:
+    from tests.ptx.translator import BlockWriter
 
 FMA = {"f16": "fma_f16", "bf16": "fma_bf16", "f32": "fma", "f64": "fma_f64"}
 INTEGER_COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -23,7 +28,7 @@ NARROWING = {("f32", "f64"), ("f16", "f32"), ("bf16", "f32")}
 Template = Callable[..., str]
 
 
-def modifiers(w: Any, x: Instruction, *known: str) -> tuple[list[str], set[str]]:
+def modifiers(w: BlockWriter, x: Instruction, *known: str) -> tuple[list[str], set[str]]:
     """(types, other modifiers) of an instruction, all of which must be `known`."""
     types = [m for m in x.modifiers if m in BITS]
     others = [m for m in x.modifiers if m not in BITS]
@@ -33,7 +38,7 @@ def modifiers(w: Any, x: Instruction, *known: str) -> tuple[list[str], set[str]]
     return types, set(others)
 
 
-def as_number(w: Any, operand: Any, ptx_type: str, flushed: bool = False) -> str:
+def as_number(w: BlockWriter, operand: Any, ptx_type: str, flushed: bool = False) -> str:
     """The operand as an array that numpy computes with: bf16 as float32."""
     value = w.read(operand, ptx_type)
     if ptx_type == "bf16":
@@ -41,13 +46,13 @@ def as_number(w: Any, operand: Any, ptx_type: str, flushed: bool = False) -> str
     return f"flush({value})" if flushed else value
 
 
-def write_number(w: Any, operand: Any, ptx_type: str, expression: str, flushed: bool = False) -> None:
+def write_number(w: BlockWriter, operand: Any, ptx_type: str, expression: str, flushed: bool = False) -> None:
     if ptx_type == "bf16":
         expression = f"to_bf16({expression})"
     w.write(operand, ptx_type, f"flush({expression})" if flushed else expression)
 
 
-def elementwise(w: Any, x: Instruction, templates: dict[str, Template], *known: str) -> None:
+def elementwise(w: BlockWriter, x: Instruction, templates: dict[str, Template], *known: str) -> None:
     """d = f(a, b, ...), where `templates` has f by type, or for all "floats" or "integers".
 
     Also of packed halves (f16x2, bf16x2), of two float32 in 64 bits (f32x2), and of halves that are added to a float32
@@ -82,7 +87,7 @@ def elementwise(w: Any, x: Instruction, templates: dict[str, Template], *known: 
         write_number(w, d, kind, template(*values), flushed)
 
 
-def simple(templates: dict[str, Template], *known: str) -> Callable[[Any, Instruction], None]:
+def simple(templates: dict[str, Template], *known: str) -> Callable[[BlockWriter, Instruction], None]:
     return lambda w, x: elementwise(w, x, templates, *known)
 
 
@@ -90,7 +95,7 @@ def both(template: Template) -> dict[str, Template]:
     return {"floats": template, "integers": template}
 
 
-def multiply(w: Any, x: Instruction) -> None:
+def multiply(w: BlockWriter, x: Instruction) -> None:
     types, flags = modifiers(w, x, "rn", "ftz", "lo", "wide")
     kind = types[-1]
     if "wide" not in flags:
@@ -100,7 +105,7 @@ def multiply(w: Any, x: Instruction) -> None:
     w.write(x.operands[0], f"{kind[0]}{2 * BITS[kind]}", product)
 
 
-def multiply_add(w: Any, x: Instruction) -> None:
+def multiply_add(w: BlockWriter, x: Instruction) -> None:
     """mad of integers."""
     (kind,), flags = modifiers(w, x, "lo", "wide")
     wide = f"{kind[0]}{2 * BITS[kind]}" if "wide" in flags else kind
@@ -110,7 +115,7 @@ def multiply_add(w: Any, x: Instruction) -> None:
     w.write(x.operands[0], wide, f"multiply_wide({a}, {b}) + {c}" if "wide" in flags else f"{a} * {b} + {c}")
 
 
-def fused(w: Any, x: Instruction) -> None:
+def fused(w: BlockWriter, x: Instruction) -> None:
     elementwise(w, x, {kind: _call(name) for kind, name in FMA.items()}, "ftz")
 
 
@@ -118,7 +123,7 @@ def _call(name: str) -> Template:
     return lambda *values: f"{name}({', '.join(values)})"
 
 
-def divide(w: Any, x: Instruction) -> None:
+def divide(w: BlockWriter, x: Instruction) -> None:
     if "full" in x.modifiers:
         elementwise(w, x, {"f32": _call("U.approximate.div")}, "full", "ftz")
     elif x.modifiers[-1] in FLOATS and "rn" not in x.modifiers:
@@ -127,10 +132,10 @@ def divide(w: Any, x: Instruction) -> None:
         elementwise(w, x, {"f32": "({} / {})".format, "f64": "({} / {})".format, "integers": _call("quotient")}, "ftz")
 
 
-def extreme(name: str) -> Callable[[Any, Instruction], None]:
+def extreme(name: str) -> Callable[[BlockWriter, Instruction], None]:
     """min, max: of floats a number wins over NaN, but with .NaN the NaN wins."""
 
-    def handler(w: Any, x: Instruction) -> None:
+    def handler(w: BlockWriter, x: Instruction) -> None:
         nan = "nan_" if "NaN" in x.modifiers else ""
         templates = {"floats": _call(nan + name)}
         elementwise(w, x, templates if nan else {**templates, "integers": _call(f"np.{name}")}, "ftz", "NaN")
@@ -138,17 +143,17 @@ def extreme(name: str) -> Callable[[Any, Instruction], None]:
     return handler
 
 
-def reciprocal(w: Any, x: Instruction) -> None:
+def reciprocal(w: BlockWriter, x: Instruction) -> None:
     if x.modifiers == ["approx", "ftz", "f64"]:
         w.write(x.operands[0], "f64", f"rcp_f64({w.read(x.operands[1], 'f64')})")
     else:
         approximate("rcp", "(1 / {})")(w, x)
 
 
-def approximate(name: str, exact: str = "") -> Callable[[Any, Instruction], None]:
+def approximate(name: str, exact: str = "") -> Callable[[BlockWriter, Instruction], None]:
     """An opcode with .approx; `exact` is the expression for .rn, if there is one."""
 
-    def handler(w: Any, x: Instruction) -> None:
+    def handler(w: BlockWriter, x: Instruction) -> None:
         if "approx" in x.modifiers:
             elementwise(w, x, {"f32": _call(f"U.approximate.{name}")}, "approx", "ftz")
         elif exact and "rn" in x.modifiers:
@@ -159,18 +164,18 @@ def approximate(name: str, exact: str = "") -> Callable[[Any, Instruction], None
     return handler
 
 
-def logic(template: Template) -> Callable[[Any, Instruction], None]:
-    def handler(w: Any, x: Instruction) -> None:
+def logic(template: Template) -> Callable[[BlockWriter, Instruction], None]:
+    def handler(w: BlockWriter, x: Instruction) -> None:
         (kind,), _ = modifiers(w, x)
         w.write(x.operands[0], kind, template(*(w.read(a, kind) for a in x.operands[1:])))
 
     return handler
 
 
-def shift(name: str) -> Callable[[Any, Instruction], None]:
+def shift(name: str) -> Callable[[BlockWriter, Instruction], None]:
     """shl, shr, by constants without looking for shifts that are too wide."""
 
-    def handler(w: Any, x: Instruction) -> None:
+    def handler(w: BlockWriter, x: Instruction) -> None:
         (kind,), _ = modifiers(w, x)
         value, by = w.read(x.operands[1], kind), x.operands[2]
         if isinstance(by, Integer) and 0 <= by.value < BITS[kind]:
@@ -183,24 +188,24 @@ def shift(name: str) -> Callable[[Any, Instruction], None]:
     return handler
 
 
-def bit_field(w: Any, x: Instruction) -> None:
+def bit_field(w: BlockWriter, x: Instruction) -> None:
     (kind,), _ = modifiers(w, x)
     a, position, length = w.read(x.operands[1], kind), w.read(x.operands[2], "u32"), w.read(x.operands[3], "u32")
     w.write(x.operands[0], kind, f"bit_field({a}, {position}, {length})")
 
 
-def permute(w: Any, x: Instruction) -> None:
+def permute(w: BlockWriter, x: Instruction) -> None:
     modifiers(w, x)
     a, b, c = (w.read(operand, "b32") for operand in x.operands[1:])
     w.write(x.operands[0], "b32", f"permute_bytes({a}, {b}, {c})")
 
 
-def count_bits(w: Any, x: Instruction) -> None:
+def count_bits(w: BlockWriter, x: Instruction) -> None:
     (kind,), _ = modifiers(w, x)
     w.write(x.operands[0], "u32", f"np.bitwise_count({w.read(x.operands[1], kind)}).astype(U4)")
 
 
-def set_predicate(w: Any, x: Instruction) -> None:
+def set_predicate(w: BlockWriter, x: Instruction) -> None:
     how, kind = x.modifiers[0], x.modifiers[-1]
     rest = x.modifiers[1:-1]
     if rest not in ([], ["ftz"]) or (rest and kind != "f32") or kind not in BITS:
@@ -214,13 +219,13 @@ def set_predicate(w: Any, x: Instruction) -> None:
         w.write(x.operands[0], "pred", f"({a} {INTEGER_COMPARISONS[how]} {b})")
 
 
-def select(w: Any, x: Instruction) -> None:
+def select(w: BlockWriter, x: Instruction) -> None:
     (kind,), _ = modifiers(w, x)
     a, b, p = w.read(x.operands[1], kind), w.read(x.operands[2], kind), w.read(x.operands[3], "pred")
     w.write(x.operands[0], kind, f"where({p}, {a}, {b})")
 
 
-def move(w: Any, x: Instruction) -> None:
+def move(w: BlockWriter, x: Instruction) -> None:
     (kind,), _ = modifiers(w, x)
     d, a = x.operands
     if isinstance(a, Vector):  # the first element has the lowest bits
@@ -237,7 +242,7 @@ def move(w: Any, x: Instruction) -> None:
         w.write(d, kind, w.read(a, kind))
 
 
-def convert(w: Any, x: Instruction) -> None:
+def convert(w: BlockWriter, x: Instruction) -> None:
     types, flags = modifiers(w, x, "rn", "ftz", *WHOLE)
     if types[0] in PACKED:
         convert_two(w, x, types, flags)
@@ -272,7 +277,7 @@ def convert(w: Any, x: Instruction) -> None:
         w.write(d, to, f"{w.read(a, source)}.astype({storage_name(to)})")
 
 
-def convert_two(w: Any, x: Instruction, types: list[str], flags: set[str]) -> None:
+def convert_two(w: BlockWriter, x: Instruction, types: list[str], flags: set[str]) -> None:
     """cvt.rn.bf16x2.f32 d, high, low."""
     if types[1:] != ["f32"] or flags != {"rn"}:
         raise w.unsupported(f"cvt of {types[1:]} to {types[0]} with {sorted(flags)}")
@@ -281,7 +286,7 @@ def convert_two(w: Any, x: Instruction, types: list[str], flags: set[str]) -> No
     w.write(x.operands[0], "b32", f"np.stack(({low}, {high}), -1).view(U4).ravel()")
 
 
-OPCODES: dict[str, Callable[[Any, Instruction], None]] = {
+OPCODES: dict[str, Callable[[BlockWriter, Instruction], None]] = {
     "add": simple(both("({} + {})".format), "ftz"),
     "sub": simple(both("({} - {})".format), "ftz"),
     "mul": multiply,

@@ -14,14 +14,20 @@ and a finding is written down for what leaves the result to chance:
 Races are `races.py`. Shared memory and registers hold 0xA5 at first, so that nothing relies on zeros.
 """
 
+from __future__ import annotations
+
 import bisect
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tests.ptx.races import Access, Races, Report, Space
 from tests.ptx.storage import I8, U1, EmulationError
+
+if TYPE_CHECKING:
+    from tests.ptx.parser import Instruction
+    from tests.ptx.schedule import Unit
 
 GARBAGE = 0xA5
 
@@ -103,7 +109,7 @@ class Memory:
 
     # --- global memory
 
-    def find(self, address: np.ndarray, total: int, instruction: Any) -> int | np.ndarray:
+    def find(self, address: np.ndarray, total: int, instruction: Instruction) -> int | np.ndarray:
         """Number of the allocation, or of each lane's, that holds the `total` bytes from `address` on."""
         low, high = int(np.minimum.reduce(address)), int(np.maximum.reduce(address))
         first = bisect.bisect_right(self._bases, low) - 1
@@ -124,7 +130,7 @@ class Memory:
             raise EmulationError(f"align: {instruction}: address {int(address[address % total != 0][0]):#x}")
         return at
 
-    def each(self, address: np.ndarray, total: int, instruction: Any) -> list[tuple[int, Any]]:
+    def each(self, address: np.ndarray, total: int, instruction: Instruction) -> list[tuple[int, Any]]:
         """[(number of an allocation, the lanes that are there)]."""
         which = self.find(address, total, instruction)
         if isinstance(which, int):
@@ -132,7 +138,7 @@ class Memory:
         return [(int(number), which == number) for number in np.unique(which)]
 
     def load_global(
-        self, unit: Any, address: np.ndarray, k: np.ndarray | None, size: int, n: int, instruction: Any
+        self, unit: Unit, address: np.ndarray, k: np.ndarray | None, size: int, n: int, instruction: Instruction
     ) -> np.ndarray:
         """[n, lanes] of n elements a lane; 0 in lanes outside k."""
         lanes = slice(None) if k is None else k.nonzero()[0]
@@ -149,7 +155,13 @@ class Memory:
         return out
 
     def store_global(
-        self, unit: Any, address: np.ndarray, data: list[np.ndarray], k: np.ndarray | None, size: int, instruction: Any
+        self,
+        unit: Unit,
+        address: np.ndarray,
+        data: list[np.ndarray],
+        k: np.ndarray | None,
+        size: int,
+        instruction: Instruction,
     ) -> None:
         lanes = slice(None) if k is None else k.nonzero()[0]
         address, threads = address[lanes], unit.threads[lanes]
@@ -164,7 +176,7 @@ class Memory:
 
     # --- shared memory
 
-    def check_shared(self, address: np.ndarray, total: int, instruction: Any, read: bool) -> None:
+    def check_shared(self, address: np.ndarray, total: int, instruction: Instruction, read: bool) -> None:
         if np.minimum.reduce(address) < 0 or np.maximum.reduce(address) + total > self.shared_bytes:
             raise EmulationError(
                 f"bounds: {instruction}: {total} bytes at bytes {address.min()} to {address.max()} of shared memory, "
@@ -193,7 +205,7 @@ class Memory:
             self.stamps.reshape(-1, size * n)[place] = self.clock
 
     def load_shared(
-        self, unit: Any, address: np.ndarray, k: np.ndarray | None, size: int, n: int, instruction: Any
+        self, unit: Unit, address: np.ndarray, k: np.ndarray | None, size: int, n: int, instruction: Instruction
     ) -> np.ndarray:
         """[n, lanes] of n elements a lane; 0 in lanes outside k."""
         lanes = slice(None) if k is None else k.nonzero()[0]
@@ -211,7 +223,13 @@ class Memory:
         return out
 
     def store_shared(
-        self, unit: Any, address: np.ndarray, data: list[np.ndarray], k: np.ndarray | None, size: int, instruction: Any
+        self,
+        unit: Unit,
+        address: np.ndarray,
+        data: list[np.ndarray],
+        k: np.ndarray | None,
+        size: int,
+        instruction: Instruction,
     ) -> None:
         lanes = slice(None) if k is None else k.nonzero()[0]
         address, threads = address[lanes], unit.threads[lanes]

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.ptx.parser import Instruction
+
 PAGE = 1 << 16  # granules a page
 FEW_READS = 1 << 22  # granules; reads of memory that nobody wrote yet are kept as they are, up to this many
 
@@ -40,7 +42,7 @@ class Access(NamedTuple):
     size: int
     threads: np.ndarray  # [lanes] number of the thread in its block
     write: bool
-    instruction: Any
+    instruction: Instruction
     data: np.ndarray | None  # [lanes, size in elements]: what was written, if that is known
 
 

@@ -14,7 +14,9 @@ Numerics: products are exact in float64, and so nearly is the sum, which is roun
 groups with a few bits less, in an order that nobody documents: they err more than this does.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +24,10 @@ from tests.ptx.arithmetic import from_bf16
 from tests.ptx.races import Access
 from tests.ptx.storage import F2, F4, F8, U2, U4, Unsupported
 from tests.ptx.warps import active_warps
+
+if TYPE_CHECKING:
+    from tests.ptx.parser import Instruction
+    from tests.ptx.schedule import Unit
 
 LANE = np.arange(32)
 GROUP, INSIDE = LANE // 4, LANE % 4
@@ -71,8 +77,8 @@ def to_sums(sums: np.ndarray) -> np.ndarray:
 
 
 def mma(
-    unit: Any, kind: str, a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray], k: np.ndarray | None,
-    instruction: Any,
+    unit: Unit, kind: str, a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray], k: np.ndarray | None,
+    instruction: Instruction,
 ) -> np.ndarray:  # fmt: skip
     """D = A B + C of every warp."""
     active_warps(unit, k, None, instruction)
@@ -82,7 +88,9 @@ def mma(
 # --- matrices of 8 x 8 halves
 
 
-def _rows(unit: Any, address: np.ndarray, n: int, k: np.ndarray | None, instruction: Any) -> tuple[Any, np.ndarray]:
+def _rows(
+    unit: Unit, address: np.ndarray, n: int, k: np.ndarray | None, instruction: Instruction
+) -> tuple[Any, np.ndarray]:
     """(active warps, [n, warps, 8] byte of each row): lane 8·i + r of a warp gives row r of matrix i."""
     some = active_warps(unit, k, None, instruction)
     by_warp = address.reshape(-1, 32)
@@ -91,7 +99,7 @@ def _rows(unit: Any, address: np.ndarray, n: int, k: np.ndarray | None, instruct
 
 
 def load_matrices(
-    unit: Any, address: np.ndarray, n: int, transposed: bool, k: np.ndarray | None, instruction: Any
+    unit: Unit, address: np.ndarray, n: int, transposed: bool, k: np.ndarray | None, instruction: Instruction
 ) -> np.ndarray:
     """ldmatrix: [n, lanes] of two halves, row `group`, columns 2·inside and 2·inside + 1 of matrix i."""
     some, rows = _rows(unit, address, n, k, instruction)
@@ -107,7 +115,12 @@ def load_matrices(
 
 
 def store_matrices(
-    unit: Any, address: np.ndarray, data: list[np.ndarray], transposed: bool, k: np.ndarray | None, instruction: Any
+    unit: Unit,
+    address: np.ndarray,
+    data: list[np.ndarray],
+    transposed: bool,
+    k: np.ndarray | None,
+    instruction: Instruction,
 ) -> None:
     """stmatrix: the way back."""
     some, rows = _rows(unit, address, len(data), k, instruction)
@@ -123,7 +136,7 @@ def store_matrices(
     _note_rows(unit, some, rows, True, instruction, tiles)
 
 
-def _note_rows(unit: Any, some: Any, rows: np.ndarray, write: bool, instruction: Any, data: Any) -> None:
+def _note_rows(unit: Unit, some: Any, rows: np.ndarray, write: bool, instruction: Instruction, data: Any) -> None:
     warps = unit.warps if some is None else unit.warps[some]
     threads = np.broadcast_to(warps[None, :, None] * 32, rows.shape).ravel()
     access = Access(rows.ravel(), 16, threads, write, instruction, data)
@@ -144,18 +157,18 @@ class Products:
         self.groups.append(self.open)
         self.open = []
 
-    def wait(self, unit: Any, count: int) -> None:
+    def wait(self, unit: Unit, count: int) -> None:
         while len(self.groups) > count:
             for access in self.groups.pop(0):
                 unit.memory.races.note(unit.memory.shared_space, access, by_lane=False)
 
-    def end_stretch(self, unit: Any) -> None:
+    def end_stretch(self, unit: Unit) -> None:
         """What is under way goes on into the next stretch between barriers."""
         for access in [*(access for group in self.groups for access in group), *self.open]:
             unit.memory.races.note(unit.memory.shared_space, access, by_lane=False)
 
 
-def fence_proxy(unit: Any, k: np.ndarray | None) -> None:
+def fence_proxy(unit: Unit, k: np.ndarray | None) -> None:
     """fence.proxy.async: wgmma may read what these warps wrote, and these warps' wgmma whatever was written before.
 
     So both orders are right: write, fence, barrier, wgmma, and write, barrier, fence, wgmma. (What is written before,
@@ -166,14 +179,16 @@ def fence_proxy(unit: Any, k: np.ndarray | None) -> None:
     memory.fences.update(dict.fromkeys(warps.tolist(), memory.clock))
 
 
-def _is_published(unit: Any, pieces: np.ndarray, warps: np.ndarray) -> bool:
+def _is_published(unit: Unit, pieces: np.ndarray, warps: np.ndarray) -> bool:
     memory, place = unit.memory, pieces // PIECE
     unfenced = memory.unfenced.reshape(-1, PIECE)[place] != 0
     fence = min(memory.fences.get(warp, 0) for warp in warps.tolist())
     return not (unfenced & (memory.stamps.reshape(-1, PIECE)[place] > fence)).any()
 
 
-def _places(descriptor: int, rows: np.ndarray, depth: int, transposed: int, size: int, instruction: Any) -> np.ndarray:
+def _places(
+    descriptor: int, rows: np.ndarray, depth: int, transposed: int, size: int, instruction: Instruction
+) -> np.ndarray:
     """[rows, depth] byte of each element: lines of the manual's canonical layouts, swizzled.
 
     The descriptor holds, in units of 16 bytes, the start (bits 0 to 13), the leading offset (16 to 29) and the stride
@@ -195,8 +210,8 @@ def _places(descriptor: int, rows: np.ndarray, depth: int, transposed: int, size
 
 
 def _described(
-    unit: Any, descriptor: int, rows: np.ndarray, depth: int, transposed: int, kind: str, warps: np.ndarray,
-    instruction: Any,
+    unit: Unit, descriptor: int, rows: np.ndarray, depth: int, transposed: int, kind: str, warps: np.ndarray,
+    instruction: Instruction,
 ) -> np.ndarray:  # fmt: skip
     """[rows, depth] of float64, read from shared memory by these warps."""
     size, memory = BYTES[kind], unit.memory
@@ -216,8 +231,8 @@ def _described(
 
 
 def wgmma(
-    unit: Any, shape: tuple[int, int], kind: str, d: list[np.ndarray], a: Any, b: np.ndarray, scale: np.ndarray,
-    transposed: tuple[int, int], k: np.ndarray | None, instruction: Any,
+    unit: Unit, shape: tuple[int, int], kind: str, d: list[np.ndarray], a: Any, b: np.ndarray, scale: np.ndarray,
+    transposed: tuple[int, int], k: np.ndarray | None, instruction: Instruction,
 ) -> np.ndarray:  # fmt: skip
     """D = A B + scale·D of every four warps, at once; `a` is four registers, or the descriptor of A.
 

@@ -8,12 +8,17 @@ Modifiers that change nothing here:
     row, col         of mma: the only layout there is for these shapes
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.ptx.parser import Address, Instruction, Integer, Pair, Register, Sink, Symbol, Vector
 from tests.ptx.storage import BITS
+
+if TYPE_CHECKING:
+    from tests.ptx.translator import BlockWriter
 
 SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)$")
 SHARED = ("shared", "shared::cta")
@@ -25,12 +30,12 @@ def elements(operand: Any) -> list:
     return operand.elements if isinstance(operand, Vector) else [operand]
 
 
-def array(w: Any, operand: Any) -> str:
+def array(w: BlockWriter, operand: Any) -> str:
     """A list of the registers of an operand, as bits."""
     return "[" + ", ".join(w.read(register, "b32") for register in elements(operand)) + "]"
 
 
-def require(w: Any, x: Instruction, *pattern: Any) -> None:
+def require(w: BlockWriter, x: Instruction, *pattern: Any) -> None:
     """The modifiers are those of `pattern`, in that order; a tuple lists what may stand in its place."""
     fits = len(pattern) == len(x.modifiers) and all(
         m in p if isinstance(p, tuple) else m == p for m, p in zip(x.modifiers, pattern, strict=True)
@@ -39,7 +44,7 @@ def require(w: Any, x: Instruction, *pattern: Any) -> None:
         raise w.unsupported(f"modifiers {x.modifiers}, wanted {pattern}")
 
 
-def address(w: Any, operand: Address) -> str:
+def address(w: BlockWriter, operand: Address) -> str:
     base = operand.base
     if isinstance(base, Register) and BITS[w.program.kinds[base.index]] == 32:
         at = w.name(f"{w.read(base, 's32')}.astype(I8)")
@@ -48,7 +53,7 @@ def address(w: Any, operand: Address) -> str:
     return w.name(f"{at} + {operand.offset}") if operand.offset else at
 
 
-def access(w: Any, x: Instruction) -> tuple[str, str, int]:
+def access(w: BlockWriter, x: Instruction) -> tuple[str, str, int]:
     """(space, type, elements) of ld and st."""
     space, *vector, kind = x.modifiers
     n = int(vector[0][1:]) if vector and vector[0] in ("v2", "v4") else 1
@@ -57,7 +62,7 @@ def access(w: Any, x: Instruction) -> tuple[str, str, int]:
     return "shared" if space in SHARED else space, kind, n
 
 
-def load(w: Any, x: Instruction) -> None:
+def load(w: BlockWriter, x: Instruction) -> None:
     space, kind, n = access(w, x)
     destinations, where, size = elements(x.operands[0]), x.operands[1], BITS[kind] // 8
     if len(destinations) != n:
@@ -75,7 +80,7 @@ def load(w: Any, x: Instruction) -> None:
         w.write(destination, kind, f"{found}[{i}]{view}")
 
 
-def store(w: Any, x: Instruction) -> None:
+def store(w: BlockWriter, x: Instruction) -> None:
     space, kind, n = access(w, x)
     where, sources, size = x.operands[0], elements(x.operands[1]), BITS[kind] // 8
     if len(sources) != n or space == "param":
@@ -85,13 +90,13 @@ def store(w: Any, x: Instruction) -> None:
     w.statement(f"M.store_{space}(U, {address(w, where)}, {data}, {w.guard}, {size}, {w.instruction})")
 
 
-def member_mask(w: Any, operand: Any) -> str:
+def member_mask(w: BlockWriter, operand: Any) -> str:
     if isinstance(operand, Integer) and operand.value & 0xFFFFFFFF == 0xFFFFFFFF:
         return "None"
     return w.read(operand, "b32")
 
 
-def shuffle(w: Any, x: Instruction) -> None:
+def shuffle(w: BlockWriter, x: Instruction) -> None:
     require(w, x, "sync", ("bfly", "idx", "up", "down"), "b32")
     first, *rest = x.operands
     d, within = first.elements if isinstance(first, Pair) else (first, Sink())
@@ -107,7 +112,7 @@ def shuffle(w: Any, x: Instruction) -> None:
     w.write(within, "pred", f"{found}[1]")
 
 
-def reduce(w: Any, x: Instruction) -> None:
+def reduce(w: BlockWriter, x: Instruction) -> None:
     require(w, x, "sync", ("add", "min", "max"), ("s32", "u32", "f32"))
     how, kind = x.modifiers[1:]
     d, a, mask = x.operands
@@ -117,19 +122,19 @@ def reduce(w: Any, x: Instruction) -> None:
     w.write(d, kind, f'warps.reduce(U, "{how}", {value}, {member_mask(w, mask)}, {w.guard}, {w.instruction})')
 
 
-def synchronise(w: Any, x: Instruction) -> None:
+def synchronise(w: BlockWriter, x: Instruction) -> None:
     require(w, x, "warp", "sync")
     if member_mask(w, x.operands[0]) != "None":
         raise w.unsupported("of some lanes of a warp")
     w.statement(f"warps.synchronise(U, {w.guard}, {w.instruction})")
 
 
-def fence(w: Any, x: Instruction) -> None:
+def fence(w: BlockWriter, x: Instruction) -> None:
     require(w, x, "proxy", "async", SHARED)
     w.statement(f"tensor_cores.fence_proxy(U, {w.guard})")
 
 
-def matrices(w: Any, x: Instruction, registers: list) -> bool:
+def matrices(w: BlockWriter, x: Instruction, registers: list) -> bool:
     """Checks ldmatrix and stmatrix; whether matrices are transposed."""
     transposed = "trans" in x.modifiers
     middle = ["trans"] if transposed else []
@@ -140,7 +145,7 @@ def matrices(w: Any, x: Instruction, registers: list) -> bool:
     return transposed
 
 
-def load_matrices(w: Any, x: Instruction) -> None:
+def load_matrices(w: BlockWriter, x: Instruction) -> None:
     registers = elements(x.operands[0])
     transposed = matrices(w, x, registers)
     at = address(w, x.operands[1])
@@ -149,13 +154,13 @@ def load_matrices(w: Any, x: Instruction) -> None:
         w.write(register, "b32", f"{found}[{i}]")
 
 
-def store_matrices(w: Any, x: Instruction) -> None:
+def store_matrices(w: BlockWriter, x: Instruction) -> None:
     transposed = matrices(w, x, elements(x.operands[1]))
     at, data = address(w, x.operands[0]), array(w, x.operands[1])
     w.statement(f"tensor_cores.store_matrices(U, {at}, {data}, {transposed}, {w.guard}, {w.instruction})")
 
 
-def matrix_product(w: Any, x: Instruction) -> None:
+def matrix_product(w: BlockWriter, x: Instruction) -> None:
     """mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32."""
     kind = x.modifiers[-2]
     shape = f"m16n8k{DEPTHS.get(kind)}"
@@ -169,7 +174,7 @@ def matrix_product(w: Any, x: Instruction) -> None:
         w.write(register, "b32", f"{found}[{i}]")
 
 
-def group_product(w: Any, x: Instruction) -> None:
+def group_product(w: BlockWriter, x: Instruction) -> None:
     """wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {d}, a, b, scale-d, 1, 1, transposed a, transposed b."""
     match x.modifiers:
         case ["fence", "sync", "aligned"]:  # orders registers, which are written at once here
@@ -200,7 +205,7 @@ def group_product(w: Any, x: Instruction) -> None:
         w.write(register, "b32", f"{found}[{i}]")
 
 
-def copy(w: Any, x: Instruction) -> None:
+def copy(w: BlockWriter, x: Instruction) -> None:
     """cp.async.cg.shared.global [to], [from], 16, bytes to read."""
     match x.modifiers:
         case ["async", "commit_group"]:
@@ -220,7 +225,7 @@ def copy(w: Any, x: Instruction) -> None:
     )
 
 
-TRANSFERS: dict[str, Callable[[Any, Instruction], None]] = {
+TRANSFERS: dict[str, Callable[[BlockWriter, Instruction], None]] = {
     "ld": load,
     "st": store,
     "shfl": shuffle,

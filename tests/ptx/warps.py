@@ -4,17 +4,25 @@ Each of them waits for every lane of the warp. With lanes that are elsewhere (di
 garbage, so that stops the launch. A unit may hold several warps; those that are not active at all do not take part.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tests.ptx.storage import I8, EmulationError, Unsupported
 
+if TYPE_CHECKING:
+    from tests.ptx.parser import Instruction
+    from tests.ptx.schedule import Unit
+
 EVERY_LANE = 0xFFFFFFFF
 REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum}
 
 
-def active_warps(unit: Any, k: np.ndarray | None, mask: np.ndarray | None, instruction: Any) -> np.ndarray | None:
+def active_warps(
+    unit: Unit, k: np.ndarray | None, mask: np.ndarray | None, instruction: Instruction
+) -> np.ndarray | None:
     """Which warps of the unit take part, as bools; None for all of them.
 
     Args:
@@ -32,7 +40,7 @@ def active_warps(unit: Any, k: np.ndarray | None, mask: np.ndarray | None, instr
     return some
 
 
-def sources(unit: Any, how: str, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sources(unit: Unit, how: str, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """([lanes] place in the unit of the lane that each lane reads, whether that is within its segment)."""
     lane, b, c = unit.lane_ids, (b & np.uint32(31)).astype(I8), c.astype(I8)
     segment, clamp = (c >> 8) & 31, c & 31
@@ -51,7 +59,14 @@ def sources(unit: Any, how: str, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarr
 
 
 def shuffle(
-    unit: Any, how: str, a: np.ndarray, b: Any, c: Any, mask: np.ndarray | None, k: np.ndarray | None, instruction: Any
+    unit: Unit,
+    how: str,
+    a: np.ndarray,
+    b: Any,
+    c: Any,
+    mask: np.ndarray | None,
+    k: np.ndarray | None,
+    instruction: Instruction,
 ) -> tuple[np.ndarray, np.ndarray]:
     """shfl.sync: (a of another lane, whether that lane is within the segment; otherwise the lane's own a).
 
@@ -67,7 +82,9 @@ def shuffle(
     return a[source], within
 
 
-def reduce(unit: Any, how: str, a: np.ndarray, mask: Any, k: np.ndarray | None, instruction: Any) -> np.ndarray:
+def reduce(
+    unit: Unit, how: str, a: np.ndarray, mask: Any, k: np.ndarray | None, instruction: Instruction
+) -> np.ndarray:
     """redux.sync: the sum, minimum or maximum over the warp, in every lane of it. Of floats, numbers win over NaN."""
     active_warps(unit, k, mask, instruction)
     operation = REDUCTIONS[how]
@@ -76,7 +93,7 @@ def reduce(unit: Any, how: str, a: np.ndarray, mask: Any, k: np.ndarray | None, 
     return np.repeat(operation.reduce(a.reshape(-1, 32), axis=1, dtype=a.dtype), 32)
 
 
-def synchronise(unit: Any, k: np.ndarray | None, instruction: Any) -> None:
+def synchronise(unit: Unit, k: np.ndarray | None, instruction: Instruction) -> None:
     """bar.warp.sync: what the lanes of a warp did before it is ordered before what they do next."""
     some = active_warps(unit, k, None, instruction)
     warps = unit.warps if some is None else unit.warps[some]
