@@ -165,6 +165,12 @@ def test_a_number_wins_over_nan_in_max_unless_it_says_nan(kind):
         assert_same(load(apply(f"{name}.NaN.{kind} {{d}}, {{a}}, {{b}}", x.dtype.str[1:], x, y), kind), wanted)
 
 
+def test_the_largest_of_three():
+    x, y, z = grid(*[odd_values("f32")[::3]] * 3)
+    assert_same(apply("max.f32 {d}, {a}, {b}, {c}", "f4", x, y, z), np.fmax(np.fmax(x, y), z))
+    assert_same(apply("min.NaN.f32 {d}, {a}, {b}, {c}", "f4", x, y, z), np.minimum(np.minimum(x, y), z))
+
+
 def test_ftz_flushes_operands_and_results_to_zeros_of_their_sign():
     x, y = grid(odd_values("f32"), odd_values("f32"))
     with np.errstate(all="ignore"):

@@ -184,6 +184,14 @@ elect.sync %r1|%p1, -1;
 tcgen05.wait::ld.sync.aligned;
 wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r2,%r3,%r4}, %rd1, %rd2, %p1, -1, 1, 0, 0;
 .local .align 8 .b8 depot[8];
+add.s32 %r1, %r2;
+add.s32 %r1, %r2, %r3, %r4;
+fma.rn.f32 %r1, %r2, %r3;
+max.s32 %r1, %r2, %r3, %r4;
+cvt.rn.bf16.f32 %rs1, %r1, %r2;
+cvt.rn.bf16x2.f32 %r1, %r2;
+setp.lt.s32 %p1|%p2, %r1, %r2;
+ret.uni %r1;
 createpolicy.fractional.L2::evict_last.b64 %rd1, 1.0;
 """.strip().splitlines()
 

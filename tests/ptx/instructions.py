@@ -9,6 +9,7 @@ modifier must be known, or the instruction is Unsupported. These are known and c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -133,11 +134,13 @@ def divide(w: BlockWriter, x: Instruction) -> None:
 
 
 def extreme(name: str) -> Callable[[BlockWriter, Instruction], None]:
-    """min, max: of floats a number wins over NaN, but with .NaN the NaN wins."""
+    """min, max of two, and from sm_100 on of three float32: a number wins over NaN, but with .NaN the NaN wins."""
 
     def handler(w: BlockWriter, x: Instruction) -> None:
         nan = "nan_" if "NaN" in x.modifiers else ""
-        templates = {"floats": _call(nan + name)}
+        if len(x.operands) == 4 and x.modifiers[-1] != "f32":
+            raise w.unsupported("three operands that are not f32")
+        templates = {"floats": lambda *values: functools.reduce(_call(nan + name), values)}
         elementwise(w, x, templates if nan else {**templates, "integers": _call(f"np.{name}")}, "ftz", "NaN")
 
     return handler
@@ -244,6 +247,8 @@ def move(w: BlockWriter, x: Instruction) -> None:
 
 def convert(w: BlockWriter, x: Instruction) -> None:
     types, flags = modifiers(w, x, "rn", "ftz", *WHOLE)
+    if len(x.operands) != (3 if types[0] in PACKED else 2):
+        raise w.unsupported(f"{len(x.operands)} operands")
     if types[0] in PACKED:
         convert_two(w, x, types, flags)
         return
@@ -286,6 +291,15 @@ def convert_two(w: BlockWriter, x: Instruction, types: list[str], flags: set[str
     w.write(x.operands[0], "b32", f"np.stack(({low}, {high}), -1).view(U4).ravel()")
 
 
+# How many operands an opcode has, the destination included.
+OPERANDS = {
+    "add": (3,), "sub": (3,), "mul": (3,), "mad": (4,), "fma": (4,), "div": (3,), "min": (3, 4), "max": (3, 4),
+    "abs": (2,), "neg": (2,), "rcp": (2,), "sqrt": (2,), "ex2": (2,), "lg2": (2,), "and": (3,), "or": (3,), "xor": (3,),
+    "not": (2,), "shl": (3,), "shr": (3,), "bfe": (4,), "prmt": (4,), "popc": (2,), "setp": (3,), "selp": (4,),
+    "mov": (2,), "cvt": (2, 3), "ld": (2,), "st": (2,), "shfl": (5,), "redux": (3,), "bar": (1,), "fence": (0,),
+    "ldmatrix": (2,), "stmatrix": (2,), "mma": (4,), "wgmma": (0, 1, 6, 7, 8), "cp": (0, 1, 3, 4), "bra": (1,),
+    "ret": (0,), "exit": (0,), "barrier": (1,),
+}  # fmt: skip
 OPCODES: dict[str, Callable[[BlockWriter, Instruction], None]] = {
     "add": simple(both("({} + {})".format), "ftz"),
     "sub": simple(both("({} - {})".format), "ftz"),

@@ -187,15 +187,14 @@ def group_product(w: BlockWriter, x: Instruction) -> None:
     require(w, x, "mma_async", "sync", "aligned", x.modifiers[3], "f32", tuple(DEPTHS), kind)
     rows, n, depth = (int(number) for number in SHAPE.match(x.modifiers[3]).groups())
     d, a, b, scale, scale_a, scale_b, *transposed = x.operands
+    wanted = 0 if kind == "tf32" else 1 if isinstance(a, Vector) else 2
+    if len(transposed) != wanted:
+        raise w.unsupported(f"{len(transposed)} operands say what is transposed, wanted {wanted}")
     one = Integer(1)
     if (rows, depth) != (64, DEPTHS[kind]) or len(d.elements) != n // 2 or not scale_a == scale_b == one:
         raise w.unsupported("shape, or scales of A and B other than 1")
-    transposed = [operand.value for operand in transposed]
-    if isinstance(a, Vector):  # A in registers cannot be transposed
-        left, transposed = array(w, a), [0, *transposed]
-    else:
-        left = w.read(a, "b64")
-    transposed = tuple(transposed) if len(transposed) == 2 else (0, 0)
+    left = array(w, a) if isinstance(a, Vector) else w.read(a, "b64")
+    transposed = (0, 0, *(operand.value for operand in transposed))[-2:]  # A in registers and tf32 cannot be
     w.touch("shared", 16)
     found = w.name(
         f'tensor_cores.wgmma(U, ({n}, {depth}), "{kind}", {array(w, d)}, {left}, {w.read(b, "b64")}, '

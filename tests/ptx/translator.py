@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tests.ptx import arithmetic, tensor_cores, warps
-from tests.ptx.instructions import OPCODES
+from tests.ptx.instructions import OPCODES, OPERANDS
 from tests.ptx.parser import Float, Instruction, Integer, Kernel, Not, Register, Sink, Special, Symbol
 from tests.ptx.storage import BITS, BY_NAME, Unsupported, storage_name, unsigned
 from tests.ptx.transfers import TRANSFERS
@@ -102,7 +102,7 @@ class Program:
                 "bar": [["sync"]],
                 "barrier": [["sync", "aligned"]],
             }
-            if x.modifiers not in known[x.opcode]:
+            if x.modifiers not in known[x.opcode] or len(x.operands) not in OPERANDS[x.opcode]:
                 raise Unsupported(f"{x}")
             if x.opcode == "bra" and x.operands[0].name not in self.labels:
                 raise Unsupported(f"{x}: no such label")
@@ -162,6 +162,8 @@ class Program:
             handler = HANDLERS.get(x.opcode)
             if handler is None:
                 raise Unsupported(f"{x}: opcode {x.opcode}")
+            if len(x.operands) not in OPERANDS[x.opcode]:
+                raise Unsupported(f"{x}: {len(x.operands)} operands")
             writer.begin(x)
             try:
                 handler(writer, x)
