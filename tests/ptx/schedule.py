@@ -39,8 +39,11 @@ class Unit:
         waiting: next block behind the barrier at which it waits, or None.
     """
 
-    def __init__(self, first: int, lanes: int, memory: Memory, approximate: Approximate, arguments: Any):
+    def __init__(
+        self, first: int, lanes: int, memory: Memory, approximate: Approximate, arguments: Any, skip_warp_sync: bool
+    ):
         self.lanes, self.memory, self.approximate, self.arguments = lanes, memory, approximate, arguments
+        self.skip_warp_sync = skip_warp_sync
         self.threads = np.arange(first, first + lanes)
         self.lane_ids = np.arange(lanes) % 32
         self.warp_starts = np.arange(lanes) - self.lane_ids
@@ -78,7 +81,7 @@ class Launch:
         skip_barriers: numbers (in `program.barriers`) of barriers that do nothing: to see that they are missed.
         skip_warp_sync: bar.warp.sync does nothing.
         seed: of the random order.
-        limit: basic blocks' instructions after which a launch is taken to hang.
+        limit: instructions, of all warps, after which a launch is taken to hang.
 
     `run()` returns a Report: `findings` are pairs of a kind and a sentence. What leaves no sensible result raises
     EmulationError.
@@ -95,7 +98,7 @@ class Launch:
         if num_threads % 32 or program.kernel.threads not in (None, num_threads):
             raise ValueError(f"num_threads = {num_threads}, but the kernel has .reqntid {program.kernel.threads}")
         self.program, self.grid, self.threads, self.params = program, grid, num_threads, params
-        self.order, self.preempt, self.limit, self.skip_warp_sync = order, preempt, limit, skip_warp_sync
+        self.order, self.preempt, self.limit = order, preempt, limit
         self.skip = {program.barriers[i] for i in skip_barriers}
         self.random = np.random.default_rng(seed)
         self.report = Report()
@@ -108,10 +111,9 @@ class Launch:
         wide, approximate = num_threads if lockstep else 32, Approximate(noise)
         self._parameters: dict[tuple, list[np.ndarray]] = {}
         self.units = [
-            Unit(first, wide, self.memory, approximate, self._parameter) for first in range(0, num_threads, wide)
+            Unit(first, wide, self.memory, approximate, self._parameter, skip_warp_sync)
+            for first in range(0, num_threads, wide)
         ]
-        for unit in self.units:
-            unit.skip_warp_sync = skip_warp_sync
         self._start = self._first_registers(wide)
 
     def _parameter(self, name: str, offset: int, size: int, lanes: int) -> list[np.ndarray]:
