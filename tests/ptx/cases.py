@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 class Redundant(NamedTuple):
-    """Barriers of a kernel at a line of its source, `most` in one compiled kernel, that are redundant, and why."""
+    """Barriers that are redundant: at a line of a kernel's source, `most` on one architecture, and why."""
 
     kernel: str
     line: str
@@ -138,6 +138,8 @@ def _vocab_rows() -> Iterator[Case]:
             small = (86, 90) if (columns, dtype) == (300, BF16) else ()
             yield Case("vocab_rows", f"V{columns} C{count}", NAMES[dtype], test, orders, small)
     yield Case("vocab_rows", "no scale", "fp32", partial(t.test_without_a_scale_only_statistics, *HERE))
+    for columns, count in ((300, 5), (9000, 1)):
+        yield Case("vocab_rows", f"V{columns} C{count}, no scale", "fp32", partial(_statistics, columns, count))
     yield Case("vocab_rows", "NaN in a row", "fp32", partial(t.test_nan_in_one_row_stays_there, *HERE))
     for second in (11, 4106, 8999):
         test = partial(t.test_the_lowest_of_equal_columns, *HERE, second)
@@ -146,6 +148,15 @@ def _vocab_rows() -> Iterator[Case]:
         for equals in (1, 2):
             test = partial(t.test_the_normaliser_of_a_row_that_is_sure, *HERE, gap, equals)
             yield Case("vocab_rows", f"sure by {gap:.0f}, {equals} equal", "fp32", test)
+
+
+def _statistics(columns: int, count: int) -> None:
+    """`test_without_a_scale_only_statistics` with labels among the columns, in the shapes of tests that have none."""
+    t = test_vocab_rows
+    given = t.make(columns, count, columns, rows=1)
+    given[2][:, 0] = columns - 1
+    (_, expected), (_, found) = t.run(*given, columns, "torch"), t.run(*given[:-1], None, columns, "triton")
+    torch.testing.assert_close(tuple(found), tuple(expected))
 
 
 def _linear_ctc() -> Iterator[Case]:
@@ -236,17 +247,28 @@ def _attention() -> Iterator[Case]:
     t = test_shrink_attention
     everywhere = [(1, 24, lengths) for lengths in ("odd", "empty-ones", "no-keys")]
     for dtype in (FP32, BF16, FP16):
-        for heads, size, lengths in (*everywhere, (2, 8, "odd"), (3, 64, "odd")):
+        for heads, size, lengths in (*everywhere, (3, 64, "odd")):
             test = partial(t.test_every_result_is_as_exact_as_torchs_own, dtype, heads, size, lengths, *HERE)
             small = (86, 90) if (dtype, size, lengths) == (BF16, 24, "odd") else ()
             orders = EVERY if small else MOST if size == 24 else FEW
             yield Case("shrink_attention", f"H{heads} E{size}, {lengths}", NAMES[dtype], test, orders, small)
-    # Several steps over keys and over queries.
+    # Several steps over keys and over queries, and none: keys without queries, queries without keys.
+    lengths = [3, 70, 0, 2], [330, 70, 5, 0]
     for size, dtype, orders in ((64, BF16, MOST), (24, FP16, FEW), (24, FP32, FEW)):
-        test = partial(t.check, *t.make([3, 70], [330, 70], 1, size, dtype), "triton")
+        test = partial(t.check, *t.make(*lengths, 1, size, dtype), "triton")
         yield Case("shrink_attention", f"H1 E{size}, long", NAMES[dtype], test, orders)
-    for size, dtype in ((80, BF16), (128, BF16), (128, FP16), (128, FP32), (256, BF16)):
-        test = partial(t.check, *t.make([3, 70], [130, 70], 1, size, dtype), "triton")
+    lengths = [3, 70, 0, 2], [130, 70, 5, 0]
+    for size, dtype in (
+        (8, BF16),
+        (8, FP16),
+        (64, FP16),
+        (64, FP32),
+        (80, BF16),
+        (128, BF16),
+        (128, FP32),
+        (256, BF16),
+    ):
+        test = partial(t.check, *t.make(*lengths, 1, size, dtype), "triton")
         yield Case("shrink_attention", f"H1 E{size}", NAMES[dtype], test, ONE)
     yield Case("shrink_attention", "H1 E64", "tf32", _attention_tf32, ONE)
 

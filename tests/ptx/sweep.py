@@ -67,9 +67,9 @@ def excuse(barrier: Barrier) -> Redundant | None:
 def unexplained(barriers: list[Barrier]) -> list[Barrier]:
     """Those that nothing noticed and no reason covers, or more of them at a line than it covers."""
     missed = [barrier for barrier in barriers if not barrier.noticed]
-    count = Counter((barrier.variant, barrier.line) for barrier in missed)
+    count = Counter((barrier.kernel, barrier.line, barrier.arch) for barrier in missed)
     entries = [(barrier, excuse(barrier)) for barrier in missed]
-    return [b for b, entry in entries if entry is None or count[b.variant, b.line] > entry.most]
+    return [b for b, entry in entries if entry is None or count[b.kernel, b.line, b.arch] > entry.most]
 
 
 def stale(barriers: list[Barrier]) -> list[Redundant]:
