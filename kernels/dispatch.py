@@ -81,7 +81,13 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     if x.device.type != "cpu":
         return x.to(device)
     # Without the copy, pinned memory would be read later, when the caller may have changed it.
-    return x.clone().to(device, non_blocking=True)
+    x = x.clone()
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _of_graphs.append(x)
+    return x.to(device, non_blocking=True)
+
+
+_of_graphs: list[torch.Tensor] = []  # a CUDA graph sends these again whenever it is replayed, so they have to stay
 
 
 def to_device_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

@@ -68,11 +68,6 @@ class Result(NamedTuple):
     scale: Tensor  # [B], the factor of each utterance's loss; 0 where it cannot be aligned
 
 
-def _scale(nll: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:
-    """`nll` [B] multiplied by the factors of the reduction, before any sum."""
-    return nll / (target_lengths.clamp(min=1) * len(nll)) if reduction == "mean" else nll
-
-
 @without_autocast
 def _run(
     hidden: Tensor,
@@ -97,19 +92,17 @@ def _run(
     weights = loss_weights(takes_part, batch, settings)
     sums = over_vocabulary(batch, weights, settings)
     alignment = align(batch, sums.stats, settings)
-    lost, scale = batch.feasible & (alignment.nll == torch.inf), to_device(scale, hidden.device)
+    infinite, scale = alignment.nll == torch.inf, to_device(scale, hidden.device)
     if need.weight:
         # Differences of logits beyond the largest float make other utterances infeasible. They are in dW already.
-        unforeseen = (lost & ~no_alignment & (scale != 0)).any()
+        unforeseen = (infinite & ~no_alignment & (scale != 0)).any()
         weights = weights._replace(greatest=weights.greatest.masked_fill(unforeseen, torch.nan))
-    scale = scale.masked_fill(lost, 0.0)
-    dblank = add_labels(batch, weights, sums, alignment, batch.feasible & ~lost, need)
-    nll = alignment.nll
-    if settings.zero_infinity:
-        nll = nll.masked_fill(nll == torch.inf, 0.0)
+    scale = scale.masked_fill(infinite, 0.0)
+    dblank = add_labels(batch, weights, sums, alignment, batch.feasible & ~infinite, need, settings.impl)
+    nll = alignment.nll.masked_fill(infinite, 0.0) if settings.zero_infinity else alignment.nll
     if batch.wrong is not None:
         nll = nll.masked_fill(batch.wrong, torch.nan)
-    loss = _scale(nll, batch.target_lengths, settings.reduction)
+    loss = nll / batch.divisor if settings.reduction == "mean" else nll
     return Result(
         loss=loss.clone() if settings.reduction == "none" else loss.sum(),
         path=alignment.path,
@@ -207,7 +200,7 @@ def _linear_ctc_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight, blank_weight and blank_bias; the last three in fp32 (fp64)."""
     raise_pending()
-    factor = torch.where(scale == 0, 0.0, scale * grad)
+    factor = (scale * grad).masked_fill_(scale == 0, 0.0)
     rows = torch.empty_like(dhidden)
     if dhidden.dim() == 3:
         torch.mul(dhidden, factor[:, None, None], out=rows)

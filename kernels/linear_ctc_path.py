@@ -57,9 +57,13 @@ class Head(NamedTuple):
     def size(self) -> int:
         return self.weight.shape[0] + (self.blank_weight is not None)
 
-    def rows(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of `labels` [G, C], of which the blank is the first: [G, C, D]."""
-        rows = self.weight[labels.clamp(max=self.weight.shape[0] - 1)].to(dtype)
+    def places(self, labels: Tensor) -> Tensor:
+        """The row of `weight` for each of `labels`: for the extra blank any row, for -1 (no label) the blank's."""
+        return labels.where(labels >= 0, self.blank).clamp(max=self.weight.shape[0] - 1)
+
+    def rows(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows `places` of [G, C] labels, of which the blank is the first: [G, C, D]."""
+        rows = self.weight[places].to(dtype)
         if self.blank_weight is not None:
             rows[:, 0] = self.blank_weight
         return rows
@@ -89,6 +93,7 @@ class Packed(NamedTuple):
     bounds: list[int]  # B + 1, of the utterances
     utterance: Tensor  # [N], to which each row belongs
     place: Tensor  # [N], the number of each row among the B·T padded ones
+    starts: Tensor  # [B], the first row of each utterance
 
     @classmethod
     def of(cls, lengths: Tensor, hidden: Tensor) -> "Packed":
@@ -98,7 +103,7 @@ class Packed(NamedTuple):
         each = torch.arange(len(count), device="cpu")  # whatever torch's default device is
         utterance = each.repeat_interleave(count)
         place = torch.arange(len(utterance), device="cpu") + (each * size - ends + count)[utterance]
-        return cls([0, *ends.tolist()], *to_device_together([utterance, place], hidden.device))
+        return cls([0, *ends.tolist()], *to_device_together([utterance, place, ends - count], hidden.device))
 
     def groups(self, hidden: Tensor) -> list[Group]:
         """All utterances in order, in groups of `_together`."""
@@ -131,24 +136,33 @@ def _bmm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(x.to(dtype), y.to(dtype))
 
 
-def logits_of_labels(hidden: Tensor, head: Head, labels: Tensor, used: Tensor, packed: Packed) -> Tensor:
-    """Logits of `labels` int64 [B, C]: [N, C], -inf where not `used` [B, C]."""
+def logits_of_labels(
+    hidden: Tensor, head: Head, places: Tensor, unused: Tensor, packed: Packed
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of the head's rows `places` int64 [B, C]: [N, C], -inf where `unused` bool [B, C].
+
+    Returns also these rows [B, C, D], where all fit into one product.
+    """
     dtype = sum_dtype(hidden, head.weight)
     extra = hidden if head.blank_weight is None else head.blank_weight
     # The blank's own row would lose digits in a half type.
     operands = hidden.dtype if hidden.dtype == head.weight.dtype == extra.dtype else dtype
-    logits = hidden.new_empty(len(packed.place), labels.shape[1], dtype=dtype)
-    for group in packed.groups(hidden):
-        rows = head.rows(labels[group.utterances], operands)
-        product = _bmm(hidden[group.utterances, : group.frames], rows.mT, dtype).flatten(0, 1)
+    logits = hidden.new_empty(len(packed.place), places.shape[1], dtype=dtype)
+    groups, rows = packed.groups(hidden), None
+    for group in groups:
+        rows = head.rows(places[group.utterances], operands)
+        product = _bmm(hidden[group.utterances, : group.frames], rows.mT, dtype)
+        if head.blank_bias is not None:
+            product[..., 0].add_(head.blank_bias)
+        product = product.masked_fill_(unused[group.utterances, None], -torch.inf).flatten(0, 1)
         if group.padded:
-            place = packed.place[group.rows] - group.utterances.start * group.frames
+            place = packed.place[group.rows]
+            if group.utterances.start:
+                place = place - group.utterances.start * group.frames
             torch.index_select(product, 0, place, out=logits[group.rows])
         else:
             logits[group.rows] = product
-    if head.blank_bias is not None:
-        logits[:, 0] += head.blank_bias
-    return logits.masked_fill_(~used[packed.utterance], -torch.inf)
+    return logits, rows if len(groups) == 1 else None
 
 
 def argmax_path(
@@ -189,7 +203,7 @@ def linear_ctc_path(
     head = Head(weight, blank, blank_weight, blank_bias)
     packed = Packed.of(lengths.clamp(0, size), hidden)
     labels = torch.full((hidden.shape[0], 1), blank, dtype=torch.int64, device=hidden.device)
-    logits = logits_of_labels(hidden, head, labels, torch.ones_like(labels, dtype=torch.bool), packed)
+    logits, _ = logits_of_labels(hidden, head, head.places(labels), torch.zeros_like(labels, dtype=torch.bool), packed)
     stats = RowStats.empty(len(logits), logits)
     rows, weight = packed.pack(hidden).to(product_dtype), weight.to(product_dtype)
     # Only `stats`, which each chunk fills, are wanted.

@@ -8,7 +8,8 @@ from torch import Tensor
 from soundwave.kernels.ctc_lattice import ctc_lattice
 from soundwave.kernels.ctc_targets import check_targets, distinct_labels, feasible, length_mask
 from soundwave.kernels.dispatch import to_device, to_device_together
-from soundwave.kernels.linear_ctc_path import Head, Packed, argmax_path, logits_of_labels, sum_dtype
+from soundwave.kernels.label_rows import label_gradients, label_path
+from soundwave.kernels.linear_ctc_path import Head, Packed, logits_of_labels, sum_dtype
 from soundwave.kernels.vocab_rows import (
     RowStats,
     add_weight_gradient,
@@ -17,8 +18,6 @@ from soundwave.kernels.vocab_rows import (
     probabilities_times_weight,
     vocab_chunks,
 )
-
-LN2 = 0.6931471805599453
 
 
 class Need(NamedTuple):
@@ -51,11 +50,15 @@ class Batch(NamedTuple):
     wrong: Tensor | None  # bool [B], utterances with a wrong length or label, as `check_targets` returns them
     feasible: Tensor  # bool [B], utterances with enough frames for their labels
     packed: Packed
-    labels: Tensor  # int64 [B, C], blank first; unused columns hold the blank again
-    used: Tensor  # bool [B, C]
+    labels: Tensor  # int64 [B, C], blank first; -1 in unused columns
+    places: Tensor  # int64 [B, C], their rows of the head
     column: Tensor  # int64 [B, U], where each target stands in `labels`
+    order: Tensor  # int64 [B, U], the positions sorted by label
+    rank: Tensor  # int64 [B, U], `column` in that order
     label_logits: Tensor  # [N, C], -inf in unused columns
+    rows: Tensor | None  # [B, C, D], the labels' rows of the head, where all fit into one product
     factor: Tensor  # [B], of each utterance's loss in the reduction, 0 where it does not fit; perhaps on the CPU
+    divisor: Tensor  # int64 [B], of the reduction "mean"
 
 
 class Weights(NamedTuple):
@@ -67,7 +70,7 @@ class Weights(NamedTuple):
     greatest: Tensor  # scalar, the largest absolute factor
     utterance: Tensor  # [B], the factor of each utterance, with its sign
     p: Tensor  # [N], what the rows of P are multiplied with
-    inverse: Tensor  # [N], 1 / p, or 0
+    inverse: Tensor | None  # [N], 1 / p, or 0; None if every p is 0 or 1
     row: Tensor | None  # [N], the absolute value of each row's factor
     sign: Tensor | None  # [N, 1], in the dtype of the products
     groups: Tensor | None  # bool [G, N], groups of rows for each of which the bound on skipped columns holds
@@ -88,7 +91,7 @@ class Alignment(NamedTuple):
 
     path: Tensor  # int64 [B, T]
     path_log_prob: Tensor  # [B, T]
-    log_probs: Tensor  # [N, C], of the labels
+    log_probs: Tensor  # [B, T, C], of the labels
     nll: Tensor  # [B]
     gamma: Tensor  # [T, B, C], posteriors of the labels; empty without a gradient
 
@@ -113,33 +116,32 @@ def label_columns(
     packed = Packed.of(input_lengths if given.is_cuda else given.clamp(0, size), hidden)
     labels, order, rank = distinct_labels(targets, target_lengths, head.blank)
     rank = rank.masked_fill(~length_mask(target_lengths, targets.shape[1]), 0)  # padding is sorted last
-    used = labels != head.blank
-    used[:, 0] = True
+    labels[:, 1:] = labels[:, 1:].masked_fill(labels[:, 1:] == head.blank, -1)
     column = torch.zeros_like(rank).scatter_(1, order, rank)
-    factor = _factor(fits, target_lengths, settings.reduction, sum_dtype(hidden, head.weight))
-    labels, used, column, input_lengths, target_lengths, can = to_device_together(
-        [labels, used, column, input_lengths, target_lengths, fits], hidden.device
+    factor, divisor = fits.to(sum_dtype(hidden, head.weight)), target_lengths.clamp(min=1) * len(fits)
+    factor = factor / divisor if settings.reduction == "mean" else factor
+    labels, places, unused, column, order, rank, input_lengths, target_lengths, divisor, can = to_device_together(
+        [labels, head.places(labels), labels < 0, column, order, rank, input_lengths, target_lengths, divisor, fits],
+        hidden.device,
     )
-    used, can = used.to(torch.bool), can.to(torch.bool)
-    logits = logits_of_labels(hidden, head, labels, used, packed)
-    return Batch(hidden, head, input_lengths, target_lengths, wrong, can, packed, labels, used, column, logits, factor)
-
-
-def _factor(fits: Tensor, target_lengths: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
-    """[B]: the factor of each loss in the reduction, before any sum; 0 where an utterance does not fit."""
-    factor = fits.to(dtype)
-    return factor / (target_lengths.clamp(min=1) * len(factor)) if reduction == "mean" else factor
+    logits, rows = logits_of_labels(hidden, head, places, unused.to(torch.bool), packed)
+    return Batch(
+        hidden, head, input_lengths, target_lengths, wrong, can.to(torch.bool), packed, labels, places, column, order,
+        rank, logits, rows, factor, divisor,
+    )  # fmt: skip
 
 
 def without_alignment(batch: Batch, settings: Settings) -> Tensor:
     """bool [B]: utterances with enough frames that cannot be aligned, because what they need has a logit of -inf."""
     impossible = batch.label_logits == -torch.inf
-    if not impossible.is_cuda and not (impossible & batch.used[batch.packed.utterance]).any():  # nothing waits there
+    if (
+        not impossible.is_cuda and not (impossible & (batch.labels >= 0)[batch.packed.utterance]).any()
+    ):  # nothing waits there
         return torch.zeros_like(batch.feasible)
     log_probs = torch.zeros_like(batch.label_logits).masked_fill_(impossible, -torch.inf)
     nll, _ = ctc_lattice(
         batch.packed.pad(log_probs, batch.hidden).transpose(0, 1), batch.column, batch.input_lengths,
-        batch.target_lengths, blank=0, impl=settings.impl, need_gamma=False,
+        batch.target_lengths, blank=0, impl=settings.impl, need_gamma=False, in_order=(batch.order, batch.rank),
     )  # fmt: skip
     return batch.feasible & (nll == torch.inf)
 
@@ -150,12 +152,17 @@ def loss_weights(scale: Tensor, batch: Batch, settings: Settings) -> Weights:
     greatest = scale.abs().amax() if len(scale) else scale.sum()
     weight = scale / greatest.clamp(min=torch.finfo(scale.dtype).tiny)
     p = weight.abs()
-    if not need.weight:
+    if settings.exact and not need.weight:
+        p = (p > 0).to(p.dtype)  # then no factor is needed
+    elif not need.weight:
         # Then the factor of P only decides which columns are skipped and is divided out again. A power of two makes
         # that exact.
         p = p.log2().round_().exp2_()
-    p, inverse = to_device(torch.stack([p, torch.where(p > 0, 1 / p, 0.0)]), device)[:, utterance]
-    row = sign = groups = None
+    inverse = row = sign = groups = None
+    if need.weight or not settings.exact:
+        p, inverse = to_device(torch.stack([p, torch.where(p > 0, 1 / p, 0.0)]), device)[:, utterance]
+    else:
+        p = to_device(p, device)[utterance]
     if need.weight:
         sign = to_device(weight.sign().to(settings.product_dtype), device)[utterance, None]
     if need.hidden and not settings.exact:
@@ -176,7 +183,7 @@ def over_vocabulary(batch: Batch, weights: Weights, settings: Settings) -> Sums:
     dweight = label_logits.new_zeros(weight.shape if need.weight else 0)
     active, skipped = 0.0, label_logits.new_zeros(0 if weights.groups is None else len(weights.groups))
     chunks = vocab_chunks(
-        rows, weight, label_logits, batch.labels.masked_fill(~batch.used, -1), packed.utterance,
+        rows, weight, label_logits, batch.labels, packed.utterance,
         weights.p if need.hidden or need.weight else None, stats, settings.impl,
     )  # fmt: skip
     for start, stop, p in chunks:
@@ -185,7 +192,8 @@ def over_vocabulary(batch: Batch, weights: Weights, settings: Settings) -> Sums:
             if groups is not None:
                 mass, groups = mass * weights.p[start:stop], groups[:, start:stop]
             product, columns, missing = probabilities_times_weight(p, weight, mass, settings.exact, groups)
-            product *= weights.inverse[start:stop, None]
+            if weights.inverse is not None:
+                product *= weights.inverse[start:stop, None]
             dhidden.view(-1, hidden.shape[2])[packed.place[start:stop]] = product.to(dhidden.dtype)
             active += columns * (stop - start)
             if groups is not None:
@@ -197,37 +205,38 @@ def over_vocabulary(batch: Batch, weights: Weights, settings: Settings) -> Sums:
 
 def align(batch: Batch, stats: RowStats, settings: Settings) -> Alignment:
     """Step 3: the most probable ids, and the lattice on the log-probabilities of the labels."""
-    path, path_log_prob = argmax_path(batch.label_logits, batch.labels, stats, batch.packed, batch.hidden)
-    maximum = torch.maximum(batch.label_logits.amax(1), stats.maximum)
-    log_probs = (batch.label_logits - maximum[:, None]) - stats.log_sum[:, None]
+    path, path_log_prob, log_probs = label_path(
+        batch.label_logits, batch.labels, batch.input_lengths, stats, batch.packed, batch.hidden, settings.impl
+    )
     nll, gamma = ctc_lattice(
-        batch.packed.pad(log_probs, batch.hidden).transpose(0, 1), batch.column, batch.input_lengths,
-        batch.target_lengths, blank=0, impl=settings.impl, need_gamma=any(settings.need),
+        log_probs.transpose(0, 1), batch.column, batch.input_lengths, batch.target_lengths, blank=0,
+        impl=settings.impl, need_gamma=any(settings.need), in_order=(batch.order, batch.rank),
     )  # fmt: skip
     return Alignment(path, path_log_prob, log_probs, nll, gamma)
 
 
-def add_labels(batch: Batch, weights: Weights, sums: Sums, alignment: Alignment, aligned: Tensor, need: Need) -> Tensor:
+def add_labels(
+    batch: Batch, weights: Weights, sums: Sums, alignment: Alignment, aligned: Tensor, need: Need, impl: str
+) -> Tensor:
     """Step 4: dH += (P_labels - gamma) W_labels, and the same columns' part of dW, both in place.
 
     Only the utterances `aligned` bool [B] have a gradient. Returns that of the extra blank [B, D + 1].
     """
     hidden, head, packed = batch.hidden, batch.head, batch.packed
     width, dtype = hidden.shape[2], batch.label_logits.dtype
-    dblank = batch.label_logits.new_zeros((len(hidden), width + 1) if need.blank else 0)
+    dblank = batch.label_logits.new_empty((len(hidden), width + 1) if need.blank else 0)
     if not any(need):
         return dblank
-    gamma = alignment.gamma.transpose(0, 1).flatten(0, 1)[packed.place]
-    gradient = label_gradient(alignment.log_probs, gamma, sums.stats)
-    gradient.masked_fill_(~aligned[packed.utterance, None], 0.0)
-    gradient = packed.pad(gradient, hidden)
-    rows = len(head.weight)
-    first = head.size - rows  # the extra blank is column 0 and no row of `head.weight`
+    gradient = label_gradients(
+        alignment.log_probs, alignment.gamma, aligned, batch.input_lengths, sums.stats, packed, impl
+    )
+    first = head.size - len(head.weight)  # the extra blank is column 0 and no row of `head.weight`
     for group in packed.groups(hidden):
-        at, labels = (group.utterances, slice(group.frames)), batch.labels[group.utterances]
+        at, places = (group.utterances, slice(group.frames)), batch.places[group.utterances]
         g = gradient[at]
         if need.hidden:
-            dh, of_labels = sums.dhidden[at], head.rows(labels, dtype)
+            dh = sums.dhidden[at]
+            of_labels = head.rows(places, dtype) if batch.rows is None else batch.rows.to(dtype)
             if dh.dtype == dtype:
                 dh.baddbmm_(g, of_labels)
             else:
@@ -236,27 +245,23 @@ def add_labels(batch: Batch, weights: Weights, sums: Sums, alignment: Alignment,
             continue
         h = hidden[at].to(dtype)
         if group.padded:  # past a length there may be NaN, which 0 does not hide
-            h = h.masked_fill(~length_mask(batch.input_lengths[group.utterances], group.frames)[..., None], 0.0)
+            past = torch.arange(group.frames, device=h.device) >= batch.input_lengths[group.utterances, None]
+            h = h.masked_fill(past[..., None], 0.0)
         if need.blank:
             # Of one utterance as a vector times a matrix, whose order of sums the CPU has always had.
-            of_blank = g[0, :, 0] @ h[0] if len(g) == 1 else torch.bmm(g[..., :1].mT, h)[:, 0]
-            dblank[group.utterances, :width], dblank[group.utterances, width] = of_blank, g[..., 0].sum(1)
+            row, bias = dblank[group.utterances, :width], dblank[group.utterances, width]
+            if len(g) == 1:
+                row[0] = g[0, :, 0] @ h[0]
+            else:
+                torch.bmm(g[..., :1].mT, h, out=row[:, None])
+            torch.sum(g[..., 0], 1, out=bias)
         if need.weight:
             product = torch.bmm((g[..., first:] * to_device(weights.utterance[at[0]], h.device)[:, None, None]).mT, h)
-            places = labels[:, first:].clamp(max=rows - 1)  # an unused column adds zeros
-            # Utterances share labels: `index_put_` adds them in a fixed order, where atomics would not.
-            sums.dweight.index_put_((places.flatten(),), product.flatten(0, 1), accumulate=True)
+            # Unused columns add zeros. Of labels that utterances share, `index_put_` adds the sums in a fixed order.
+            sums.dweight.index_put_((places[:, first:].flatten(),), product.flatten(0, 1), accumulate=True)
     if need.weight:
         sums.dweight.mul_(to_device(weights.greatest, hidden.device))
     return dblank
-
-
-def label_gradient(log_probs: Tensor, gamma: Tensor, stats: RowStats) -> Tensor:
-    """P_labels - gamma [N, C]. Where a label's P is above 1/2, minus the sum of all other columns is more exact."""
-    gradient = log_probs.exp().sub_(gamma)
-    maximum, at = log_probs.max(1, keepdim=True)
-    others = gradient.scatter(1, at, 0.0).sum(1, keepdim=True) + stats.off_label_mass[:, None]
-    return gradient.scatter_(1, at, torch.where(maximum > -LN2, -others, gradient.gather(1, at)))
 
 
 def error_bound(batch: Batch, weights: Weights, sums: Sums, need: Need) -> Tensor:

@@ -55,9 +55,9 @@ WEIGHT_TILE = 8192  # rows of dW a step: bounds the temporary product beside the
 def _config(columns: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(groups a block, columns a group, warps) for logits of `dtype`.
 
-    A group is what a thread loads at once, 16 bytes; two are in flight. With at most 64 registers a thread four blocks
-    of 256 threads or more share a multiprocessor, which then has 32 KB or more in flight. An H200 needs some 26 KB:
-    4.3 TB/s for 0.8 µs, by 132 multiprocessors.
+    A group is what a thread loads at once, 16 bytes; two are in flight. With 32 registers a thread (at most 64 would do)
+    eight blocks of 256 threads share a multiprocessor, which then has 64 KB in flight. An H200 needs some 26 KB: 4.3 TB/s
+    for 0.8 µs, by 132 multiprocessors.
     """
     each = 16 // dtype.itemsize
     groups = min(512, max(32, triton.next_power_of_2(triton.cdiv(columns, each))))
@@ -145,8 +145,8 @@ def _exp_of_logits(x, HALF: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def _add_block(x, start, maximum, total, at, HALF: tl.constexpr, SPLIT: tl.constexpr):
-    """Take in columns x [groups, each] from `start` on. Of each group: the maximum, the sum of exponentials relative to
-    it, and the `start` of the first block that held it.
+    """Take in columns x [groups, each]. Of each group: the maximum, the sum of exponentials relative to it, and the
+    `start` of the first block that held it.
 
     The sum is rescaled once for all columns of a group, because an exponential is as dear as eight other operations.
     """
@@ -169,7 +169,9 @@ def _vocab_rows_kernel(
     LOGITS, LABEL_LOGITS, LABELS, GROUP, SCALE, MAXIMUM, ARGMAX, LOG_SUM, OFF_LABEL_MASS, V, C, stride,
     WRITE: tl.constexpr, SPLIT: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One row. Only its last block is masked: where V is odd, a masked load takes one column at a time."""
+    """One row. What its whole blocks leave over is taken one column a thread, because with masks that end anywhere a
+    group is not one load, and its addresses fill the registers.
+    """
     row = tl.program_id(0).to(tl.int64)
     ROW, LABEL_LOGITS_ROW = LOGITS + row * stride, LABEL_LOGITS + row * C
     LABELS_ROW = LABELS + tl.load(GROUP + row) * C
@@ -190,22 +192,27 @@ def _vocab_rows_kernel(
         label_maximum = tl.maximum(label_maximum, label_logits)
     tl.debug_barrier()  # other threads read the columns just stored
 
-    lane = tl.arange(0, GROUPS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    group = tl.arange(0, GROUPS)
+    lane = group[:, None] * EACH + tl.arange(0, EACH)[None, :]
     whole = V // BLOCK
-    tail = whole * BLOCK + lane
     maximum, total = tl.full([GROUPS], lowest, dtype), tl.zeros([GROUPS], dtype)
     at = tl.zeros([GROUPS], tl.int32)
     for block in range(0, whole):
         x = tl.load(ROW + block * BLOCK + lane).to(dtype)
         maximum, total, at = _add_block(x, block * BLOCK, maximum, total, at, HALF, SPLIT)
-    x = tl.load(ROW + tail, mask=tail < V, other=lowest).to(dtype)
-    maximum, total, at = _add_block(x, whole * BLOCK, maximum, total, at, HALF, SPLIT)
+    for start in range(whole * BLOCK, V, GROUPS):
+        column = start + group
+        x = tl.load(ROW + column, mask=column < V, other=lowest).to(dtype)
+        maximum, total, at = _add_block(x[:, None], column - group * EACH, maximum, total, at, HALF, SPLIT)
     off_label_maximum = tl.max(maximum, 0)
     # The groups that held it are read again, to tell in which of their columns it was.
-    column = at[:, None] + lane
-    held = (maximum == off_label_maximum)[:, None] & (column < V)
-    x = tl.load(ROW + column, mask=held, other=lowest).to(dtype)
-    argmax = tl.min(tl.min(tl.where(held & (x == off_label_maximum), column, V - 1), 1), 0)
+    first = tl.full([GROUPS], 0, tl.int32) + (V - 1)
+    for e in range(0, EACH):
+        column = at + group * EACH + e
+        held = (maximum == off_label_maximum) & (column < V)
+        x = tl.load(ROW + column, mask=held, other=lowest).to(dtype)
+        first = tl.where(held & (x == off_label_maximum), tl.minimum(first, column), first)
+    argmax = tl.min(first, 0)
 
     highest_label = tl.max(label_maximum, 0)
     first_label = tl.min(tl.where(label_maximum == highest_label, label_at, C), 0)
@@ -225,8 +232,10 @@ def _vocab_rows_kernel(
     if WRITE:
         factor = tl.load(SCALE + row) / total_mass
         # From the end backwards: what was read last is most likely to be in the L2 cache still.
-        x = tl.load(ROW + tail, mask=tail < V, other=lowest).to(dtype)
-        tl.store(ROW + tail, (_exp_of_logits(x - highest, HALF, SPLIT) * factor).to(given), mask=tail < V)
+        for start in range(whole * BLOCK, V, GROUPS):
+            column = start + group
+            x = tl.load(ROW + column, mask=column < V, other=lowest).to(dtype)
+            tl.store(ROW + column, (_exp_of_logits(x - highest, HALF, SPLIT) * factor).to(given), mask=column < V)
         for block in range(0, whole):
             BLOCK_OF_ROW = ROW + (whole - 1 - block) * BLOCK + lane
             x = tl.load(BLOCK_OF_ROW).to(dtype)
@@ -370,6 +379,8 @@ def probabilities_times_weight(
     Unless `exact`, two or three numbers come to the host, which waits for a GPU.
     """
     columns = p.shape[1]
+    if exact:
+        return _mm(p, weight, None, off_label.dtype), 1.0, off_label.new_zeros(0 if groups is None else len(groups))
     groups = (off_label.new_ones(1, off_label.shape[0]) if groups is None else groups).to(off_label.dtype)
     if not exact:
         maximum = _divided(p.amax(0).to(off_label.dtype), p.dtype)

@@ -22,11 +22,12 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 import torch  # noqa: E402
 from fake_cuda import CUDA, DECIDE, Log, fake_cuda, prepare, to_cuda  # noqa: E402
+from waits_page import DOCUMENT, document  # noqa: E402
 
 from soundwave.fused import functional as op  # noqa: E402
+from soundwave.kernels import vocab_rows  # noqa: E402
 
 B, T, D, V, U = 2, 6, 16, 96, 2
-DOCUMENT = ROOT / "docs" / "gpu-waits.md"
 
 
 def linear_ctc(rows: int = B, on_cuda: bool = False, trained: bool = False, **settings: Any) -> Callable[[], None]:
@@ -45,6 +46,18 @@ def linear_ctc(rows: int = B, on_cuda: bool = False, trained: bool = False, **se
         out.loss.backward()
 
     return call
+
+
+def two_chunks() -> Callable[[], None]:
+    """180 rows in chunks of 128, the fewest."""
+    call, most = linear_ctc(30, exact=True), vocab_rows.CHUNK_BYTES
+
+    def smaller() -> None:
+        vocab_rows.CHUNK_BYTES = 0
+        call()
+        vocab_rows.CHUNK_BYTES = most
+
+    return smaller
 
 
 def peaky_ctc() -> Callable[[], None]:
@@ -196,6 +209,7 @@ OPERATIONS: dict[str, Callable[[], Callable[[], None]]] = {
     "ctc_loss, labels and lengths on the GPU": lambda: ctc(on_cuda=True),
     "linear_ctc_loss, exact": lambda: linear_ctc(exact=True),
     "linear_ctc_loss, exact, 5 utterances": lambda: linear_ctc(5, exact=True),
+    "linear_ctc_loss, exact, two chunks": two_chunks,
     "linear_ctc_loss, exact, trained head": lambda: linear_ctc(exact=True, trained=True),
     "linear_ctc_loss, exact, labels and lengths on the GPU": lambda: linear_ctc(exact=True, on_cuda=True),
     "linear_ctc_loss, nothing to skip": linear_ctc,
@@ -229,31 +243,6 @@ def table() -> dict[str, dict[str, Any]]:
         }
         for name, log in logs.items()
     }
-
-
-def document(cases: dict[str, dict[str, Any]]) -> str:
-    """The table as Markdown. A wait is named by its file and function, because lines move."""
-    lines = [HEAD]
-    for name, case in cases.items():
-        waits = sum(number for *_, number in case["waits"])
-        launches = sum(number for *_, number in case["launches"])
-        where = "; ".join(f"{kind} in {place} ({number})" for kind, place, number in case["waits"])
-        lines.append(f"| {name} | {waits} | {launches} | {where} |")
-    return "\n".join(lines) + "\n"
-
-
-HEAD = """# What the host waits for on a GPU
-
-A training is fast as long as the host is ahead of the GPU. Each time the host needs a value of the GPU it waits until
-the GPU has done everything before it, and then the GPU waits for the host. This table counts the waits, and the
-kernels that are launched, forward and backward together. `tests/test_waits.py` counts them without a GPU and compares
-them with this page; `python tests/count_waits.py --write` writes it. What is counted, and what such a count cannot
-see, is said in `tests/fake_cuda.py`. Nothing here was measured on a GPU.
-
-Lengths, labels and targets are on the CPU unless the line says otherwise.
-
-| call, forward and backward | waits | launches | what waits |
-|---|---|---|---|"""
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from soundwave import eager, fused
 from soundwave.fused.functional import linear_ctc_loss, linear_ctc_path
-from soundwave.kernels import linear_ctc, linear_ctc_steps, vocab_rows
+from soundwave.kernels import label_rows, linear_ctc, vocab_rows
 from soundwave.kernels import linear_ctc_path as linear_ctc_path_module
 from soundwave.kernels.linear_ctc_path import Head
 from tests.accuracy import assert_as_accurate, assert_rms, relative
@@ -216,7 +216,7 @@ def test_probabilities_that_fp16_cannot_hold(device, impl, loss_scale):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("together", [2, 3, 9])
 def test_labels_of_several_utterances_in_one_product(monkeypatch, together, dtype):
-    """As on a GPU: groups that divide the batch and that do not, utterances shorter than their group, junk behind them."""
+    """As on a GPU: groups that divide the batch and that do not, utterances shorter than their group, junk behind."""
     case = make(5, 13, 40, 8, 4, blank=40, seed=3)
     case["input_lengths"] = torch.tensor([13, 0, 7, 13, 11])
     case["target_lengths"] = torch.minimum(case["target_lengths"], torch.tensor([4, 0, 2, 3, 1]))
@@ -245,7 +245,7 @@ def test_the_difference_of_a_label_that_is_almost_certain():
     log_probs = torch.stack([p[0].log(), p[1].log()]).float()
     log_probs[0, 0] = float(torch.tensor(-3e-7, dtype=FP64))  # as log1p gives it
     stats = vocab_rows.RowStats(*[None] * 3, off.float())
-    found = linear_ctc_steps.label_gradient(log_probs, gamma.float(), stats)
+    found = label_rows.label_gradient(log_probs, gamma.float(), stats)
     torch.testing.assert_close(found.double(), p - gamma, rtol=1e-5, atol=1e-13)
 
 
