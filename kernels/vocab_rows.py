@@ -55,9 +55,9 @@ WEIGHT_TILE = 8192  # rows of dW a step: bounds the temporary product beside the
 def _config(columns: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(groups a block, columns a group, warps) for logits of `dtype`.
 
-    A group is what a thread loads at once, 16 bytes; two are in flight. With 32 registers a thread (at most 64 would do)
-    eight blocks of 256 threads share a multiprocessor, which then has 64 KB in flight. An H200 needs some 26 KB: 4.3 TB/s
-    for 0.8 µs, by 132 multiprocessors.
+    A group is what a thread loads at once, 16 bytes; two are in flight. With 32 registers a thread (up to 64 would do)
+    eight blocks of 256 threads share a multiprocessor, which then has 64 KB in flight. An H200 needs some 26 KB:
+    4.3 TB/s for 0.8 µs, by 132 multiprocessors.
     """
     each = 16 // dtype.itemsize
     groups = min(512, max(32, triton.next_power_of_2(triton.cdiv(columns, each))))

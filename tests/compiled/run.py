@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -35,6 +36,17 @@ class Case(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     divisible_by_16: tuple[str, ...] = ()
+
+
+def beside(name: str) -> ModuleType:
+    """The module `name` in this folder, which is not on `sys.path`."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+narrow_products = beside("offsets").narrow_products
 
 
 def compile_case(case: Case, arch: int, cuobjdump: str) -> dict[str, Any]:
@@ -63,15 +75,13 @@ def compile_case(case: Case, arch: int, cuobjdump: str) -> dict[str, Any]:
         "stack": stack,
         "local": local,
         "shared": int(compiled.metadata.shared),
+        "narrow_offsets": narrow_products(compiled.asm["ttir"]),
     }
 
 
 def all_cases(arch: int) -> Iterator[Case]:
     for path in sorted(Path(__file__).parent.glob("*_cases.py")):
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield from module.cases(arch, Case)
+        yield from beside(path.stem).cases(arch, Case)
 
 
 def compile_all(only: str, arch: int) -> list[dict[str, Any]]:
