@@ -376,7 +376,7 @@ def probabilities_times_weight(
         exact: skip nothing.
         groups: bool [G, n], the rows of each group; None makes one group of all rows.
 
-    Unless `exact`, two or three numbers come to the host, which waits for a GPU.
+    Unless `exact`, the host waits for a GPU: once for the numbers of columns, and once for each set of columns tried.
     """
     columns = p.shape[1]
     if exact:
@@ -395,7 +395,7 @@ def probabilities_times_weight(
         for j in range(max(too_much, 1), BINS):
             if columns - inactive[j] > MOST_ACTIVE * columns:
                 break
-            kept = (bins < j).nonzero()[:, 0]
+            kept = (bins < j).nonzero_static(size=columns - inactive[j])[:, 0]  # a known number: no wait
             p_kept = _columns(p, kept)
             small = p_kept.masked_fill(p_kept > p_factor(p.dtype) * 2.0**-j, 0.0).sum(1, dtype=off_label.dtype)
             tail = skipped[:, j] + _divided(small, p.dtype)
