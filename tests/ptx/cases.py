@@ -59,7 +59,34 @@ class Redundant(NamedTuple):
     why: str
 
 
-REDUNDANT: list[Redundant] = []
+REDUNDANT: list[Redundant] = [
+    Redundant(
+        "_vocab_rows_kernel",
+        "tl.debug_barrier()  # other threads read the columns just stored",
+        3,
+        "compiled for a single column (V = 1 is a constant then), which one thread both stores and reads.",
+    ),
+    Redundant(
+        "_ctc_lattice_kernel",
+        "tl.debug_barrier()  # the next block reads the edges of this one",
+        2,
+        "with several warps `tl.gather` goes through shared memory, so each frame has a barrier of its own between the "
+        "store of an edge and its load in the next block. With one warp there is none, and this one is noticed.",
+    ),
+    Redundant(
+        "_gather_matmul_kernel",
+        "a = tl.load(A_ROW + term[None, :] * A_R, mask=known[:, None] & (r < SIZE_R)[None, :], other=0.0)",
+        8,
+        "in front of the loop, between the asynchronous copies for the first rounds: they go into different buffers, "
+        "which nobody has touched before.",
+    ),
+    Redundant(
+        "_gather_matmul_kernel",
+        "tl.store(at_c, total.to(C.dtype.element_ty), mask=inside)",
+        2,
+        "between two conversions of layout, where each thread stores over what it has loaded itself.",
+    ),
+]
 
 
 def _norm() -> Iterator[Case]:
@@ -93,11 +120,10 @@ def _ctc() -> Iterator[Case]:
     for dtype in NAMES:
         yield Case("ctc", "T15 B3 U5", NAMES[dtype], partial(test_ctc.test_dtypes, *HERE, dtype), small=(86, 90)[:1])
     yield Case("ctc", "blocks of 32 states, U70", "fp32", partial(_blocks, 70, 75, 32), MOST, small=(86, 90))
-    yield Case("ctc", "one block of 4 warps, U130", "fp32", partial(_blocks, 130, 140, 1024), MOST)
-    yield Case("ctc", "blocks of 4 warps, U260", "fp32", partial(_blocks, 260, 270, 256), FEW)
-    for width in (300, 1100):
-        test = partial(test_ctc.test_short_targets_with_much_padding, width)
-        yield Case("ctc", f"4 labels padded to {width}", "fp32", test, MOST)
+    yield Case("ctc", "one block of 4 warps, U130", "fp32", partial(_blocks, 130, 135, 1024), MOST)
+    yield Case("ctc", "blocks of 4 warps, U260", "fp32", partial(_blocks, 260, 265, 256), FEW)
+    for width in (126, 300, 1100):
+        yield Case("ctc", f"4 labels padded to {width}", "fp32", partial(_padded, width, 20), MOST)
     yield Case("ctc", "T120 U80, uniform", "fp32", partial(test_ctc.test_long_and_wide, *HERE), ONE)
     test = partial(test_ctc.test_a_short_target_in_a_wide_batch, *HERE)
     yield Case("ctc", "2 labels padded to 40", "fp32", test, ONE)
@@ -110,13 +136,20 @@ def _ctc() -> Iterator[Case]:
 
 
 def _blocks(width: int, frames: int, block: int) -> None:
-    """`test_blocks_of_states` with blocks of another size, so that several warps share one."""
+    """`test_blocks_of_states` with blocks of another size, so that several warps share one, and without repeats."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ctc_lattice, "LARGEST_BLOCK", block)
-        logits, targets, *lengths = test_ctc.make(frames, 2, 4, width, seed=width, full=True)
-        targets[:, 2::2] += targets[:, 2::2] == targets[:, 1:-1:2]  # fewer repeats, so that it can be aligned
+        logits, _, *lengths = test_ctc.make(frames, 2, 4, width, seed=width, full=True)
+        targets = (torch.arange(width) % 3 + 1).repeat(2, 1)
         lengths[0][1], lengths[1][1] = frames - 3, width - 12
-        test_ctc.check(logits.log_softmax(-1), targets.clamp(1, 3), *lengths, 0, "triton")
+        test_ctc.check(logits.log_softmax(-1), targets, *lengths, 0, "triton")
+
+
+def _padded(width: int, frames: int) -> None:
+    """`test_short_targets_with_much_padding` with more frames than pass between two renormalisations."""
+    logits, targets, *lengths = test_ctc.make(frames, 1, 2000, 4, seed=width, full=True)
+    targets = torch.nn.functional.pad(targets, (0, width - 4), value=-100)
+    test_ctc.check(logits.log_softmax(-1), targets, *lengths, 0, "triton")
 
 
 def _ctc_rms() -> None:
@@ -140,6 +173,7 @@ def _vocab_rows() -> Iterator[Case]:
     yield Case("vocab_rows", "no scale", "fp32", partial(t.test_without_a_scale_only_statistics, *HERE))
     for columns, count in ((300, 5), (9000, 1)):
         yield Case("vocab_rows", f"V{columns} C{count}, no scale", "fp32", partial(_statistics, columns, count))
+    yield Case("vocab_rows", "V20000 C1", "fp16", partial(_statistics, 20000, 1, FP16, True), ONE)
     yield Case("vocab_rows", "NaN in a row", "fp32", partial(t.test_nan_in_one_row_stays_there, *HERE))
     for second in (11, 4106, 8999):
         test = partial(t.test_the_lowest_of_equal_columns, *HERE, second)
@@ -150,12 +184,14 @@ def _vocab_rows() -> Iterator[Case]:
             yield Case("vocab_rows", f"sure by {gap:.0f}, {equals} equal", "fp32", test)
 
 
-def _statistics(columns: int, count: int) -> None:
+def _statistics(columns: int, count: int, dtype: torch.dtype = FP32, scaled: bool = False) -> None:
     """`test_without_a_scale_only_statistics` with labels among the columns, in the shapes of tests that have none."""
     t = test_vocab_rows
-    given = t.make(columns, count, columns, rows=1)
+    given = t.make(columns, count, columns, dtype, rows=1)
     given[2][:, 0] = columns - 1
-    (_, expected), (_, found) = t.run(*given, columns, "torch"), t.run(*given[:-1], None, columns, "triton")
+    (_, expected), (_, found) = (
+        t.run(*given[:-1], given[-1] if scaled else None, columns, impl) for impl in ("torch", "triton")
+    )
     torch.testing.assert_close(tuple(found), tuple(expected))
 
 
@@ -293,7 +329,7 @@ def _attention_tf32() -> None:
 def _adapter() -> Iterator[Case]:
     t = test_shrinking_adapter
     for dtype in (FP32, BF16, FP16):
-        for rows, kept, width in ((1, 1, 7), (63, 7, 24), (200, 100, 70), (200, 100, 64)):
+        for rows, kept, width in ((63, 7, 24), (200, 100, 70), (200, 100, 64), (33, 0, 70), (33, 0, 64)):
             for joint in (False, True):
                 test = partial(t.test_projections_are_as_exact_as_eagers, dtype, rows, kept, width, joint, False, *HERE)
                 small = (90,) if (dtype, width, joint) == (BF16, 24, False) else ()
