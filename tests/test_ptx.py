@@ -51,6 +51,18 @@ def test_a_missing_barrier_is_noticed():
     assert len(noticed) > 6 and all(noticed)
 
 
+def test_a_barrier_that_nothing_notices_needs_a_reason_and_a_reason_such_a_barrier():
+    from tests.ptx.mutate import Barrier, Redundant, stale, unexplained
+
+    first = Barrier("f", 86, "v", 0, 4, "x = 1")
+    barriers = [first, first._replace(number=1, noticed="race"), first._replace(line="y = 2", noticed="race")]
+    known, other = Redundant("f", "x = 1", 1, "because"), Redundant("f", "y = 2", 1, "because")
+    assert unexplained(barriers, []) == [first] and unexplained(barriers, [known]) == []
+    more = [*barriers, first._replace(variant="w")]  # one more at the line than the reason was given for
+    assert unexplained(more, [known]) == [first, more[-1]]
+    assert stale(barriers, [known]) == [] and stale(barriers, [known, other]) == [other]
+
+
 # ---- the driver
 
 DRIVER = """

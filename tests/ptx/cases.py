@@ -27,6 +27,7 @@ from tests import (
     test_vocab_rows,
 )
 from tests.accuracy import assert_rms, error
+from tests.ptx.mutate import Redundant
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 NAMES = {FP16: "fp16", BF16: "bf16", FP32: "fp32", FP64: "fp64"}
@@ -50,16 +51,8 @@ class Case(NamedTuple):
         return f"{self.operation}: {self.name}, {self.dtype}"
 
 
-class Redundant(NamedTuple):
-    """Barriers that are redundant: at a line of a kernel's source, `most` on one architecture, and why."""
-
-    kernel: str
-    line: str
-    most: int
-    why: str
-
-
-REDUNDANT: list[Redundant] = [
+# Barriers that nothing can notice. Their number is checked, and that each reason is still needed.
+REDUNDANT = [
     Redundant(
         "_vocab_rows_kernel",
         "tl.debug_barrier()  # other threads read the columns just stored",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.compiling import SHARED_KB
 from tests.ptx.driver import ORDERS, Finding
-from tests.ptx.mutate import mutate
+from tests.ptx.mutate import mutate, stale, unexplained
 from tests.ptx.runs import Outcome, run
 
 ARCHITECTURES = (86, 90)
@@ -122,13 +122,13 @@ def _mutate_functions(arguments: argparse.Namespace) -> int:
 def _mutate(arguments: argparse.Namespace) -> int:
     if arguments.functions:
         return _mutate_functions(arguments)
-    from tests.ptx.cases import cases
-    from tests.ptx.sweep import barrier_table, mutate_cases, stale, summary, unexplained
+    from tests.ptx.cases import REDUNDANT, cases
+    from tests.ptx.sweep import barrier_table, mutate_cases, summary
 
     start, numbers = time.perf_counter(), _chosen(arguments)
     barriers = mutate_cases(numbers, arguments.arch, arguments.jobs)
-    missed = unexplained(barriers)
-    unused = stale(barriers) if len(numbers) == len(cases()) else []
+    missed = unexplained(barriers, REDUNDANT)
+    unused = stale(barriers, REDUNDANT) if len(numbers) == len(cases()) else []
     if arguments.write:
         arguments.write.write_text(barrier_table(barriers, time.perf_counter() - start), encoding="utf-8")
     print(json.dumps([barrier._asdict() for barrier in barriers]) if arguments.json else summary(barriers))

@@ -7,6 +7,7 @@ of lanes within a warp; and, the first time, warp by warp, forward and reverse, 
 
 import linecache
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,15 @@ class Barrier(NamedTuple):
     def __str__(self) -> str:
         place = f"barrier {self.number} of {self.variant} at `{self.line}`"
         return f"{self.kernel} sm_{self.arch}, {self.num_warps} warps, {place}"
+
+
+class Redundant(NamedTuple):
+    """Barriers that are redundant: at a line of a kernel's source, `most` on one architecture, and why."""
+
+    kernel: str
+    line: str
+    most: int
+    why: str
 
 
 def barrier_lines(ptx: str) -> list[str]:
@@ -116,3 +126,22 @@ def mutate(arch: int, functions: Iterable[Callable[[], Any]]) -> list[Barrier]:
             function()
     torch.use_deterministic_algorithms(False)
     return [barrier for barriers in mutation.barriers.values() for barrier in barriers]
+
+
+def reason(barrier: Barrier, reasons: list[Redundant]) -> Redundant | None:
+    """Why this barrier is not needed, if the list says so."""
+    return next((r for r in reasons if r.kernel == barrier.kernel and r.line == barrier.line), None)
+
+
+def unexplained(barriers: list[Barrier], reasons: list[Redundant]) -> list[Barrier]:
+    """Those that nothing noticed and no reason covers, or more of them at a line than it covers."""
+    missed = [barrier for barrier in barriers if not barrier.noticed]
+    count = Counter((barrier.kernel, barrier.line, barrier.arch) for barrier in missed)
+    entries = [(barrier, reason(barrier, reasons)) for barrier in missed]
+    return [b for b, entry in entries if entry is None or count[b.kernel, b.line, b.arch] > entry.most]
+
+
+def stale(barriers: list[Barrier], reasons: list[Redundant]) -> list[Redundant]:
+    """Reasons given for barriers of which none goes unnoticed."""
+    used = [reason(barrier, reasons) for barrier in barriers if not barrier.noticed]
+    return [entry for entry in reasons if entry not in used]

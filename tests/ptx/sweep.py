@@ -12,9 +12,9 @@ import numpy
 import torch
 import triton
 
-from tests.ptx.cases import REDUNDANT, Redundant, cases
+from tests.ptx.cases import REDUNDANT, cases
 from tests.ptx.driver import ORDERS
-from tests.ptx.mutate import Barrier, mutate
+from tests.ptx.mutate import Barrier, mutate, reason
 from tests.ptx.runs import Outcome, run
 
 
@@ -57,25 +57,6 @@ def mutate_cases(numbers: list[int], archs: Iterable[int], jobs: int) -> list[Ba
             if key not in found or not found[key].noticed:
                 found[key] = barrier
     return sorted(found.values())
-
-
-def excuse(barrier: Barrier) -> Redundant | None:
-    """Why this barrier is not needed, if the list says so."""
-    return next((r for r in REDUNDANT if r.kernel == barrier.kernel and r.line == barrier.line), None)
-
-
-def unexplained(barriers: list[Barrier]) -> list[Barrier]:
-    """Those that nothing noticed and no reason covers, or more of them at a line than it covers."""
-    missed = [barrier for barrier in barriers if not barrier.noticed]
-    count = Counter((barrier.kernel, barrier.line, barrier.arch) for barrier in missed)
-    entries = [(barrier, excuse(barrier)) for barrier in missed]
-    return [b for b, entry in entries if entry is None or count[b.kernel, b.line, b.arch] > entry.most]
-
-
-def stale(barriers: list[Barrier]) -> list[Redundant]:
-    """Reasons given for barriers of which none goes unnoticed."""
-    used = [excuse(barrier) for barrier in barriers if not barrier.noticed]
-    return [entry for entry in REDUNDANT if entry not in used]
 
 
 def summary(barriers: list[Barrier]) -> str:
@@ -178,7 +159,7 @@ def barrier_table(barriers: list[Barrier], seconds: float) -> str:
         if not barrier.noticed:
             sites[barrier.kernel, barrier.line].append(barrier)
     for (kernel, line), group in sorted(sites.items()):
-        entry = excuse(group[0])
+        entry = reason(group[0], REDUNDANT)
         archs = ", ".join(f"sm_{arch}" for arch in sorted({barrier.arch for barrier in group}))
         why = entry.why if entry else "**no reason is given**"
         lines.append(f"- `{kernel}`, {len(group)} of {archs}, at `{line}`: {why}")
