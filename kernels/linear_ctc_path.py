@@ -129,11 +129,15 @@ class Packed(NamedTuple):
         return out.view(batch, size, *x.shape[1:])
 
 
-def _bmm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Batched product with sums and result in `dtype`. Products of half types are exact in float32."""
+def bmm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`torch.bmm` with sums and result in `dtype`. Products of half types are exact in float32.
+
+    A batch of one is a plain product, which on the CPU may sum in another order, and always has.
+    """
     if x.is_cuda and x.dtype == y.dtype != dtype == torch.float32:
         return torch.bmm(x, y, out_dtype=dtype)
-    return torch.bmm(x.to(dtype), y.to(dtype))
+    x, y = x.to(dtype), y.to(dtype)
+    return torch.mm(x[0], y[0])[None] if len(x) == 1 else torch.bmm(x, y)
 
 
 def logits_of_labels(
@@ -151,7 +155,7 @@ def logits_of_labels(
     groups, rows = packed.groups(hidden), None
     for group in groups:
         rows = head.rows(places[group.utterances], operands)
-        product = _bmm(hidden[group.utterances, : group.frames], rows.mT, dtype)
+        product = bmm(hidden[group.utterances, : group.frames], rows.mT, dtype)
         if head.blank_bias is not None:
             product[..., 0].add_(head.blank_bias)
         product = product.masked_fill_(unused[group.utterances, None], -torch.inf).flatten(0, 1)

@@ -9,7 +9,7 @@ from soundwave.kernels.ctc_lattice import ctc_lattice
 from soundwave.kernels.ctc_targets import check_targets, distinct_labels, feasible, length_mask
 from soundwave.kernels.dispatch import to_device, to_device_together
 from soundwave.kernels.label_rows import label_gradients, label_path
-from soundwave.kernels.linear_ctc_path import Head, Packed, logits_of_labels, sum_dtype
+from soundwave.kernels.linear_ctc_path import Head, Packed, bmm, logits_of_labels, sum_dtype
 from soundwave.kernels.vocab_rows import (
     RowStats,
     add_weight_gradient,
@@ -237,7 +237,9 @@ def add_labels(
         if need.hidden:
             dh = sums.dhidden[at]
             of_labels = head.rows(places, dtype) if batch.rows is None else batch.rows.to(dtype)
-            if dh.dtype == dtype:
+            if len(g) == 1:
+                dh[0].copy_(torch.addmm(dh[0].to(dtype), g[0], of_labels[0]))  # as in `bmm`
+            elif dh.dtype == dtype:
                 dh.baddbmm_(g, of_labels)
             else:
                 dh.copy_(torch.baddbmm(dh.to(dtype), g, of_labels))
@@ -256,7 +258,8 @@ def add_labels(
                 torch.bmm(g[..., :1].mT, h, out=row[:, None])
             torch.sum(g[..., 0], 1, out=bias)
         if need.weight:
-            product = torch.bmm((g[..., first:] * to_device(weights.utterance[at[0]], h.device)[:, None, None]).mT, h)
+            of_rows = g[..., first:] * to_device(weights.utterance[at[0]], h.device)[:, None, None]
+            product = bmm(of_rows.mT, h, dtype)
             # Unused columns add zeros. Of labels that utterances share, `index_put_` adds the sums in a fixed order.
             sums.dweight.index_put_((places[:, first:].flatten(),), product.flatten(0, 1), accumulate=True)
     if need.weight:
