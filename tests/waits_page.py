@@ -23,7 +23,8 @@ def document(cases: dict[str, dict[str, Any]]) -> str:
     lines = [HEAD]
     for name, case in cases.items():
         waits = sum(number for *_, number in case["waits"])
-        launches = sum(number for *_, number in case["launches"])
+        # Those of a step are some hundreds, most of them of other libraries: a bound would change with every version.
+        launches = "" if name.startswith("a step") else sum(number for *_, number in case["launches"])
         where = "; ".join(f"{kind} in {place} ({number})" for kind, place, number in case["waits"])
         lines.append(f"| {name} | {waits} | {launches} | {where} |")
     return "\n".join(lines) + "\n"
