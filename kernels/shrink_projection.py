@@ -87,17 +87,19 @@ def _gather_matmul_kernel(
         known = (row >= 0) & (row < ROWS)
     row_a = row if GATHER == "a" else i.to(tl.int64)
     row_c = row if GATHER == "c" else i.to(tl.int64)
-    A_ROW, B_COLUMN = A + row_a[:, None] * A_I, B + column[None, :] * B_J
+    lane = tl.arange(0, BLOCK_R)
+    B_COLUMN = B + column[None, :] * B_J
     total = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
     for first in range(0, SIZE_R, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        term = r.to(tl.int64)
-        row_b = term
+        r = first + lane
+        row_b = r.to(tl.int64)
         known_b = r < SIZE_R
         if GATHER == "b":
             row_b = tl.load(INDEX + r, mask=r < SIZE_R, other=-1)
             known_b = (row_b >= 0) & (row_b < ROWS)
-        a = tl.load(A_ROW + term[None, :] * A_R, mask=known[:, None] & (r < SIZE_R)[None, :], other=0.0)
+        at_a = A + row_a[:, None] * A_I + lane[None, :] * A_R
+        a = tl.load(at_a, mask=known[:, None] & (r < SIZE_R)[None, :], other=0.0)
+        A += BLOCK_R * A_R
         b = tl.load(B_COLUMN + row_b[:, None] * B_R, mask=known_b[:, None] & (j < SIZE_J)[None, :], other=0.0)
         total = tl.dot(a.to(DTYPE), b.to(DTYPE), total, input_precision=PRECISION)
     if GATHER == "a":

@@ -52,16 +52,16 @@ TILE_CPU = 2048  # columns of an fp32 product on the CPU: 1.2 to 1.8 times faste
 WEIGHT_TILE = 8192  # rows of dW a step: bounds the temporary product beside the fp32 sum
 
 
-def _config(columns: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(groups a block, columns a group, warps) for logits of `dtype`.
+def _config(columns: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """(groups a block, columns a group, warps, most registers a thread) for logits of `dtype`.
 
-    A group is what a thread loads at once, 16 bytes; two are in flight. With 32 registers a thread (up to 64 would do)
-    eight blocks of 256 threads share a multiprocessor, which then has 64 KB in flight. An H200 needs some 26 KB:
-    4.3 TB/s for 0.8 µs, by 132 multiprocessors.
+    A group is what a thread loads at once, 16 bytes; two are in flight. With 48 registers a thread five blocks of 256
+    threads share a multiprocessor, which then has 40 KB in flight. An H200 needs some 26 KB: 4.3 TB/s for 0.8 µs, by
+    132 multiprocessors. Without a limit ptxas takes 32 registers for some cases, and spills two.
     """
     each = 16 // dtype.itemsize
     groups = min(512, max(32, triton.next_power_of_2(triton.cdiv(columns, each))))
-    return groups, each, max(1, groups // 64)
+    return groups, each, max(1, groups // 64), 64 if dtype == torch.float64 else 48
 
 
 class RowStats(NamedTuple):
@@ -254,13 +254,13 @@ def vocab_rows(
     """The pass over `logits` [n, V], which it overwrites: with P if `scale` is given, else with undefined values."""
     rows, columns = logits.shape
     if impl == "triton":
-        groups, each, warps = _config(columns, logits.dtype)
+        groups, each, warps, registers = _config(columns, logits.dtype)
         with torch.cuda.device_of(logits):
             _vocab_rows_kernel[(rows,)](
                 logits, label_logits, labels, group, label_logits if scale is None else scale, *out, columns,
                 label_logits.shape[1], logits.stride(0),
                 WRITE=scale is not None, SPLIT=label_logits.dtype == torch.float32 and not interpreted(),
-                GROUPS=groups, EACH=each, BLOCK_C=32 * warps, num_warps=warps,
+                GROUPS=groups, EACH=each, BLOCK_C=32 * warps, num_warps=warps, maxnreg=registers,
             )  # fmt: skip
         return
     labels_of_row = labels[group]

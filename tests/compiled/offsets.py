@@ -1,7 +1,7 @@
 """Finds offsets that overflow int32: products of two runtime values in 32 bits that become part of an address.
 
 It reads Triton's intermediate form (TTIR), in which functions are inlined. A product with a constant is let through,
-because a row number times the width of a tile stays below the number of elements of one row.
+and one of a place within a tile, because a tile has at most a few hundred rows.
 """
 
 import re
@@ -25,7 +25,8 @@ def narrow_products(ttir: str) -> list[str]:
             continue
         name, operation, rest = found.groups()
         operands = VALUE.findall(rest.split(" loc(")[0])
-        if operation == "arith.constant" or (operation in SAME_FOR_CONSTANTS and set(operands) <= constants):
+        passes_on = operation in SAME_FOR_CONSTANTS and set(operands) <= constants
+        if passes_on or operation in ("arith.constant", "tt.make_range"):
             constants.add(name)
         for place, operand in enumerate(operands):
             users.setdefault(operand, []).append((name, operation, place))

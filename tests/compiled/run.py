@@ -36,6 +36,7 @@ class Case(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     divisible_by_16: tuple[str, ...] = ()
+    maxnreg: int | None = None
 
 
 def beside(name: str) -> ModuleType:
@@ -58,7 +59,7 @@ def compile_case(case: Case, arch: int, cuobjdump: str) -> dict[str, Any]:
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}
     source = ASTSource(case.kernel, signature, constexprs=case.constexprs, attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -12,7 +12,7 @@ SHAPES = ((2, 1), (1000, 7), (49152, 81), (128256, 1), (128257, 3000))  # V, C
 def cases(arch, Case):
     for given, inside in DTYPES.items():
         for columns, labels in SHAPES:
-            groups, each, warps = _config(columns, TYPES[given])
+            groups, each, warps, registers = _config(columns, TYPES[given])
             for write in (True, False):
                 if not write and given == "fp16":
                     continue  # the same as bf16
@@ -31,4 +31,5 @@ def cases(arch, Case):
                         "stride",
                         *(("V",) if columns % 16 == 0 else ()),
                     ),
+                    maxnreg=registers,
                 )
