@@ -38,9 +38,9 @@ from tests.ptx import Allocation, EmulationError, Launch, Unsupported, program
 # The schedules that kernels are run under, as settings of `Launch`.
 ORDERS: dict[str, dict[str, Any]] = {
     "lockstep": {"lockstep": True},
-    "forward": {"order": "forward"},
-    "reverse": {"order": "reverse"},
-    "random": {"order": "random", "preempt": True},
+    "forward": {"lockstep": False, "order": "forward"},
+    "reverse": {"lockstep": False, "order": "reverse"},
+    "random": {"lockstep": False, "order": "random", "preempt": True},
     "lanes": {"lockstep": True, "lanes": True},
     "noise": {"lockstep": True, "noise": True},
 }
