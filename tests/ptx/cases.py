@@ -55,27 +55,27 @@ class Case(NamedTuple):
 REDUNDANT = [
     Redundant(
         "_vocab_rows_kernel",
-        "tl.debug_barrier()  # other threads read the columns just stored",
+        "tl.debug_barrier()  # other threads read",
         3,
         "compiled for a single column (V = 1 is a constant then), which one thread both stores and reads.",
     ),
     Redundant(
         "_ctc_lattice_kernel",
-        "tl.debug_barrier()  # the next block reads the edges of this one",
+        "tl.debug_barrier()  # the next block reads",
         2,
         "with several warps `tl.gather` goes through shared memory, so each frame has a barrier of its own between the "
         "store of an edge and its load in the next block. With one warp there is none, and this one is noticed.",
     ),
     Redundant(
         "_gather_matmul_kernel",
-        "a = tl.load(A_ROW + term[None, :] * A_R, mask=known[:, None] & (r < SIZE_R)[None, :], other=0.0)",
+        "a = tl.load(",
         8,
         "in front of the loop, between the asynchronous copies for the first rounds: they go into different buffers, "
         "which nobody has touched before.",
     ),
     Redundant(
         "_gather_matmul_kernel",
-        "tl.store(at_c, total.to(C.dtype.element_ty), mask=inside)",
+        "tl.store(at_c, total",
         2,
         "between two conversions of layout, where each thread stores over what it has loaded itself.",
     ),

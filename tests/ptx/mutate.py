@@ -39,7 +39,7 @@ class Barrier(NamedTuple):
 
 
 class Redundant(NamedTuple):
-    """Barriers that are redundant: at a line of a kernel's source, `most` on one architecture, and why."""
+    """Barriers that are redundant: at a line of a kernel's source (its beginning), `most` an architecture, and why."""
 
     kernel: str
     line: str
@@ -130,7 +130,7 @@ def mutate(arch: int, functions: Iterable[Callable[[], Any]]) -> list[Barrier]:
 
 def reason(barrier: Barrier, reasons: list[Redundant]) -> Redundant | None:
     """Why this barrier is not needed, if the list says so."""
-    return next((r for r in reasons if r.kernel == barrier.kernel and r.line == barrier.line), None)
+    return next((r for r in reasons if r.kernel == barrier.kernel and barrier.line.startswith(r.line)), None)
 
 
 def unexplained(barriers: list[Barrier], reasons: list[Redundant]) -> list[Barrier]:
