@@ -36,17 +36,20 @@ class Config(NamedTuple):
     block_r: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
-def _config(dtype: torch.dtype, aligned: bool, arch: int) -> Config:
+def _config(dtype: torch.dtype, aligned: bool, arch: int, mixed: bool) -> Config:
     """Settings for a product in `dtype`. `aligned`: all strides are multiples of 16, so that a load takes 16 bytes.
 
     A step reads about 16 KB for 128 x 128 outputs. 64 x 64 where more would spill: in fp32, and without `aligned`,
     because the addresses of single elements take registers. sm_90 to sm_11x have shared memory for 64 terms a step.
+    `mixed`: x is wider than the weight. Then a limit of 255 registers, which is none, keeps ptxas from taking 128 for
+    the sake of a second block and spilling two, as it does under Triton 3.6.
     """
     if dtype == torch.float32 or not aligned:
         return Config(64, 64, 32, 8, 2)
-    return Config(128, 128, 64 if 90 <= arch < 120 else 32, 8, 3)
+    return Config(128, 128, 64 if 90 <= arch < 120 else 32, 8, 3, 255 if mixed else None)
 
 
 def shrink_projection_ref(
@@ -87,19 +90,17 @@ def _gather_matmul_kernel(
         known = (row >= 0) & (row < ROWS)
     row_a = row if GATHER == "a" else i.to(tl.int64)
     row_c = row if GATHER == "c" else i.to(tl.int64)
-    lane = tl.arange(0, BLOCK_R)
-    B_COLUMN = B + column[None, :] * B_J
+    A_ROW, B_COLUMN = A + row_a[:, None] * A_I, B + column[None, :] * B_J
     total = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
     for first in range(0, SIZE_R, BLOCK_R):
-        r = first + lane
-        row_b = r.to(tl.int64)
+        r = first + tl.arange(0, BLOCK_R)
+        term = r.to(tl.int64)
+        row_b = term
         known_b = r < SIZE_R
         if GATHER == "b":
             row_b = tl.load(INDEX + r, mask=r < SIZE_R, other=-1)
             known_b = (row_b >= 0) & (row_b < ROWS)
-        at_a = A + row_a[:, None] * A_I + lane[None, :] * A_R
-        a = tl.load(at_a, mask=known[:, None] & (r < SIZE_R)[None, :], other=0.0)
-        A += BLOCK_R * A_R
+        a = tl.load(A_ROW + term[None, :] * A_R, mask=known[:, None] & (r < SIZE_R)[None, :], other=0.0)
         b = tl.load(B_COLUMN + row_b[:, None] * B_R, mask=known_b[:, None] & (j < SIZE_J)[None, :], other=0.0)
         total = tl.dot(a.to(DTYPE), b.to(DTYPE), total, input_precision=PRECISION)
     if GATHER == "a":
@@ -121,7 +122,7 @@ def _gather_matmul(gather: str, a: Tensor, b: Tensor, bias: Tensor | None, index
         size_i = count
     rows, size_j = {"a": a, "b": b, "c": c}[gather].shape[0], b.shape[1]
     aligned = not any(stride % 16 for stride in (*a.stride(), *b.stride(), c.stride(0)) if stride != 1)
-    config = _config(dtype, aligned, architecture(a.device))
+    config = _config(dtype, aligned, architecture(a.device), a.dtype != b.dtype or c.dtype != dtype)
     grid = (triton.cdiv(size_i, config.block_i) * triton.cdiv(size_j, config.block_j),)
     if grid[0]:
         _gather_matmul_kernel[grid](
@@ -130,7 +131,7 @@ def _gather_matmul(gather: str, a: Tensor, b: Tensor, bias: Tensor | None, index
             GATHER=gather, DTYPE=TRITON_DTYPE[dtype], GROUP=GROUP,
             PRECISION=input_precision(),
             BLOCK_I=config.block_i, BLOCK_J=config.block_j, BLOCK_R=config.block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def cases(arch, Case):
     for use, (x, weight, precision) in USES.items():
         for gather, aligned in itertools.product(GATHERS, (True, False) if x == weight else (True,)):
             ones, dtypes = GATHERS[gather]
-            config = op._config(weight, aligned, arch)
+            config = op._config(weight, aligned, arch, x != weight)
             a, b, c = (POINTER[(x, weight)[i]] for i in dtypes)
             pointers = {"A": a, "B": b, "BIAS": POINTER[weight], "INDEX": "*i64", "C": c}
             sizes = {name: "i32" for name in ("COUNT", "SIZE", "SIZE_J", "ROWS", "A_I", "A_R", "B_R", "B_J", "C_I")}
@@ -51,4 +51,5 @@ def cases(arch, Case):
                 config.num_warps,
                 config.num_stages,
                 (*pointers, *widths[gather], "C_I") if aligned else tuple(pointers),
+                config.maxnreg,
             )
