@@ -35,6 +35,7 @@ from soundwave.kernels.dispatch import interpreted
 LN2, LOG2E = 0.6931471805599453, tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # instead of a maximum of -inf: -inf - LOWEST is -inf, where -inf - -inf is NaN
 RENORM = 8  # frames: in so few the states lose at most a few dozen bits, and the reduction costs next to nothing
+SMALLEST_BLOCK = 64  # two states a thread; 32 would be one more kernel to compile for a few short transcripts
 LARGEST_BLOCK = 1024  # of the W states of a vector; a longer vector is walked in blocks
 
 
@@ -44,7 +45,7 @@ def _config(width: int, dtype: torch.dtype) -> tuple[int, int, int]:
     Up to 128 float32 one warp: a vector is four registers a thread, and its shift is a shuffle without shared memory or
     barrier. Beyond, two registers a thread, because with four ptxas spills on some cards (`tests/compiled`).
     """
-    block = min(max(triton.next_power_of_2(width), 32), LARGEST_BLOCK)
+    block = min(max(triton.next_power_of_2(width), SMALLEST_BLOCK), LARGEST_BLOCK)
     size = block * dtype.itemsize
     return block, 1 if size <= 512 else min(size // 256, 16), min(max(block // 128, 1), 8)
 
