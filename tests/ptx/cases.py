@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from soundwave import eager
-from soundwave.kernels import ctc_lattice, ctc_peaks, norm
+from soundwave.kernels import ctc_lattice, ctc_peaks, label_rows, norm
 from tests import (
     test_ctc,
     test_ctc_peaks,
@@ -199,12 +199,26 @@ def _linear_ctc() -> Iterator[Case]:
             small = (90,) if (dtype, blank) == (BF16, 300) else ()
             yield Case("linear_ctc", f"V300, blank {blank}", NAMES[dtype], test, MOST, small)
         yield Case("linear_ctc", "V300, RMS of 12 draws", NAMES[dtype], partial(_linear_ctc_rms, dtype), ONE)
+    # Labels in several warps, and in several blocks.
+    yield Case("linear_ctc", "140 labels", "fp32", partial(_labels, 512, 1, 145, 300, 8, 140), ONE)
+    yield Case("linear_ctc", "blocks of 32 labels", "fp32", partial(_labels, 32, 1, 45, 100, 8, 40), ONE)
+    yield Case("linear_ctc", "blocks of 256 labels", "fp32", partial(_labels, 256, 1, 262, 300, 8, 258), ONE)
     test = partial(t.test_the_error_of_skipping_is_within_its_certificate, *HERE, BF16)
     yield Case("linear_ctc", "V4000, skipping", "bf16", test, ONE)
     test = partial(t.test_a_blank_that_is_sure, *HERE, 0.9993, "extra")
     yield Case("linear_ctc", "V5000, blank sure", "bf16", test, ONE)
     test = partial(t.test_probabilities_that_fp16_cannot_hold, *HERE, 2.0**16)
     yield Case("linear_ctc", "V20000, loss scaling", "fp16", test, ONE)
+
+
+def _labels(block: int, batch: int, frames: int, rows: int, width: int, labels: int) -> None:
+    """Distinct labels, which the passes over each frame's labels take in blocks of so many."""
+    t = test_linear_ctc
+    given = t.make(batch, frames, rows, width, labels, blank=rows, full=True)
+    given["targets"] = torch.arange(labels).expand(batch, -1).clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(label_rows, "LARGEST_BLOCK", block)
+        t.check(given, FP32, impl="triton")
 
 
 def _linear_ctc_rms(dtype: torch.dtype) -> None:
