@@ -35,6 +35,7 @@ from soundwave.kernels.dispatch import interpreted
 LN2, LOG2E = 0.6931471805599453, tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # instead of a maximum of -inf: -inf - LOWEST is -inf, where -inf - -inf is NaN
 RENORM = 8  # frames: in so few the states lose at most a few dozen bits, and the reduction costs next to nothing
+SUM_BLOCK = 128  # frames whose shifts are summed in one step
 SMALLEST_BLOCK = 64  # two states a thread; 32 would be one more kernel to compile for a few short transcripts
 LARGEST_BLOCK = 1024  # of the W states of a vector; a longer vector is walked in blocks
 
@@ -226,6 +227,19 @@ def _ctc_posterior_kernel(
             carried_key = tl.max(tl.where(column == BLOCK - 1, key, -1), 0)
 
 
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ROWS_OF_THE_CALLER)
+def _ctc_nll_kernel(LIKELIHOOD, SHIFT, INPUT_LENGTHS, NLL, T, LN2: tl.constexpr, BLOCK: tl.constexpr):
+    """NLL of one utterance from its LIKELIHOOD, in bits, and the SHIFT [B, T] of its frames."""
+    b = tl.program_id(0).to(tl.int64)
+    length = tl.load(INPUT_LENGTHS + b).to(tl.int32)
+    shifts = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, length, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        shifts += tl.load(SHIFT + b * T + t, mask=t < length, other=0.0).to(tl.float64)
+    nll = 0.0 - tl.load(LIKELIHOOD + b) * LN2 - tl.sum(shifts, 0)
+    tl.store(NLL + b, nll.to(NLL.dtype.element_ty))
+
+
 def _lattice_triton(
     log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int, need_gamma: bool,
     in_order: tuple[Tensor, Tensor] | None = None,
@@ -241,12 +255,13 @@ def _lattice_triton(
     targets, lengths = targets.contiguous(), (input_lengths.to(device), target_lengths.to(device))
     labels, order, column = distinct_labels(targets, lengths[1], blank) if in_order is None else (None, *in_order)
     posteriors = torch.zeros(size if need_gamma else 0, batch, width, dtype=dtype, device=device)
-    shift = torch.zeros(batch, size, dtype=dtype, device=device)
-    emissions, states, edges = (
+    emissions, shift, states, edges = (
         torch.empty(shape, dtype=dtype, device=device)
-        for shape in ((batch, size, width), (2 * need_gamma, batch, size, 2, width), (2 * many, batch, 2, size))
-    )
-    likelihood = torch.zeros(batch, dtype=torch.float64, device=device)
+        for shape in (
+            (batch, size, width), (batch, size), (2 * need_gamma, batch, size, 2, width), (2 * many, batch, 2, size)
+        )
+    )  # fmt: skip
+    likelihood, nll = (torch.empty(batch, dtype=kind, device=device) for kind in (torch.float64, dtype))
     with torch.cuda.device_of(log_probs):
         if batch and size:
             _ctc_emit_kernel[(batch * size,)](
@@ -258,7 +273,7 @@ def _lattice_triton(
                 emissions, targets, *lengths, states, edges, likelihood, size, width,
                 STORE=need_gamma, MANY=many, FAST=fast, RENORM=RENORM, BLOCK=block, num_warps=lattice_warps,
             )  # fmt: skip
-        nll = (0.0 - likelihood * LN2 - shift.sum(1, dtype=torch.float64)).to(dtype)
+            _ctc_nll_kernel[(batch,)](likelihood, shift, lengths[0], nll, size, LN2=LN2, BLOCK=SUM_BLOCK, num_warps=1)
         if batch and size and need_gamma:
             _ctc_posterior_kernel[(batch * size,)](
                 states, nll, *lengths, order, column, posteriors, batch, size, width, BLOCK=block, num_warps=row_warps

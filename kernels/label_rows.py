@@ -23,6 +23,7 @@ from soundwave.kernels.vocab_rows import RowStats
 LN2 = 0.6931471805599453
 LOG_HALF = tl.constexpr(-LN2)
 NO_LABEL = tl.constexpr(2**63 - 1)
+LOSS_BLOCK = 64  # utterances whose losses one program computes
 LARGEST_BLOCK = 512  # labels a step: four a thread of four warps; with eight some cards spill
 VARYING = ["T", "C", "B"]  # from batch to batch; a kernel for each kind of value would be compiled again and again
 
@@ -103,6 +104,26 @@ def _label_gradient_kernel(
             tl.store(OUT + row * C + c, tl.zeros([BLOCK], dtype), mask=c < C)
 
 
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=["DIVISOR", "FEASIBLE"])
+def _loss_kernel(
+    NLL, FACTOR, FEASIBLE, WRONG, DIVISOR, LOSS, SCALE, ALIGNED, B,
+    ZERO_INFINITY: tl.constexpr, MEAN: tl.constexpr, CHECKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK utterances: their losses, the factors of their gradients, and whether they have one."""
+    b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = b < B
+    nll = tl.load(NLL + b, mask=inside, other=0.0)
+    infinite = nll == float("inf")
+    tl.store(SCALE + b, tl.where(infinite, 0.0, tl.load(FACTOR + b, mask=inside, other=0.0)), mask=inside)
+    tl.store(ALIGNED + b, tl.load(FEASIBLE + b, mask=inside, other=0) & (nll != float("inf")), mask=inside)
+    loss = tl.where(infinite, 0.0, nll) if ZERO_INFINITY else nll
+    if CHECKED:
+        loss = tl.where(tl.load(WRONG + b, mask=inside, other=0), float("nan"), loss)
+    if MEAN:
+        loss = loss / tl.load(DIVISOR + b, mask=inside, other=1).to(loss.dtype)
+    tl.store(LOSS + b, loss, mask=inside)
+
+
 def label_path(
     label_logits: Tensor, labels: Tensor, lengths: Tensor, stats: RowStats, packed: Packed, hidden: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,6 +166,35 @@ def label_gradients(
                 BLOCK=block, num_warps=warps,
             )  # fmt: skip
     return out
+
+
+def utterance_losses(
+    nll: Tensor, factor: Tensor, feasible: Tensor, wrong: Tensor | None, divisor: Tensor | None, *,
+    zero_infinity: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """From `nll` [B]: the losses [B], the factors of their gradients, and bool [B] which of them have a gradient.
+
+    Args:
+        factor: [B], the factor of each loss in the reduction.
+        feasible: bool [B], which utterances have enough frames for their labels.
+        wrong: bool [B], which utterances have a wrong label or length: their loss is NaN. None: none has.
+        divisor: int64 [B], of the reduction "mean".
+    """
+    if impl == "torch":
+        infinite = nll == torch.inf
+        loss = nll.masked_fill(infinite, 0.0) if zero_infinity else nll
+        if wrong is not None:
+            loss = loss.masked_fill(wrong, torch.nan)
+        return loss if divisor is None else loss / divisor, factor.masked_fill(infinite, 0.0), feasible & ~infinite
+    loss, scale, aligned = torch.empty_like(nll), torch.empty_like(factor), torch.empty_like(feasible)
+    if len(nll):
+        with torch.cuda.device_of(nll):
+            _loss_kernel[(triton.cdiv(len(nll), LOSS_BLOCK),)](
+                nll, factor, feasible, feasible if wrong is None else wrong, nll if divisor is None else divisor, loss,
+                scale, aligned, len(nll), ZERO_INFINITY=zero_infinity, MEAN=divisor is not None,
+                CHECKED=wrong is not None, BLOCK=LOSS_BLOCK, num_warps=1,
+            )  # fmt: skip
+    return loss, scale, aligned
 
 
 def label_gradient(log_probs: Tensor, gamma: Tensor, stats: RowStats) -> Tensor:

@@ -39,6 +39,7 @@ from torch import Tensor
 from soundwave.kernels.checks import needs_gradient, no_second_derivative, raise_pending
 from soundwave.kernels.ctc_targets import pad_targets
 from soundwave.kernels.dispatch import ranged, to_device
+from soundwave.kernels.label_rows import utterance_losses
 from soundwave.kernels.linear_ctc_path import Head, sum_dtype, without_autocast
 from soundwave.kernels.linear_ctc_steps import (
     Need,
@@ -60,8 +61,7 @@ class Result(NamedTuple):
     loss: Tensor  # scalar, or [B]
     path: Tensor  # int64 [B, T]
     path_log_prob: Tensor  # [B, T]
-    active_share: Tensor  # scalar, the share of columns that took part in P W
-    error_bound: Tensor  # scalar, of skipping the others, relative to the norm of dH
+    skipping: Tensor  # [2], the share of columns that took part in P W; of the others, `error_bound`
     dhidden: Tensor  # [B, T, D]
     dweight: Tensor  # [V, D], of the sum of the losses times their factors
     dblank: Tensor  # [B, D + 1], row and bias
@@ -92,23 +92,25 @@ def _run(
     weights = loss_weights(takes_part, batch, settings)
     sums = over_vocabulary(batch, weights, settings)
     alignment = align(batch, sums.stats, settings)
-    infinite, scale = alignment.nll == torch.inf, to_device(scale, hidden.device)
+    scale = to_device(scale, hidden.device) if weights.factor is None else weights.factor
     if need.weight:
         # Differences of logits beyond the largest float make other utterances infeasible. They are in dW already.
-        unforeseen = (infinite & ~no_alignment & (scale != 0)).any()
+        unforeseen = ((alignment.nll == torch.inf) & ~no_alignment & (scale != 0)).any()
         weights = weights._replace(greatest=weights.greatest.masked_fill(unforeseen, torch.nan))
-    scale = scale.masked_fill(infinite, 0.0)
-    dblank = add_labels(batch, weights, sums, alignment, batch.feasible & ~infinite, need, settings.impl)
-    nll = alignment.nll.masked_fill(infinite, 0.0) if settings.zero_infinity else alignment.nll
-    if batch.wrong is not None:
-        nll = nll.masked_fill(batch.wrong, torch.nan)
-    loss = nll / batch.divisor if settings.reduction == "mean" else nll
+    loss, scale, aligned = utterance_losses(
+        alignment.nll, scale, batch.feasible, batch.wrong, batch.divisor if settings.reduction == "mean" else None,
+        zero_infinity=settings.zero_infinity, impl=settings.impl,
+    )  # fmt: skip
+    dblank = add_labels(batch, weights, sums, alignment, aligned, need, settings.impl)
+    skipping = torch.tensor([sums.active / max(rows, 1), 0.0], dtype=batch.label_logits.dtype, device="cpu")
+    skipping = to_device(skipping, hidden.device)
+    if need.hidden and sums.active < rows:
+        skipping[1] = error_bound(batch, weights, sums)
     return Result(
         loss=loss.clone() if settings.reduction == "none" else loss.sum(),
         path=alignment.path,
         path_log_prob=alignment.path_log_prob,
-        active_share=batch.label_logits.new_full((), sums.active / max(rows, 1)),
-        error_bound=error_bound(batch, weights, sums, need),
+        skipping=skipping,
         dhidden=sums.dhidden,
         dweight=sums.dweight,
         dblank=dblank,
@@ -136,7 +138,7 @@ def _linear_ctc_fwd(
     need_weight: bool,
     need_blank: bool,
     validate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Result`; with reduction "none" dW is empty, because `_linear_ctc_dweight` computes it in backward."""
     need = Need(need_hidden, need_weight and reduction != "none", need_blank)
     settings = Settings(product_dtype, impl, reduction, zero_infinity, exact, need, validate)
@@ -155,8 +157,7 @@ def _(
         loss=like.new_empty(batch if reduction == "none" else ()),
         path=like.new_empty(batch, size, dtype=torch.int64),
         path_log_prob=like.new_empty(batch, size),
-        active_share=like.new_empty(()),
-        error_bound=like.new_empty(()),
+        skipping=like.new_empty(2),
         dhidden=hidden.new_empty(hidden.shape if need_hidden else 0, dtype=gradient_dtype(hidden)),
         dweight=like.new_empty(weight.shape if need_weight and reduction != "none" else 0),
         dblank=like.new_empty((batch, width + 1) if need_blank else 0),
@@ -197,21 +198,21 @@ def _(hidden, weight, *_):
 @ranged("soundwave.linear_ctc_bwd")
 def _linear_ctc_bwd(
     grad: Tensor, dhidden: Tensor, dweight: Tensor, dblank: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight, blank_weight and blank_bias; the last three in fp32 (fp64)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, of weight, and of blank_weight with blank_bias behind it; the last two in fp32 (fp64)."""
     raise_pending()
     factor = (scale * grad).masked_fill_(scale == 0, 0.0)
     rows = torch.empty_like(dhidden)
     if dhidden.dim() == 3:
         torch.mul(dhidden, factor[:, None, None], out=rows)
     blank = factor @ dblank if dblank.dim() == 2 else dblank.new_zeros(1)
-    return rows, dweight * grad if dweight.dim() == 2 else dweight.clone(), blank[:-1].clone(), blank[-1].clone()
+    return rows, dweight * grad if dweight.dim() == 2 else dweight.new_empty(0), blank
 
 
 @_linear_ctc_bwd.register_fake
 def _(grad, dhidden, dweight, dblank, scale):
-    blank = dblank.new_empty(dblank.shape[1] - 1 if dblank.dim() == 2 else 0)
-    return torch.empty_like(dhidden), torch.empty_like(dweight), blank, dblank.new_empty(())
+    blank = dblank.new_empty(dblank.shape[1] if dblank.dim() == 2 else 1)
+    return torch.empty_like(dhidden), torch.empty_like(dweight), blank
 
 
 def _setup_context(ctx, inputs, output):
@@ -219,8 +220,8 @@ def _setup_context(ctx, inputs, output):
     ctx.need_hidden, ctx.need_weight, _ = inputs[13:16]
     ctx.again, ctx.hidden_dtype = ctx.need_weight and reduction == "none", tensors[0].dtype
     ctx.like = [None if x is None else (x.dtype, x.shape) for x in tensors[1:4]]
-    ctx.save_for_backward(*output[5:], *(tensors if ctx.again else ()))
-    ctx.mark_non_differentiable(*output[1:5])  # the gradients stay: a second derivative reaches them
+    ctx.save_for_backward(*output[4:], *(tensors if ctx.again else ()))
+    ctx.mark_non_differentiable(*output[1:4])  # the gradients stay: a second derivative reaches them
     ctx.set_materialize_grads(False)
 
 
@@ -228,9 +229,10 @@ def _autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 17
     *saved, scale = ctx.saved_tensors[:4]
-    dhidden, *others = _linear_ctc_bwd(grad, *saved, scale)
+    dhidden, dweight, blank = _linear_ctc_bwd(grad, *saved, scale)
     if ctx.again:
-        others[0] = _linear_ctc_dweight(*ctx.saved_tensors[4:], *ctx.settings, grad)
+        dweight = _linear_ctc_dweight(*ctx.saved_tensors[4:], *ctx.settings, grad)
+    others = dweight, blank[:-1], blank[-1]
     wanted = ctx.need_weight, *ctx.needs_input_grad[2:4]
     others = [
         x.to(like[0]).view(like[1]) if want else None for x, like, want in zip(others, ctx.like, wanted, strict=True)
@@ -267,7 +269,8 @@ def linear_ctc(
     if targets.dim() == 1:
         targets = pad_targets(targets, target_lengths)
     need = needs_gradient(hidden), needs_gradient(weight), needs_gradient(blank_weight) or needs_gradient(blank_bias)
-    return _linear_ctc_fwd(
+    loss, path, path_log_prob, skipping, *_ = _linear_ctc_fwd(
         hidden, weight, blank_weight, blank_bias, targets, input_lengths, target_lengths, blank, product_dtype, impl,
         reduction, zero_infinity, exact, *need, validate,
-    )[:5]  # fmt: skip
+    )  # fmt: skip
+    return loss, path, path_log_prob, *skipping.unbind()

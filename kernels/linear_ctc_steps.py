@@ -74,6 +74,7 @@ class Weights(NamedTuple):
     row: Tensor | None  # [N], the absolute value of each row's factor
     sign: Tensor | None  # [N, 1], in the dtype of the products
     groups: Tensor | None  # bool [G, N], groups of rows for each of which the bound on skipped columns holds
+    factor: Tensor | None  # [B], what was given, on the device of hidden, if `exact` and the head is frozen
 
 
 class Sums(NamedTuple):
@@ -151,7 +152,7 @@ def loss_weights(scale: Tensor, batch: Batch, settings: Settings) -> Weights:
     need, utterance, device = settings.need, batch.packed.utterance, batch.hidden.device
     greatest = scale.abs().amax() if len(scale) else scale.sum()
     weight = scale / greatest.clamp(min=torch.finfo(scale.dtype).tiny)
-    p = weight.abs()
+    p, factor = weight.abs(), None
     if settings.exact and not need.weight:
         p = (p > 0).to(p.dtype)  # then no factor is needed
     elif not need.weight:
@@ -162,7 +163,8 @@ def loss_weights(scale: Tensor, batch: Batch, settings: Settings) -> Weights:
     if need.weight or not settings.exact:
         p, inverse = to_device(torch.stack([p, torch.where(p > 0, 1 / p, 0.0)]), device)[:, utterance]
     else:
-        p = to_device(p, device)[utterance]
+        p, factor = to_device(torch.stack([p, scale]), device)
+        p = p[utterance]
     if need.weight:
         sign = to_device(weight.sign().to(settings.product_dtype), device)[utterance, None]
     if need.hidden and not settings.exact:
@@ -171,7 +173,7 @@ def loss_weights(scale: Tensor, batch: Batch, settings: Settings) -> Weights:
         if settings.reduction != "none":
             # One bound for all rows. With "none" the caller weighs the losses later: it must hold for each utterance.
             groups = groups.any(0, keepdim=True)
-    return Weights(greatest, weight, p, inverse, row, sign, groups)
+    return Weights(greatest, weight, p, inverse, row, sign, groups, factor)
 
 
 def over_vocabulary(batch: Batch, weights: Weights, settings: Settings) -> Sums:
@@ -267,10 +269,8 @@ def add_labels(
     return dblank
 
 
-def error_bound(batch: Batch, weights: Weights, sums: Sums, need: Need) -> Tensor:
+def error_bound(batch: Batch, weights: Weights, sums: Sums) -> Tensor:
     """The most that skipped columns can have changed dH, relative to its norm: a scalar, the largest of all groups."""
-    if not need.hidden or sums.active >= len(batch.label_logits):
-        return batch.label_logits.new_zeros(())
     dtype = batch.label_logits.dtype
     rows = batch.packed.pack(sums.dhidden).to(dtype) * weights.row[:, None]
     norms = weights.groups.to(dtype) @ rows.square().sum(1)

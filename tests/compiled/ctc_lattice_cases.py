@@ -2,7 +2,16 @@
 
 import torch
 
-from soundwave.kernels.ctc_lattice import RENORM, _config, _ctc_emit_kernel, _ctc_lattice_kernel, _ctc_posterior_kernel
+from soundwave.kernels.ctc_lattice import (
+    LN2,
+    RENORM,
+    SUM_BLOCK,
+    _config,
+    _ctc_emit_kernel,
+    _ctc_lattice_kernel,
+    _ctc_nll_kernel,
+    _ctc_posterior_kernel,
+)
 
 LENGTHS = {"INPUT_LENGTHS": "*i64", "TARGET_LENGTHS": "*i64"}
 INPUTS = {"fp16": "fp32", "bf16": "fp32", "fp32": "fp32", "fp64": "fp64"}
@@ -10,6 +19,11 @@ WIDTHS = (1, 64, 81, 256, 512, 1024, 3000)
 
 
 def cases(arch, Case):
+    for inside in ("fp32", "fp64"):
+        pointers = {"LIKELIHOOD": "*fp64", "SHIFT": f"*{inside}", "INPUT_LENGTHS": "*i64", "NLL": f"*{inside}"}
+        sizes = {"LN2": LN2, "BLOCK": SUM_BLOCK}
+        divisible = ("LIKELIHOOD", "SHIFT", "NLL")
+        yield Case(inside, _ctc_nll_kernel, pointers | {"T": "i32"}, sizes, 1, divisible_by_16=divisible)
     for given, inside in INPUTS.items():
         dtype = torch.float64 if inside == "fp64" else torch.float32
         for width in WIDTHS:

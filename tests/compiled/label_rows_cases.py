@@ -1,10 +1,19 @@
-"""The two passes over frames of `label_rows`: few labels, those of 30 seconds, and more than one block of them."""
+"""The two passes over frames of `label_rows`: few labels, those of 30 seconds, and more than one block of them; and the
+losses of utterances.
+"""
 
-from soundwave.kernels.label_rows import _config, _label_gradient_kernel, _label_path_kernel
+from soundwave.kernels.label_rows import LOSS_BLOCK, _config, _label_gradient_kernel, _label_path_kernel, _loss_kernel
 
 
 def cases(arch, Case):
     for dtype in ("fp32", "fp64"):
+        values = {name: f"*{dtype}" for name in ("NLL", "FACTOR", "LOSS", "SCALE")}
+        others = {"FEASIBLE": "*i1", "WRONG": "*i1", "DIVISOR": "*i64", "ALIGNED": "*i1"}
+        yield Case(
+            dtype, _loss_kernel, {name: (values | others)[name] for name in _loss_kernel.arg_names[:8]} | {"B": "i32"},
+            {"ZERO_INFINITY": True, "MEAN": True, "CHECKED": True, "BLOCK": LOSS_BLOCK}, 1,
+            divisible_by_16=(*values, "WRONG", "ALIGNED"),
+        )  # fmt: skip
         for columns in (17, 81, 300, 2000):
             block, warps = _config(columns)
             ids = {"LENGTHS": "*i64", "STARTS": "*i64"}
