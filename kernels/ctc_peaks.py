@@ -26,8 +26,11 @@ KEEP = ("peaks", "runs")
 
 
 def _config(size: int) -> int:
-    """Frames a step of the first kernel, for paths of `size` frames; the same for every architecture."""
-    return min(max(triton.next_power_of_2(size), 32), MAX_BLOCK_T)
+    """Frames a step of the first kernel, for paths of `size` frames; the same for every architecture.
+
+    One frame a thread at least: shorter blocks save nothing, and a rare batch of short clips would be compiled for.
+    """
+    return min(max(triton.next_power_of_2(size), 32 * NUM_WARPS), MAX_BLOCK_T)
 
 
 def _kept_frames(path: Tensor, lengths: Tensor, scores: Tensor | None, blank: int, keep: str) -> Tensor:
