@@ -230,6 +230,8 @@ def _vocab_rows_kernel(
     tl.store(LOG_SUM + row, tl.where(highest_label >= off_label_maximum, _log1p(rest), tl.log(total_mass)))
     tl.store(OFF_LABEL_MASS + row, off_label / total_mass)
     if WRITE:
+        # The groups that held the maximum were read by other lanes; in one warp there are only shuffles in between.
+        tl.debug_barrier()  # before columns are written that other lanes read
         factor = tl.load(SCALE + row) / total_mass
         # From the end backwards: what was read last is most likely to be in the L2 cache still.
         for start in range(whole * BLOCK, V, GROUPS):
