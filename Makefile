@@ -53,7 +53,6 @@ test: setup
 
 # Under the interpreter Triton compiles nothing.
 ptx: export TRITON_INTERPRET = 0
-ptx: export OMP_NUM_THREADS = 1
 ptx: setup
 	@$(VENV)/bin/python -m tests.ptx sweep --jobs $(JOBS) --write docs/ptx.md
 	@$(VENV)/bin/python -m tests.ptx mutate --jobs $(JOBS) --write docs/ptx-barriers.md
