@@ -52,7 +52,12 @@ class Case(NamedTuple):
 
 
 ONE_WARP = (
-    "compiled for one warp: before it stands `ldmatrix.sync`, one instruction of the whole warp, so     Redundant("_add_layer_norm_fwd_kernel", "tl.store(Y + ", 3, ONE_WARP),
+    "compiled for one warp: before it stands `ldmatrix.sync`, one instruction of the whole warp, so no lane can store "
+    "into the scratch memory before another has read it."
+)
+# Barriers that nothing can notice. Their number is checked, and that each reason is still needed.
+REDUNDANT = [
+    Redundant("_add_layer_norm_fwd_kernel", "tl.store(Y + ", 3, ONE_WARP),
     Redundant("_add_layer_norm_bwd_kernel", "tl.store(DX + ", 4, ONE_WARP),
     Redundant("_add_layer_norm_bwd_kernel", "tl.store(DWEIGHT + ", 4, ONE_WARP),
     Redundant("_add_layer_norm_bwd_kernel", "tl.store(DBIAS + ", 8, ONE_WARP),
@@ -60,29 +65,25 @@ ONE_WARP = (
         "_vocab_rows_kernel",
         "tl.debug_barrier()  # before columns are written",
         99,
-        "with several warps the reductions between the reads and these writes have barriers of their own; with one warp "
-        "there are only shuffles, and it is noticed.",
+        "with several warps the reductions between the reads and these writes have barriers of their own; with one "
+        "warp there are only shuffles, and it is noticed.",
     ),
     Redundant(
         "_shrink_attention_dkv_kernel",
         "for start in range(0, q_size, BLOCK_M):",
         3,
-        "behind the loop, at the end of its pipeline: float32 uses no shared memory afterwards; the scratch memory of the "
-        "half types is that of K and V, read before the barrier at the end of each round, of which the adapter always "
-        "has one.",
+        "behind the loop, at the end of its pipeline: float32 uses no shared memory afterwards; the scratch memory of "
+        "the half types is that of K and V, read before the barrier at the end of each round, of which the adapter "
+        "always has one.",
     ),
     Redundant(
         "_shrink_attention_dq_kernel",
         "for start in range(0, k_size, BLOCK_N):",
         9,
-        "behind the loop, at the end of its pipeline: the scratch memory that follows is that of Q and dO, stored before "
-        "the barriers in front of the loop and read before the one at the end of each round; copies go elsewhere.",
+        "behind the loop, at the end of its pipeline: the scratch memory that follows is that of Q and dO, stored "
+        "before the barriers in front of the loop and read before the one at the end of each round; copies go "
+        "elsewhere.",
     ),
-no lane can store into "
-    "the scratch memory before another has read it."
-)
-# Barriers that nothing can notice. Their number is checked, and that each reason is still needed.
-REDUNDANT = [
     Redundant(
         "_vocab_rows_kernel",
         "tl.debug_barrier()  # other threads read",
