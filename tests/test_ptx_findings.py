@@ -78,6 +78,15 @@ def test_two_warps_may_write_the_same_value_only(value, found, mode):
     assert kinds(run(body, numbers(1), threads=64, **mode))[:1] == found
 
 
+@every_mode
+@pytest.mark.parametrize("reader", [0, 32, 64])
+def test_one_of_several_writers_of_a_value_must_not_read_before_the_others_write(reader, mode):
+    """As where each warp stores the same result: three warps write 5, one of them has read these bytes."""
+    body = f"setp.eq.u32 %p1, %r0, {reader}; @%p1 ld.global.b32 %r4, [%rd0]; {{}} st.global.b32 [%rd0], 5;"
+    assert kinds(run(body.format(""), numbers(1), threads=96, **mode)) == ["race"]
+    assert kinds(run(body.format("bar.sync 0;"), numbers(1), threads=96, **mode)) == []
+
+
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 @pytest.mark.parametrize(("offset", "found"), [(0, []), (4, ["race"])], ids=["own", "next"])
 def test_blocks_of_a_grid_are_not_ordered(offset, found, order):

@@ -166,13 +166,25 @@ class Races:
         write = np.array([access.write for access in accesses])[numbers]
         unknown = np.array([access.data is None for access in accesses])[numbers]
         written = np.flatnonzero(write)
-        owner[places[written[::-1]]] = written[::-1] + 1  # the first that writes owns it until all are compared
-        other = owner[places] - 1
-        wrong = (other >= 0) & (who[other] != who)
-        wrong &= unknown | unknown[other] | (data != data[other])  # of a read nothing is known
+        written = written[np.argsort(who[written], kind="stable")]
+        # Several may write the same value into the same bytes. All accesses are compared with the writer of the lowest
+        # number and with that of the highest: if any writer is another than who made the access, one of these is.
+        for owners in (written[::-1], written):
+            owner[places[owners]] = owners + 1  # of several the last stays
+            other = owner[places] - 1
+            wrong = (other >= 0) & (who[other] != who)
+            wrong &= unknown | unknown[other] | (data != data[other])  # of a read nothing is known
+            if np.count_nonzero(wrong):
+                self._tell(space, accesses, granules, who, numbers, other, wrong, lanes)
+            if not np.count_nonzero(who[other[written]] != who[written]):
+                break  # each granule has one writer
         owner[places[written]] = 0
-        if not np.count_nonzero(wrong):
-            return
+
+    def _tell(
+        self, space: Space, accesses: list[Access], granules: np.ndarray, who: np.ndarray, numbers: np.ndarray,
+        other: np.ndarray, wrong: np.ndarray, lanes: bool,
+    ) -> None:  # fmt: skip
+        """Each pair of instructions once, of the accesses that are `wrong` with those at `other`."""
         for pair in np.unique(numbers[wrong] * len(accesses) + numbers[other[wrong]]):
             one, two = (accesses[int(number)] for number in divmod(pair, len(accesses)))
             at = np.flatnonzero(wrong & (numbers * len(accesses) + numbers[other] == pair))[0]
