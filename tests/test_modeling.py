@@ -6,12 +6,21 @@ The backbones are the real ones, the language model cut to two layers; adapters 
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, WhisperModel
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    WhisperModel,
+    XGLMConfig,
+)
 
 from soundwave import backbones, eager, memory
 from soundwave.backbones import wheels
@@ -415,6 +424,43 @@ def test_spec_augment_is_off_in_evaluation_and_random_in_training(model, clips):
         first = model(**inputs).loss
         torch.manual_seed(3)
         assert model(**inputs).loss == first
+
+
+LAYOUTS = {
+    "llama": LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+    "llama with a window": MistralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=4,
+    ),
+    "positions counted from the mask": OPTConfig(
+        hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4
+    ),
+    "positions that are sines": XGLMConfig(d_model=32, ffn_dim=48, num_layers=2, attention_heads=4),
+    "biases counted from the mask": FalconConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_language_models_of_every_layout_read_padded_rows_as_with_a_mask_of_them(layout, attention):
+    torch.manual_seed(0)
+    config = LAYOUTS[layout].from_dict(LAYOUTS[layout].to_dict() | {"vocab_size": 64, "pad_token_id": 0})
+    try:
+        language_model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    except ValueError:
+        assert (layout, attention) == ("positions that are sines", "sdpa")  # transformers has no such form of it
+        return
+    holder = SimpleNamespace(language_model=language_model)
+    embeddings, mask = torch.randn(2, 9, 32), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 6:] = 0
+    with torch.no_grad():
+        given, expected = (
+            language_model.base_model(inputs_embeds=embeddings, attention_mask=x, use_cache=False).last_hidden_state
+            for x in (SoundwaveForConditionalGeneration._attention_mask(holder, embeddings, mask), mask)
+        )
+    torch.testing.assert_close(given[mask.bool()], expected[mask.bool()], **CLOSE)
 
 
 # ---------------------------------------------------------------- generation

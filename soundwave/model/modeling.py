@@ -447,8 +447,11 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
         No token sees what comes after it, so padding on the right needs no mask of its own. Given `mask` [B, L'],
         transformers waits for a GPU to see whether there is padding; given a causal mask [1, 1, L', L'], it does not.
+        Models without rotary embeddings get `mask`, because some of them count their positions or biases from it.
         """
-        config, size = self.language_model.config, embeddings.shape[1]
+        decoder, config, size = self.language_model.base_model, self.language_model.config, embeddings.shape[1]
+        if not hasattr(decoder, "rotary_emb") or getattr(config, "alibi", False):
+            return mask
         window = getattr(config, "sliding_window", None)
         if config._attn_implementation not in ("eager", "sdpa") or (window is not None and window < size):
             return mask  # FlashAttention unpads the rows, and a window needs a mask of its own
