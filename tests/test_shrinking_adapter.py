@@ -481,5 +481,6 @@ def test_in_triton_a_row_that_does_not_exist_is_nan_and_touches_no_other(device)
 
 
 def test_settings_take_larger_tiles_only_where_addresses_are_cheap():
-    assert op._config(BF16, True, 86) != op._config(BF16, True, 90)
-    assert op._config(BF16, False, 86) == op._config(FP32, True, 90)
+    assert op._config(BF16, True, 86, False) != op._config(BF16, True, 90, False)
+    assert op._config(BF16, False, 86, False) == op._config(FP32, True, 90, False)
+    assert op._config(BF16, True, 86, True)._replace(maxnreg=None) == op._config(BF16, True, 86, False)
