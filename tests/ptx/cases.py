@@ -52,8 +52,8 @@ class Case(NamedTuple):
 
 
 ONE_WARP = (
-    "compiled for one warp: before it stands `ldmatrix.sync`, one instruction of the whole warp, so no lane can store "
-    "into the scratch memory before another has read it."
+    "compiled for one warp: beside it stands `ldmatrix.sync` or `stmatrix.sync`, one instruction of the whole warp, so "
+    "no lane can store into the scratch memory before another has read it."
 )
 # Barriers that nothing can notice. Their number is checked, and that each reason is still needed.
 REDUNDANT = [
@@ -61,10 +61,11 @@ REDUNDANT = [
     Redundant("_add_layer_norm_bwd_kernel", "tl.store(DX + ", 4, ONE_WARP),
     Redundant("_add_layer_norm_bwd_kernel", "tl.store(DWEIGHT + ", 4, ONE_WARP),
     Redundant("_add_layer_norm_bwd_kernel", "tl.store(DBIAS + ", 8, ONE_WARP),
+    Redundant("_vocab_rows_kernel", "x = tl.load(ROW + column, mask=column < V", 2, ONE_WARP),
     Redundant(
         "_vocab_rows_kernel",
         "tl.debug_barrier()  # before columns are written",
-        99,
+        15,
         "with several warps the reductions between the reads and these writes have barriers of their own; with one "
         "warp there are only shuffles, and it is noticed.",
     ),
@@ -75,6 +76,13 @@ REDUNDANT = [
         "behind the loop, at the end of its pipeline: float32 uses no shared memory afterwards; the scratch memory of "
         "the half types is that of K and V, read before the barrier at the end of each round, of which the adapter "
         "always has one.",
+    ),
+    Redundant(
+        "_shrink_attention_fwd_kernel",
+        "_store_rows(OUT",
+        1,
+        "behind the loop: the scratch memory is that of Q, read before the last barrier of each round, of which the "
+        "adapter always has one.",
     ),
     Redundant(
         "_shrink_attention_dq_kernel",
@@ -100,7 +108,7 @@ REDUNDANT = [
     Redundant(
         "_gather_matmul_kernel",
         "a = tl.load(",
-        8,
+        6,
         "in front of the loop, between the asynchronous copies for the first rounds: they go into different buffers, "
         "which nobody has touched before.",
     ),
@@ -288,12 +296,12 @@ def _peaks() -> Iterator[Case]:
     for keep in t.KEEP:
         for size in (1, 63, 750):
             small = (86,) if (keep, size) == ("peaks", 63) else ()
-            test = partial(_blocks_of_frames, t.test_odd_sizes, size, keep, *HERE)
+            test = partial(_blocks_of_frames, 128 if size == 750 else 32, t.test_odd_sizes, size, keep, *HERE)
             yield Case("ctc_peaks", f"T{size}, {keep}", "fp32", test, small=small)
         test = partial(t.test_runs_go_on_from_one_block_of_frames_to_the_next, keep, *HERE)
         yield Case("ctc_peaks", f"blocks of 1024 frames, {keep}", "fp32", test, MOST)
     for dtype in (FP64, BF16, FP16):
-        test = partial(_blocks_of_frames, t.test_scores_of_any_dtype_and_int32_paths, dtype, *HERE)
+        test = partial(_blocks_of_frames, 32, t.test_scores_of_any_dtype_and_int32_paths, dtype, *HERE)
         yield Case("ctc_peaks", "T33, int32 path", NAMES[dtype], test)
     test = partial(t.test_more_kept_frames_than_one_program_copies, *HERE)
     yield Case("ctc_peaks", "more frames than one program copies", "fp32", test)
@@ -301,10 +309,10 @@ def _peaks() -> Iterator[Case]:
     yield Case("ctc_peaks", "lengths out of range", "fp32", test)
 
 
-def _blocks_of_frames(test: Callable[..., None], *arguments: Any) -> None:
-    """With blocks of 32 frames, so that there are several."""
+def _blocks_of_frames(block: int, test: Callable[..., None], *arguments: Any) -> None:
+    """With blocks of so few frames that there are several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ctc_peaks, "MAX_BLOCK_T", 32)
+        patch.setattr(ctc_peaks, "MAX_BLOCK_T", block)
         test(*arguments)
 
 
