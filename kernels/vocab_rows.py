@@ -279,6 +279,25 @@ def vocab_rows(
             block.copy_(p)
 
 
+def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, `hidden[start:stop] @ weight.T` [stop - start, V]); the next chunk overwrites it."""
+    (rows, _), columns = hidden.shape, weight.shape[0]
+    on_cpu = hidden.device.type == "cpu"
+    most = CHUNK_ROWS_CPU if on_cpu else max(128, CHUNK_BYTES // (columns * hidden.dtype.itemsize) // 128 * 128)
+    step = math.ceil(rows / max(math.ceil(rows / most), 1))
+    if not on_cpu:
+        step = -(-step // 128) * 128  # whole tiles of the product
+    # A row starts at a multiple of 128 bytes on a GPU; the CPU's products copy what is not contiguous.
+    buffer = hidden.new_empty(step, columns if on_cpu else -(-columns // 64) * 64)[:, :columns]
+    tile = _tile(hidden, columns)
+    for start in range(0, rows, step) if rows else ():
+        stop = min(start + step, rows)
+        logits = buffer[: stop - start]
+        for v in range(0, columns, tile):
+            torch.mm(hidden[start:stop], weight[v : v + tile].t(), out=logits[:, v : v + tile])
+        yield start, stop, logits
+
+
 def vocab_chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -294,22 +313,9 @@ def vocab_chunks(
     `weight` [V, D] has the dtype of `hidden`, in which the products run. P is `p_factor` of that dtype times as large
     as `scale`, which is 0 to 1, makes it. `probabilities_times_weight` and `add_weight_gradient` divide by it.
     """
-    (rows, _), columns = hidden.shape, weight.shape[0]
-    on_cpu = hidden.device.type == "cpu"
-    most = CHUNK_ROWS_CPU if on_cpu else max(128, CHUNK_BYTES // (columns * hidden.dtype.itemsize) // 128 * 128)
-    step = math.ceil(rows / max(math.ceil(rows / most), 1))
-    if not on_cpu:
-        step = -(-step // 128) * 128  # whole tiles of the product
     if scale is not None and p_factor(hidden.dtype) != 1:
         scale = scale * p_factor(hidden.dtype)
-    # A row starts at a multiple of 128 bytes on a GPU; the CPU's products copy what is not contiguous.
-    buffer = hidden.new_empty(step, columns if on_cpu else -(-columns // 64) * 64)[:, :columns]
-    tile = _tile(hidden, columns)
-    for start in range(0, rows, step) if rows else ():
-        stop = min(start + step, rows)
-        logits = buffer[: stop - start]
-        for v in range(0, columns, tile):
-            torch.mm(hidden[start:stop], weight[v : v + tile].t(), out=logits[:, v : v + tile])
+    for start, stop, logits in logit_chunks(hidden, weight):
         vocab_rows(
             logits, label_logits[start:stop], labels, group[start:stop], None if scale is None else scale[start:stop],
             out.rows(start, stop), impl,
