@@ -83,6 +83,7 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     # Without the copy, pinned memory would be read later, when the caller may have changed it.
     x = x.clone()
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        x = x.pin_memory()  # torch refuses to capture a copy of other memory
         _of_graphs.append(x)
     return x.to(device, non_blocking=True)
 

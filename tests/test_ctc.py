@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from soundwave import eager, fused
 from soundwave.fused.functional import ctc_loss
-from soundwave.kernels import checks, ctc_lattice
+from soundwave.kernels import checks, ctc_lattice, dispatch
 from soundwave.kernels.ctc import ctc_nll
 from soundwave.kernels.ctc_lattice import ctc_lattice as lattice
 from soundwave.kernels.ctc_targets import check_targets, feasible
@@ -562,6 +562,20 @@ def test_lengths_and_labels_leave_the_cpu_without_a_wait():
     assert [x.device.type for x in sent[:3]] == ["meta"] * 3
     assert [call.get("non_blocking") for call in log.named("_to_copy")] == [True] * 3
     assert not log.named("_local_scalar_dense")[1:]  # one: whether something is wrong, on the CPU
+
+
+def test_what_a_cuda_graph_sends_from_the_cpu_is_pinned_and_stays(monkeypatch):
+    """While a graph is captured torch refuses to copy other memory, and each replay reads it again."""
+    graphs, pinned, sent = [], [], []
+    monkeypatch.setattr(dispatch, "_of_graphs", graphs)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.clone()) or pinned[-1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: sent.append((x, non_blocking)) or x)
+    dispatch.to_device(torch.arange(3), torch.device("cuda"))
+    assert sent[0][0] is pinned[0] is graphs[0] and sent[0][1]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    dispatch.to_device(torch.arange(3), torch.device("cuda"))
+    assert len(sent) == 2 and len(pinned) == len(graphs) == 1
 
 
 @pytest.mark.gpu
