@@ -410,6 +410,7 @@ def test_a_wait_for_the_gpu_is_noted_at_its_line(gpu_facts, monkeypatch):
     with gpu_facts.noted_waits(torch.device("cuda")) as seen:
         library["waits"]()
         library["waits"]()
+        warnings.warn("Synchronization debug mode … does not yet detect all synchronizing operations", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
     assert seen == {"kernels/ctc.py:7": 2, gpu_facts.ELSEWHERE: 1}
