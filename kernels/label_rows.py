@@ -29,8 +29,8 @@ VARYING = ["T", "C", "B"]  # from batch to batch; a kernel for each kind of valu
 
 
 def _config(columns: int) -> tuple[int, int]:
-    """(BLOCK, warps): one warp for up to 128 labels, four for the rest."""
-    block = min(max(triton.next_power_of_2(columns), 32), LARGEST_BLOCK)
+    """(BLOCK, warps): two sizes for all numbers of labels, because each is another kernel to compile."""
+    block = min(128 if columns <= 128 else 512, LARGEST_BLOCK)
     return block, 1 if block <= 128 else 4
 
 

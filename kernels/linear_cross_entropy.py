@@ -19,6 +19,7 @@ Cost      4·N·V·D operations for a frozen head, 2 without a gradient, 6 if it
 import torch
 from torch import Tensor
 
+from soundwave.kernels.active_columns import Skipped, probabilities_times_weight
 from soundwave.kernels.checks import needs_gradient, no_second_derivative, raise_or_defer, raise_pending
 from soundwave.kernels.dispatch import ranged, to_device
 from soundwave.kernels.linear_ctc_path import sum_dtype, without_autocast
@@ -27,7 +28,6 @@ from soundwave.kernels.vocab_rows import (
     add_weight_gradient,
     gradient_dtype,
     p_factor,
-    probabilities_times_weight,
     vocab_chunks,
 )
 
@@ -96,7 +96,8 @@ def _run(
     for start, stop, p in vocab_chunks(rows, product_weight, target_logits, ids, group, scale, stats, impl):
         off_label = stats.off_label_mass[start:stop, None]
         if need_hidden:
-            product, _, _ = probabilities_times_weight(p, product_weight, off_label[:, 0], exact)
+            skipped = None if exact else Skipped.empty(stop - start, off_label)
+            product = probabilities_times_weight(p, product_weight, off_label[:, 0], skipped, impl=impl)
             product.addcmul_(off_label, weight[ids[start:stop, 0]].to(dtype), value=-1)
             dhidden[place[start:stop]] = product.to(dhidden.dtype)
         if need_weight:

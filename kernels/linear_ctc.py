@@ -14,9 +14,9 @@ formed in chunks of rows, and each chunk is used before the next overwrites it (
   3. the lattice on the labels' log-probabilities
   4. dH += (P_labels - gamma) W_labels in fp32, and the same for dW and the extra blank
 
-An utterance may have enough frames and still be lost, because a label or blank that it needs has probability 0. Where
-it would have a part in step 2, in dW or in the choice of columns, a lattice of its own finds it before: a probability
-is 0 where a logit is -inf, and that step 1 shows.
+An utterance may have enough frames and still be lost, because a label or blank that it needs has probability 0: a
+probability is 0 where a logit is -inf, and that step 1 shows. Where it would have a part in dW, a lattice of its own
+finds it before step 2; where it would have one in the choice of columns, its rows are computed with all of them.
 
 Where the model is sure, P_labels - gamma is much smaller than both of its terms. A row of the gradient sums to 0 over
 its columns, so the difference of the most probable label is computed as minus the sum of all others, none of which is
@@ -46,10 +46,10 @@ from soundwave.kernels.linear_ctc_steps import (
     Settings,
     add_labels,
     align,
-    error_bound,
     label_columns,
     loss_weights,
     over_vocabulary,
+    skipping,
     without_alignment,
 )
 from soundwave.kernels.vocab_rows import gradient_dtype
@@ -61,7 +61,7 @@ class Result(NamedTuple):
     loss: Tensor  # scalar, or [B]
     path: Tensor  # int64 [B, T]
     path_log_prob: Tensor  # [B, T]
-    skipping: Tensor  # [2], the share of columns that took part in P W; of the others, `error_bound`
+    skipping: Tensor  # [2], the share of columns that took part in P W; what the others can have changed
     dhidden: Tensor  # [B, T, D]
     dweight: Tensor  # [V, D], of the sum of the losses times their factors
     dblank: Tensor  # [B, D + 1], row and bias
@@ -81,12 +81,11 @@ def _run(
     """The four steps. dW is that of the losses multiplied by `upstream` [B], or by 1."""
     need = settings.need
     batch = label_columns(hidden, head, targets, input_lengths, target_lengths, settings)
-    rows = len(batch.packed.place)
     scale = batch.factor
     if upstream is not None:
         scale = torch.where(batch.feasible, to_device(scale, hidden.device) * upstream, 0.0)
     no_alignment, takes_part = None, scale
-    if need.weight or (need.hidden and not settings.exact):  # in dW, or in the choice of columns
+    if need.weight:  # it would be in dW
         no_alignment = without_alignment(batch, settings)
         takes_part = to_device(scale, hidden.device).masked_fill(no_alignment, 0.0)
     weights = loss_weights(takes_part, batch, settings)
@@ -102,15 +101,11 @@ def _run(
         zero_infinity=settings.zero_infinity, impl=settings.impl,
     )  # fmt: skip
     dblank = add_labels(batch, weights, sums, alignment, aligned, need, settings.impl)
-    skipping = torch.tensor([sums.active / max(rows, 1), 0.0], dtype=batch.label_logits.dtype, device="cpu")
-    skipping = to_device(skipping, hidden.device)
-    if need.hidden and sums.active < rows:
-        skipping[1] = error_bound(batch, weights, sums)
     return Result(
         loss=loss.clone() if settings.reduction == "none" else loss.sum(),
         path=alignment.path,
         path_log_prob=alignment.path_log_prob,
-        skipping=skipping,
+        skipping=skipping(batch, sums, scale, settings),
         dhidden=sums.dhidden,
         dweight=sums.dweight,
         dblank=dblank,

@@ -5,19 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from soundwave.kernels.active_columns import Skipped, longest_row, probabilities_times_weight
 from soundwave.kernels.ctc_lattice import ctc_lattice
 from soundwave.kernels.ctc_targets import check_targets, distinct_labels, feasible, length_mask
 from soundwave.kernels.dispatch import to_device, to_device_together
 from soundwave.kernels.label_rows import label_gradients, label_path
 from soundwave.kernels.linear_ctc_path import Head, Packed, bmm, logits_of_labels, sum_dtype
-from soundwave.kernels.vocab_rows import (
-    RowStats,
-    add_weight_gradient,
-    gradient_dtype,
-    longest_row,
-    probabilities_times_weight,
-    vocab_chunks,
-)
+from soundwave.kernels.vocab_rows import RowStats, add_weight_gradient, gradient_dtype, vocab_chunks
 
 
 class Need(NamedTuple):
@@ -57,24 +51,25 @@ class Batch(NamedTuple):
     rank: Tensor  # int64 [B, U], `column` in that order
     label_logits: Tensor  # [N, C], -inf in unused columns
     rows: Tensor | None  # [B, C, D], the labels' rows of the head, where all fit into one product
+    lowest: Tensor | None  # [B], the lowest of each utterance's label logits or below, if columns may be skipped
     factor: Tensor  # [B], of each utterance's loss in the reduction, 0 where it does not fit; perhaps on the CPU
     divisor: Tensor  # int64 [B], of the reduction "mean"
 
 
 class Weights(NamedTuple):
-    """The factors of the losses, as multiples of the greatest one, so that they lie between -1 and 1.
+    """The factors of the losses in the forms that the steps need; those of utterances may be on the CPU.
 
-    Those of utterances may be on the CPU. What only the choice of columns or dW needs is None without them.
+    What only the choice of columns or dW needs is None without them.
     """
 
     greatest: Tensor  # scalar, the largest absolute factor
-    utterance: Tensor  # [B], the factor of each utterance, with its sign
-    p: Tensor  # [N], what the rows of P are multiplied with
+    utterance: Tensor  # [B], each factor as a multiple of the greatest, so between -1 and 1
+    p: Tensor  # [N], what the rows of P are multiplied with: 0 or 1, and with dW the absolute values of `utterance`
     inverse: Tensor | None  # [N], 1 / p, or 0; None if every p is 0 or 1
-    row: Tensor | None  # [N], the absolute value of each row's factor
+    row: Tensor | None  # [N], a row's say in which columns are skipped, beside p; NaN forbids it
     sign: Tensor | None  # [N, 1], in the dtype of the products
-    groups: Tensor | None  # bool [G, N], groups of rows for each of which the bound on skipped columns holds
-    factor: Tensor | None  # [B], what was given, on the device of hidden, if `exact` and the head is frozen
+    group: Tensor | None  # int64 [N], of each row, where the bound on skipped columns holds for each utterance
+    factor: Tensor | None  # [B], what was given, on the device of hidden, if the head is frozen
 
 
 class Sums(NamedTuple):
@@ -83,8 +78,7 @@ class Sums(NamedTuple):
     stats: RowStats
     dhidden: Tensor  # [B, T, D], P W of each utterance's own loss, without its factor
     dweight: Tensor  # [V, D], Pᵀ H with the factors
-    active: float  # share of the columns that took part in P W, summed over the rows
-    skipped: Tensor  # [G], squared 2-norms of the mass in skipped columns
+    skipped: Skipped | None  # [N], of the columns that took no part in P W
 
 
 class Alignment(NamedTuple):
@@ -125,10 +119,13 @@ def label_columns(
         [labels, head.places(labels), labels < 0, column, order, rank, input_lengths, target_lengths, divisor, fits],
         hidden.device,
     )
-    logits, rows = logits_of_labels(hidden, head, places, unused.to(torch.bool), packed)
+    lowest = None
+    if settings.need.hidden and not settings.exact and not settings.need.weight:
+        lowest = hidden.new_empty(len(fits), dtype=sum_dtype(hidden, head.weight))
+    logits, rows = logits_of_labels(hidden, head, places, unused.to(torch.bool), packed, lowest)
     return Batch(
         hidden, head, input_lengths, target_lengths, wrong, can.to(torch.bool), packed, labels, places, column, order,
-        rank, logits, rows, factor, divisor,
+        rank, logits, rows, lowest, factor, divisor,
     )  # fmt: skip
 
 
@@ -150,30 +147,23 @@ def without_alignment(batch: Batch, settings: Settings) -> Tensor:
 def loss_weights(scale: Tensor, batch: Batch, settings: Settings) -> Weights:
     """The factors `scale` [B] of the losses in the forms that the steps need."""
     need, utterance, device = settings.need, batch.packed.utterance, batch.hidden.device
+    skips = need.hidden and not settings.exact
+    # One bound for all rows. With "none" the caller weighs the losses later: it must hold for each utterance.
+    group = utterance if skips and settings.reduction == "none" else None
     greatest = scale.abs().amax() if len(scale) else scale.sum()
     weight = scale / greatest.clamp(min=torch.finfo(scale.dtype).tiny)
-    p, factor = weight.abs(), None
-    if settings.exact and not need.weight:
-        p = (p > 0).to(p.dtype)  # then no factor is needed
-    elif not need.weight:
-        # Then the factor of P only decides which columns are skipped and is divided out again. A power of two makes
-        # that exact.
-        p = p.log2().round_().exp2_()
-    inverse = row = sign = groups = None
-    if need.weight or not settings.exact:
-        p, inverse = to_device(torch.stack([p, torch.where(p > 0, 1 / p, 0.0)]), device)[:, utterance]
-    else:
-        p, factor = to_device(torch.stack([p, scale]), device)
-        p = p[utterance]
-    if need.weight:
-        sign = to_device(weight.sign().to(settings.product_dtype), device)[utterance, None]
-    if need.hidden and not settings.exact:
-        row = to_device(weight.abs(), device)[utterance]
-        groups = utterance == torch.arange(len(scale), device=device)[:, None]
-        if settings.reduction != "none":
-            # One bound for all rows. With "none" the caller weighs the losses later: it must hold for each utterance.
-            groups = groups.any(0, keepdim=True)
-    return Weights(greatest, weight, p, inverse, row, sign, groups, factor)
+    if not need.weight:
+        p, factor = to_device(torch.stack([(weight > 0).to(scale.dtype), scale]), device)
+        row = None
+        if skips:
+            # Without an alignment an utterance has no gradient, and must have no say. Whether it is without one is not
+            # known yet where a logit is -inf: then nothing is skipped in its rows, nor in others of their tiles.
+            row = factor.masked_fill(batch.lowest == -torch.inf, torch.nan)[utterance]
+        return Weights(greatest, weight, p[utterance], None, row, None, group, factor)
+    p = weight.abs()
+    p, inverse = to_device(torch.stack([p, torch.where(p > 0, 1 / p, 0.0)]), device)[:, utterance]
+    sign = to_device(weight.sign().to(settings.product_dtype), device)[utterance, None]
+    return Weights(greatest, weight, p, inverse, None, sign, group, None)
 
 
 def over_vocabulary(batch: Batch, weights: Weights, settings: Settings) -> Sums:
@@ -183,26 +173,27 @@ def over_vocabulary(batch: Batch, weights: Weights, settings: Settings) -> Sums:
     stats = RowStats.empty(len(rows), label_logits)
     dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0, dtype=gradient_dtype(hidden))
     dweight = label_logits.new_zeros(weight.shape if need.weight else 0)
-    active, skipped = 0.0, label_logits.new_zeros(0 if weights.groups is None else len(weights.groups))
+    skipped = Skipped.empty(len(rows), label_logits) if need.hidden and not settings.exact else None
     chunks = vocab_chunks(
         rows, weight, label_logits, batch.labels, packed.utterance,
         weights.p if need.hidden or need.weight else None, stats, settings.impl,
     )  # fmt: skip
     for start, stop, p in chunks:
         if need.hidden:
-            mass, groups = stats.off_label_mass[start:stop], weights.groups
-            if groups is not None:
-                mass, groups = mass * weights.p[start:stop], groups[:, start:stop]
-            product, columns, missing = probabilities_times_weight(p, weight, mass, settings.exact, groups)
+            mass, of_chunk, row, group = stats.off_label_mass[start:stop], None, None, None
+            if skipped is not None:
+                mass, of_chunk = mass * weights.p[start:stop], skipped.rows(start, stop)
+                row = None if weights.row is None else weights.row[start:stop]
+                group = None if weights.group is None else weights.group[start:stop]
+            product = probabilities_times_weight(p, weight, mass, of_chunk, row, group, settings.impl)
             if weights.inverse is not None:
                 product *= weights.inverse[start:stop, None]
+                if of_chunk is not None:
+                    of_chunk.mass.mul_(weights.inverse[start:stop])
             dhidden.view(-1, hidden.shape[2])[packed.place[start:stop]] = product.to(dhidden.dtype)
-            active += columns * (stop - start)
-            if groups is not None:
-                skipped += missing
         if need.weight:
             add_weight_gradient(dweight, p, rows[start:stop] * weights.sign[start:stop])
-    return Sums(stats, dhidden, dweight, active, skipped)
+    return Sums(stats, dhidden, dweight, skipped)
 
 
 def align(batch: Batch, stats: RowStats, settings: Settings) -> Alignment:
@@ -269,12 +260,24 @@ def add_labels(
     return dblank
 
 
-def error_bound(batch: Batch, weights: Weights, sums: Sums) -> Tensor:
-    """The most that skipped columns can have changed dH, relative to its norm: a scalar, the largest of all groups."""
-    dtype = batch.label_logits.dtype
-    rows = batch.packed.pack(sums.dhidden).to(dtype) * weights.row[:, None]
-    norms = weights.groups.to(dtype) @ rows.square().sum(1)
-    # Where the factor of P was rounded down, what was skipped counts more than `skipped` says.
-    rounded_down = torch.where(weights.p > 0, weights.row / weights.p, 0.0).amax()
-    largest = longest_row(batch.head.weight, dtype) * sums.skipped.sqrt() * rounded_down
-    return torch.where(largest == 0, 0.0, largest / norms.sqrt()).amax()
+def skipping(batch: Batch, sums: Sums, scale: Tensor, settings: Settings) -> Tensor:
+    """[2]: the share of the columns that took part in P W, and the most that the others can have changed dH.
+
+    That is relative to the norm of dH, whose rows have the factors `scale` [B], 0 where an utterance has no gradient.
+    With reduction "none" it is the largest of all utterances.
+    """
+    dtype, device, skipped = batch.label_logits.dtype, batch.hidden.device, sums.skipped
+    if skipped is None or not len(skipped.share):
+        share = float(settings.need.hidden and len(batch.packed.place) > 0)
+        return to_device(torch.tensor([share, 0.0], dtype=dtype, device="cpu"), device)
+    share = skipped.share.mean()
+    if device.type == "cpu" and not skipped.mass.any():
+        return torch.stack([share, torch.zeros_like(share)])
+    norm = torch.linalg.vector_norm(sums.dhidden, dim=(1, 2), dtype=dtype)
+    if settings.reduction == "none":
+        lost = torch.linalg.vector_norm(batch.packed.pad(skipped.mass, batch.hidden), dim=1) * (scale != 0)
+    else:
+        lost = torch.linalg.vector_norm(skipped.mass * scale[batch.packed.utterance])
+        norm = torch.linalg.vector_norm(norm * scale)
+    bound = longest_row(batch.head.weight, dtype) * lost / norm.clamp(min=torch.finfo(dtype).tiny)
+    return torch.stack([share, bound.amax() if bound.dim() else bound])

@@ -10,16 +10,7 @@ So `P W` holds the gradient of all other columns only, and that of the label col
 product the two would cancel where the model is sure. Where a label has the row's highest logit, `log_sum` is `log1p` of
 all other terms, because 1 - P would otherwise be lost in the rounding of 1.
 
-`vocab_chunks` walks over all rows in chunks: a product, this pass, the caller's use of P. `probabilities_times_weight`
-is that use for the gradient of h. It leaves out the columns that carry next to nothing:
-
-    tail(τ)[r] = sum of P[r, v] over P[r, v] <= τ
-    τ          = the largest 2^-j of the chunk with ‖tail(τ)‖₂ <= 0.025·‖off-label mass‖₂
-
-A column whose maximum in the chunk is at most τ is skipped, but none is where more than a quarter of them would remain.
-A row's error is at most max ‖W_v‖ times its skipped mass, which is returned. A limit on P itself would be wrong: the
-tails of rows that are sure are flat, and they are all of these rows' gradient. Where the rows will be weighted by a
-factor that is not known yet, the rule holds for each group of rows that share one.
+`vocab_chunks` walks over all rows in chunks: a product, this pass, the caller's use of P.
 
 Shapes    logits [n, V]; label_logits [n, C] float32 (float64 for float64), -inf where unused; labels [G, C] int64, the
           label columns (outside 0 to V - 1 there is none), of which row r uses the line group[r]; scale [n] or None.
@@ -38,9 +29,6 @@ from torch import Tensor
 
 from soundwave.kernels.dispatch import interpreted
 
-SKIPPED_MASS = 0.025  # of a chunk's off-label mass: the net gradient stays within 1.2 times eager's error in bf16
-MOST_ACTIVE = 0.25  # above it, gathering columns of P and rows of W costs more than the shorter product saves
-BINS = 48  # tails are told apart down to 2^-48, because 128 k columns of a sure row lie near 2^-40
 CHUNK_BYTES = 1 << 28  # of logits on a GPU: 1 024 rows of 128 k columns in bf16, enough to fill it
 CHUNK_ROWS_CPU = 256  # more rows make no product faster, but hold more memory
 BLOCK_BYTES_CPU = 1 << 21  # of fp32 in one step of the torch pass, so that it stays in the caches
@@ -289,7 +277,7 @@ def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, int, Ten
         step = -(-step // 128) * 128  # whole tiles of the product
     # A row starts at a multiple of 128 bytes on a GPU; the CPU's products copy what is not contiguous.
     buffer = hidden.new_empty(step, columns if on_cpu else -(-columns // 64) * 64)[:, :columns]
-    tile = _tile(hidden, columns)
+    tile = tile_of(hidden, columns)
     for start in range(0, rows, step) if rows else ():
         stop = min(start + step, rows)
         logits = buffer[: stop - start]
@@ -311,7 +299,7 @@ def vocab_chunks(
     """(start, stop, P [stop - start, V]) over chunks of `hidden` [N, D]; the next chunk overwrites P.
 
     `weight` [V, D] has the dtype of `hidden`, in which the products run. P is `p_factor` of that dtype times as large
-    as `scale`, which is 0 to 1, makes it. `probabilities_times_weight` and `add_weight_gradient` divide by it.
+    as `scale`, which is 0 to 1, makes it. `active_columns` and `add_weight_gradient` divide by it.
     """
     if scale is not None and p_factor(hidden.dtype) != 1:
         scale = scale * p_factor(hidden.dtype)
@@ -341,85 +329,19 @@ def gradient_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
-def _divided(x: Tensor, dtype: torch.dtype) -> Tensor:
+def divided(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` / `p_factor(dtype)`, in place."""
     return x if p_factor(dtype) == 1 else x.mul_(1 / p_factor(dtype))
 
 
-def _tile(x: Tensor, columns: int) -> int:
+def tile_of(x: Tensor, columns: int) -> int:
     """Columns of one product."""
     return TILE_CPU if x.device.type == "cpu" and x.dtype != torch.bfloat16 else max(columns, 1)
 
 
-def _wide(x: Tensor, dtype: torch.dtype) -> Tensor:
+def wide(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The operand of a product with P: on the CPU products of fp16 give fp16, which the factor of P may exceed."""
     return x.to(dtype) if x.dtype == torch.float16 and not x.is_cuda else x
-
-
-def _mm(p: Tensor, weight: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`p @ weight / p_factor` (of the rows `columns`, if given), summed in fp32 as far as the device's products can."""
-    if not p.shape[1]:
-        return p.new_zeros(p.shape[0], weight.shape[1], dtype=dtype)
-    tile = _tile(p, p.shape[1])
-    out = None
-    for v in range(0, p.shape[1], tile):
-        rows = _wide(weight[v : v + tile] if columns is None else weight[columns[v : v + tile]], dtype)
-        if out is not None:
-            out.addmm_(_wide(p[:, v : v + tile], dtype), rows)
-        elif p.is_cuda and dtype == torch.float32 != p.dtype:  # half types are summed in float32 only
-            out = torch.mm(p, rows, out_dtype=dtype)
-        else:
-            out = torch.mm(_wide(p[:, v : v + tile], dtype), rows).to(dtype)
-    return _divided(out, p.dtype)
-
-
-def probabilities_times_weight(
-    p: Tensor, weight: Tensor, off_label: Tensor, exact: bool, groups: Tensor | None = None
-) -> tuple[Tensor, float, Tensor]:
-    """`P W` [n, D]; the share of columns that took part in it; the squared 2-norms [G] of the skipped mass.
-
-    Args:
-        p: [n, V], from `vocab_chunks`, `p_factor` times as large as it is in the result.
-        off_label: [n], the sums of its rows. Results are in its dtype.
-        exact: skip nothing.
-        groups: bool [G, n], the rows of each group; None makes one group of all rows.
-
-    Unless `exact`, the host waits for a GPU: once for the numbers of columns, and once for each set of columns tried.
-    """
-    columns = p.shape[1]
-    if exact:
-        return _mm(p, weight, None, off_label.dtype), 1.0, off_label.new_zeros(0 if groups is None else len(groups))
-    groups = (off_label.new_ones(1, off_label.shape[0]) if groups is None else groups).to(off_label.dtype)
-    if not exact:
-        maximum = _divided(p.amax(0).to(off_label.dtype), p.dtype)
-        # Column v is in bin j where 2^-(j + 1) < its maximum <= 2^-j.
-        bins = maximum.log2_().neg_().floor_().nan_to_num_(0.0, BINS - 1, 0).clamp_(0, BINS - 1).to(torch.int64)
-        below = bins[:, None] >= torch.arange(BINS, device=p.device)  # [v, j]: its maximum is at most 2^-j
-        skipped = _mm(p, below.to(p.dtype), None, off_label.dtype)  # [n, j]: mass in these columns
-        limits = SKIPPED_MASS**2 * (groups @ off_label.square())
-        too_much = (groups @ skipped.square() > limits[:, None]).any(0).sum()
-        too_much, *inactive = torch.cat([too_much[None], below.sum(0)]).tolist()
-        # The tail also holds the small entries of active columns. These columns are few, so they are gathered.
-        for j in range(max(too_much, 1), BINS):
-            if columns - inactive[j] > MOST_ACTIVE * columns:
-                break
-            kept = (bins < j).nonzero_static(size=columns - inactive[j])[:, 0]  # a known number: no wait
-            p_kept = _columns(p, kept)
-            small = p_kept.masked_fill(p_kept > p_factor(p.dtype) * 2.0**-j, 0.0).sum(1, dtype=off_label.dtype)
-            tail = skipped[:, j] + _divided(small, p.dtype)
-            lost = groups @ tail.square()
-            if (lost <= limits).all():
-                return _mm(p_kept, weight, kept, off_label.dtype), kept.shape[0] / columns, lost
-    return _mm(p, weight, None, off_label.dtype), 1.0, off_label.new_zeros(groups.shape[0])
-
-
-def _columns(p: Tensor, kept: Tensor) -> Tensor:
-    """`p[:, kept]`."""
-    if p.device.type != "cpu":
-        return p.index_select(1, kept)
-    # By rows, and as integers: twice as fast on the CPU.
-    bits = p.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[p.dtype.itemsize])
-    return torch.stack([row.index_select(0, kept) for row in bits]).view(p.dtype)
 
 
 def add_weight_gradient(dweight: Tensor, p: Tensor, hidden: Tensor) -> None:
@@ -432,12 +354,4 @@ def add_weight_gradient(dweight: Tensor, p: Tensor, hidden: Tensor) -> None:
         elif p.is_cuda and dweight.dtype == torch.float32:
             out.add_(torch.mm(left, hidden, out_dtype=dweight.dtype), alpha=unit)
         else:
-            out.add_(torch.mm(_wide(left, dweight.dtype), _wide(hidden, dweight.dtype)), alpha=unit)
-
-
-def longest_row(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The greatest 2-norm of a row of `weight`."""
-    on_cpu = weight.device.type == "cpu"  # there the norm of bf16 is slow, so blocks of rows are converted first
-    step = max(1, BLOCK_BYTES_CPU // (weight.shape[1] * dtype.itemsize)) if on_cpu else len(weight)
-    blocks = (block.to(dtype) if on_cpu else block for block in weight.split(step))
-    return torch.stack([torch.linalg.vector_norm(block, dim=1, dtype=dtype).amax() for block in blocks]).amax()
+            out.add_(torch.mm(wide(left, dweight.dtype), wide(hidden, dweight.dtype)), alpha=unit)

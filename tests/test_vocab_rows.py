@@ -1,4 +1,4 @@
-"""The pass over rows of logits, and the product that skips columns: each alone, against its definition in fp64."""
+"""The pass over rows of logits, against its definition in fp64."""
 
 import pytest
 import torch
@@ -113,50 +113,6 @@ def test_nan_in_one_row_stays_there(device, impl):
     assert stats.off_label_mass[2].isnan() and 0 <= stats.argmax[2] < 300
     others = [0, 1, 3, 4]
     assert torch.equal(p[others], expected[others])
-
-
-def test_columns_are_skipped_by_the_tail_rule():
-    """The limit is the largest power of two whose tail stays within SKIPPED_MASS of the chunk's off-label mass."""
-    generator = torch.Generator().manual_seed(0)
-    for seed in range(8):
-        logits = torch.randn(37, 999, generator=generator, dtype=FP64) * 1.5
-        logits[torch.arange(37)[:, None], torch.randint(100, (37, 5), generator=generator)] += 3 + seed
-        mass = torch.rand(37, 1, generator=generator, dtype=FP64)
-        p = logits.softmax(-1) * mass
-        weight = torch.randn(999, 6, generator=generator, dtype=FP64)
-        for j in range(vocab_rows.BINS):
-            tail = p.masked_fill(p > 2.0**-j, 0.0).sum(1)
-            if tail.norm() <= vocab_rows.SKIPPED_MASS * mass.norm():
-                break
-        active = p.amax(0) > 2.0**-j
-        if active.float().mean() > 0.25:
-            active, tail = torch.ones_like(active), torch.zeros(())
-        product, share, lost = vocab_rows.probabilities_times_weight(p, weight, mass[:, 0], exact=False)
-        assert share == active.double().mean()
-        torch.testing.assert_close(lost, tail.double().square().sum()[None])
-        torch.testing.assert_close(product, p[:, active] @ weight[active])
-        assert (product - p @ weight).norm() <= vocab_rows.longest_row(weight, FP64) * lost.sqrt() + 1e-12
-
-
-def test_no_group_of_rows_loses_more_than_its_share():
-    """Two rows would lose a small part of a large mass, the third a large part of a small mass.
-
-    As one group they may; as two groups the third row forbids skipping.
-    """
-    p = torch.zeros(3, 4000, dtype=FP64)
-    p[:2, :3] = 0.3
-    p[:2, 3:] = 2e-6
-    p[2, 3:] = 1e-6
-    weight, off_label = torch.ones(4000, 2, dtype=FP64), p.sum(1)
-    _, share, lost = vocab_rows.probabilities_times_weight(p, weight, off_label, exact=False)
-    assert share == 3 / 4000 and lost.shape == (1,) and lost > 0
-    alone = torch.tensor([[True, True, False], [False, False, True]])
-    product, share, lost = vocab_rows.probabilities_times_weight(p, weight, off_label, False, alone)
-    assert share == 1 and not lost.any()
-    torch.testing.assert_close(product, p @ weight)
-    _, share, lost = vocab_rows.probabilities_times_weight(p[:2], weight, off_label[:2], False, torch.eye(2).bool())
-    assert share == 3 / 4000
-    torch.testing.assert_close(lost, torch.full((2,), (3997 * 2e-6) ** 2, dtype=FP64))
 
 
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 1000])

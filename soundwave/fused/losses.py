@@ -90,7 +90,7 @@ class LinearCTCLoss(NotScriptable, nn.Module):
         zero_infinity: bool = False,
         impl: str = "auto",
         *,
-        exact: bool = False,
+        exact: bool | None = None,
         validate: bool = False,
     ):
         super().__init__()
@@ -99,7 +99,8 @@ class LinearCTCLoss(NotScriptable, nn.Module):
         check_flag("zero_infinity", zero_infinity)
         check_flag("validate", validate)
         self.blank, self.reduction, self.zero_infinity = _blank(blank), reduction, zero_infinity
-        check_flag("exact", exact)
+        if exact is not None:
+            check_flag("exact", exact)
         self.impl, self.exact, self.validate = impl, exact, validate
 
     def forward(

@@ -87,7 +87,7 @@ def stage_one(adapter, head, seconds, labels) -> None:
     targets = torch.randint(ROWS, (len(labels), max(labels)))
     functional.linear_ctc_loss(
         hidden, head, targets, lengths, counts, blank=ROWS, blank_weight=torch.zeros(WIDTH, requires_grad=True),
-        blank_bias=torch.zeros((), requires_grad=True), zero_infinity=True, exact=True, impl="triton",
+        blank_bias=torch.zeros((), requires_grad=True), zero_infinity=True, exact=False, impl="triton",
     ).loss.backward()  # fmt: skip
 
 

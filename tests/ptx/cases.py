@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from soundwave import eager
-from soundwave.kernels import ctc_lattice, ctc_peaks, label_rows, norm
+from soundwave.kernels import active_columns, ctc_lattice, ctc_peaks, label_rows, norm
 from tests import (
+    test_active_columns,
     test_ctc,
     test_ctc_peaks,
     test_linear_cross_entropy,
@@ -229,6 +230,28 @@ def _statistics(columns: int, count: int, dtype: torch.dtype = FP32, scaled: boo
     torch.testing.assert_close(tuple(found), tuple(expected))
 
 
+def _active_columns() -> Iterator[Case]:
+    t = test_active_columns
+    for dtype in (FP32, BF16, FP16):
+        for rows, columns, strength in ((150, 600, 9.0), (130, 400, 0.0), (20, 300, 12.0)):
+            run = partial(_blocks_of_columns, t.test_each_tile_skips_by_the_rule, *HERE, dtype, rows, columns, strength)
+            small = (86, 90) if (dtype, rows) == (BF16, 20) else ()
+            orders = MOST if rows == 20 else FEW
+            yield Case("active_columns", f"N{rows} V{columns}", NAMES[dtype], run, orders, small)
+    for test in (t.test_no_group_of_rows_loses_more_than_its_share, t.test_rows_without_mass_have_no_say):
+        name = test.__name__.removeprefix("test_").replace("_", " ")
+        yield Case("active_columns", name, "fp32", partial(test, *HERE), FEW)
+    test = partial(_blocks_of_columns, t.test_a_row_of_nan_makes_its_tile_exact_and_no_other_row_nan, *HERE)
+    yield Case("active_columns", "NaN in a row", "fp32", test, FEW)
+
+
+def _blocks_of_columns(test: Callable[..., None], *arguments: Any) -> None:
+    """With blocks of so few columns that there are several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(active_columns, "BLOCK_COLUMNS", 256)
+        test(*arguments)
+
+
 def _linear_ctc() -> Iterator[Case]:
     t = test_linear_ctc
     for blank in (0, 40):
@@ -380,5 +403,8 @@ def _adapter() -> Iterator[Case]:
 
 @functools.cache
 def cases() -> list[Case]:
-    groups = (_norm, _ctc, _vocab_rows, _linear_ctc, _linear_cross_entropy, _peaks, _splice, _attention, _adapter)
+    groups = (
+        _norm, _ctc, _vocab_rows, _active_columns, _linear_ctc, _linear_cross_entropy, _peaks, _splice, _attention,
+        _adapter,
+    )  # fmt: skip
     return [case for group in groups for case in group()]
