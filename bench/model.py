@@ -25,11 +25,11 @@ class Planted(SoundwaveForConditionalGeneration):
     """The model with a planted path: the bench chooses the kept frames, not CTC."""
 
     planted: tuple[Tensor, Tensor] | None = None  # path and log-probabilities [B, T]; blank in the padding
+    planted_rows: tuple[Tensor, Tensor] | None = None  # the same without the padding [N]
 
-    def _splice(self, input_ids, attention_mask, hidden, lengths, ctc, labels, padding_side):
-        path, scores = self.planted
-        ctc = ctc._replace(path=path, path_log_prob=scores)
-        return super()._splice(input_ids, attention_mask, hidden, lengths, ctc, labels, padding_side)
+    def kept_frames(self, ctc, lengths):
+        path, scores = self.planted_rows if ctc.path.dim() == 1 else self.planted
+        return super().kept_frames(ctc._replace(path=path, path_log_prob=scores), lengths)
 
 
 def make_backbones(size: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, PreTrainedModel]:
@@ -80,6 +80,7 @@ def prepare(case: Case, device: torch.device) -> "dict[str, Planted]":
         model.train(bool(case.stage))
         model.audio_tower.eval()
         model.planted = path.masked_fill(path < 0, blank), scores
+        model.planted_rows = path[path >= 0], scores[path >= 0]
     return models
 
 

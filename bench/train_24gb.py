@@ -76,15 +76,21 @@ class PlantedPath(SoundwaveForConditionalGeneration):
         self.mark("encoder")
         return encoded
 
-    def align(self, input_features: Tensor, *args: Any) -> tuple[Tensor, Tensor, Any]:
-        hidden, lengths, ctc = super().align(input_features, *args)
+    def _align(self, *args: Any) -> tuple[Tensor, Tensor, Any]:
+        aligned = super()._align(*args)
         self.mark("ctc")
-        seconds = input_features.shape[-1] / memory.MEL_RATE
-        kept = min(max(math.ceil(self.kept_per_second * seconds), 1), hidden.shape[1])
-        path = torch.full_like(ctc.path, self.blank)
-        place = torch.arange(kept, device=path.device) * hidden.shape[1] // kept
+        return aligned
+
+    def kept_frames(self, ctc: Any, lengths: Tensor) -> Any:
+        """The clips are equally long, so their paths are the rows of one table."""
+        frames = int(lengths.max())
+        seconds = 2 * self.config.frame_stack * frames / memory.MEL_RATE
+        kept = min(max(math.ceil(self.kept_per_second * seconds), 1), frames)
+        path = ctc.path.new_full((len(lengths), frames), self.blank)
+        place = torch.arange(kept, device=path.device) * frames // kept
         path[:, place] = place % 2  # Neighbours differ, so each of them is a run of its own.
-        return hidden, lengths, ctc._replace(path=path, path_log_prob=torch.zeros_like(ctc.path_log_prob))
+        scores = torch.zeros_like(ctc.path_log_prob)
+        return super().kept_frames(ctc._replace(path=path.view(ctc.path.shape), path_log_prob=scores), lengths)
 
 
 def build_model(stage: int, implementation: str, dims: memory.Dims, device: torch.device) -> PlantedPath:

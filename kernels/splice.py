@@ -12,6 +12,8 @@ Cost      each row of the result is written once and read once, (B·M + K + B·L
           the map is B·M + B·L + K integers.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -66,14 +68,19 @@ def _launch(kernel, rows: int, width: int, *arguments) -> None:
         kernel[(rows, triton.cdiv(width, block_d))](*arguments, width, block_d, num_warps=num_warps)
 
 
-@torch.library.custom_op("soundwave::splice_places", mutates_args=())
-@ranged("soundwave.splice.places")
-def _places(
-    input_ids: Tensor, attention_mask: Tensor, cu_seqlens: Tensor, speech_rows: int, placeholder: int, left: bool
-) -> tuple[Tensor, Tensor]:
-    """source int64 [B, M] and inverse int64 [B·L + K]."""
-    (batch, width), device = input_ids.shape, input_ids.device
-    cu_seqlens = cu_seqlens.to(device, torch.int64)
+class _Read(NamedTuple):
+    """What `input_ids` say, and what the host knows of it after one wait."""
+
+    is_audio: Tensor  # bool [B, L]
+    places: Tensor  # int64 [B, L], rows of the result that each token takes: one, a recording's, or none for padding
+    first: Tensor  # int64 [B], the first row of speech of the recording of each row
+    longest: int  # rows of the longest result
+    rows: int  # rows of all results
+
+
+def _read(input_ids: Tensor, attention_mask: Tensor, cu_seqlens: Tensor, speech_rows: int, placeholder: int) -> _Read:
+    """The checked arguments of `splice_places`."""
+    cu_seqlens = cu_seqlens.to(input_ids.device, torch.int64)
     kept_mask = attention_mask.bool()
     is_audio = (input_ids == placeholder) & kept_mask
     audio_count = is_audio.sum(1)
@@ -84,15 +91,14 @@ def _places(
     counts = cu_seqlens.diff() if recordings else cu_seqlens.new_zeros(1)
     starts = cu_seqlens[:-1] if recordings else cu_seqlens.new_zeros(1)
     recording = recording.clamp(0, counts.numel() - 1)
-    # A token takes one place, the placeholder as many as its recording has rows, padding none.
     places = torch.where(is_audio, counts[recording][:, None], kept_mask.to(torch.int64))
     total = places.sum(1)
     zero = total.new_zeros(1)
     checked = (
-        has_audio.sum(), torch.cat([zero, audio_count]).max(), torch.cat([zero, total]).max(),
+        has_audio.sum(), torch.cat([zero, audio_count]).max(), torch.cat([zero, total]).max(), total.sum(),
         cu_seqlens[0], cu_seqlens[-1], counts.min(),
     )  # fmt: skip
-    found, most, size, first, last, shortest = torch.stack(checked).tolist()
+    found, most, longest, rows, first, last, shortest = torch.stack(checked).tolist()
     if most > 1:
         raise ValueError(
             f"input_ids[{int(audio_count.argmax())}] holds the audio placeholder {most} times, "
@@ -107,7 +113,18 @@ def _places(
             f"cu_seqlens goes from {first} to {last} (shortest step {shortest}), "
             f"but it must rise from 0 to the {speech_rows} rows of speech"
         )
-    text_rows = batch * width
+    return _Read(is_audio, places, starts[recording], longest, rows)
+
+
+@torch.library.custom_op("soundwave::splice_places", mutates_args=())
+@ranged("soundwave.splice.places")
+def _places(
+    input_ids: Tensor, attention_mask: Tensor, cu_seqlens: Tensor, speech_rows: int, placeholder: int, left: bool
+) -> tuple[Tensor, Tensor]:
+    """source int64 [B, M] and inverse int64 [B·L + K]."""
+    (batch, width), device = input_ids.shape, input_ids.device
+    is_audio, places, first, size, _ = _read(input_ids, attention_mask, cu_seqlens, speech_rows, placeholder)
+    total, text_rows = places.sum(1), batch * width
     if not text_rows:
         return input_ids.new_zeros((batch, 0), dtype=torch.int64), total.new_zeros(0)
     ends = places.cumsum(1)
@@ -118,7 +135,7 @@ def _places(
     token = torch.searchsorted(ends, place, right=True).clamp(max=width - 1)
     within = place - (ends - places).gather(1, token)
     text_source = torch.arange(0, text_rows, width, device=device)[:, None] + token
-    speech_source = text_rows + starts[recording][:, None] + within
+    speech_source = text_rows + first[:, None] + within
     source = torch.where(is_audio.gather(1, token), speech_source, text_source)
     source = source.masked_fill((place < 0) | (place >= total[:, None]), -1)
     # The inverse map. Padding goes to one extra slot at the end, which is cut off.
@@ -225,6 +242,29 @@ def splice_places(
         ValueError: several placeholders in a row, a wrong number of recordings, bounds that do not fit.
     """
     return _places(input_ids, attention_mask, cu_seqlens, speech_rows, placeholder, left)
+
+
+@ranged("soundwave.splice.places")
+def packed_places(
+    input_ids: Tensor, attention_mask: Tensor, cu_seqlens: Tensor, speech_rows: int, *, placeholder: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """As `splice_places`, for a result [M, D] without padding: the rows of text follow one another.
+
+    Returns:
+        source int64 [M]; inverse int64 [B·L + K]; the bounds of the B sequences, int64 [B + 1]; rows of the longest.
+    """
+    width, text_rows = input_ids.shape[1], input_ids.numel()
+    is_audio, places, first, longest, rows = _read(input_ids, attention_mask, cu_seqlens, speech_rows, placeholder)
+    bounds = torch.nn.functional.pad(places.sum(1).cumsum(0), (1, 0))
+    ends = places.flatten().cumsum(0)
+    place = torch.arange(rows, device=input_ids.device)
+    token = torch.searchsorted(ends, place, right=True)
+    within = place - (ends - places.flatten())[token]
+    speech = text_rows + first[token // max(width, 1)] + within
+    source = torch.where(is_audio.flatten()[token], speech, token)
+    inverse = places.new_full((text_rows + speech_rows,), -1)
+    inverse[source] = place
+    return source, inverse, bounds, longest
 
 
 def splice_rows(embeddings: Tensor, speech: Tensor, source: Tensor, inverse: Tensor, impl: str = "auto") -> Tensor:

@@ -12,6 +12,7 @@ REQUIRED = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelera
 # otherwise.
 OPTIONAL = {
     "flash-attn": f"pip install --no-build-isolation '{DISTRIBUTION}[flash]'",
+    "flash-attn-4": "pip install --pre flash-attn-4, for compute capability 9.0 and newer",
     "torchaudio": f"pip install '{DISTRIBUTION}[gpu]', on GPU machines only",
 }
 

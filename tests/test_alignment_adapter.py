@@ -257,7 +257,7 @@ def test_what_runs_can_be_read():
 @pytest.mark.parametrize(
     ("frames", "lengths", "message"),
     [
-        (torch.zeros(2, FRAME), torch.tensor([1, 1]), rf"frames has shape \[2, {FRAME}\].* \[B, T_enc, {FRAME}\]"),
+        (torch.zeros(1, 2, 5, FRAME), torch.tensor([1]), rf"frames has shape \[1, .*\].* \[B, T_enc, {FRAME}\]"),
         (torch.zeros(2, 5, 7), torch.tensor([1, 1]), r"frames has shape \[2, 5, 7\]"),
         (torch.zeros(2, 5, FRAME).long(), torch.tensor([1, 1]), "frames is torch.int64, but it must be floating point"),
         (torch.zeros(2, 5, FRAME), torch.tensor([1]), r"lengths is torch.int64 of shape \[1\], .* int \[2\]"),

@@ -1,17 +1,23 @@
 """Attention: its results, which implementation runs and why, and how the implementations are called."""
 
 import inspect
+import re
+import sys
+from functools import partial
 from inspect import Parameter, Signature
 from itertools import pairwise
 
 import pytest
 import torch
 
-from soundwave import doctor
+from soundwave import attention, doctor
 from soundwave.attention import (
     IMPLEMENTATIONS,
+    SHORT,
+    Shape,
     attend,
     choose_attention,
+    flash_attn_4_arguments,
     flash_attn_arguments,
     varlen_attn_arguments,
 )
@@ -34,6 +40,42 @@ FLASH_ATTN = (
         "deterministic": False,
         "return_attn_probs": False,
         "block_table": None,
+    },
+)
+# flash_attn.cute.flash_attn_varlen_func of flash-attn-4 4.0.0b36, read from its wheel: names, order and defaults.
+FLASH_ATTN_4 = (
+    ["q", "k", "v"],
+    {
+        "qv": None,
+        "cu_seqlens_q": None,
+        "cu_seqlens_k": None,
+        "max_seqlen_q": None,
+        "max_seqlen_k": None,
+        "min_seqlen_k": None,
+        "seqused_q": None,
+        "seqused_k": None,
+        "gather_kv_indices": None,
+        "page_table": None,
+        "softmax_scale": None,
+        "causal": False,
+        "window_size": (None, None),
+        "learnable_sink": None,
+        "softcap": 0.0,
+        "num_splits": 1,
+        "pack_gqa": None,
+        "deterministic": False,
+        "score_mod": None,
+        "score_mod_bwd": None,
+        "mask_mod": None,
+        "block_sparse_tensors": None,
+        "aux_tensors": None,
+        "aux_scalars": None,
+        "return_lse": False,
+        "scheduler_metadata": None,
+        "seqlen_k_per_split": None,
+        "disable_scheduler_metadata": False,
+        "gather_bwd_recompute_p": False,
+        "gather_bwd_token_chunk": None,
     },
 )
 # varlen_attn of torch 2.10, from its documentation; the signature of the installed one is inspected.
@@ -68,20 +110,24 @@ def bounds(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def draw(lengths_q, lengths_k, heads=2, size=8, dtype=FP32, device="cpu", seed=0):
-    """Query, key, value and the four bounds."""
+def draw(lengths_q, lengths_k, heads=2, size=8, dtype=FP32, device="cpu", seed=0, groups=None):
+    """Query, key, value and the four bounds; `groups` heads of keys and values, as many as of queries if not given."""
     generator = torch.Generator().manual_seed(seed)
-    rows = (sum(lengths_q), sum(lengths_k), sum(lengths_k))
-    tensors = [torch.randn(n, heads, size, generator=generator).to(device, dtype).requires_grad_() for n in rows]
+    rows = ((sum(lengths_q), heads), *[(sum(lengths_k), groups or heads)] * 2)
+    tensors = [torch.randn(*n, size, generator=generator).to(device, dtype).requires_grad_() for n in rows]
     cu = [bounds(lengths).to(device) for lengths in (lengths_q, lengths_k)]
     return tensors, (*cu, max(lengths_q, default=0), max(lengths_k, default=0))
 
 
-def reference(query, key, value, cu_seqlens_q, cu_seqlens_k, *_):
+def reference(query, key, value, cu_seqlens_q, cu_seqlens_k, *_, causal=False, window=None, scale=None):
     """The definition, for one utterance after another; a query without keys gets 0."""
     parts = [query[:0] + 0 * (key.sum() + value.sum())]
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     for (a, b), (c, d) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
-        scores = torch.einsum("qhe,khe->hqk", query[a:b], key[c:d]) * query.shape[-1] ** -0.5
+        scores = torch.einsum("qhe,khe->hqk", query[a:b], key[c:d]) * (scale or query.shape[-1] ** -0.5)
+        back = torch.arange(b - a)[:, None] - torch.arange(d - c)  # how far a key lies behind its query
+        if causal:
+            scores = scores.masked_fill(((back < 0) | (back >= (window or b - a))).to(scores.device), -torch.inf)
         parts.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), value[c:d]))
     return torch.cat(parts)
 
@@ -91,11 +137,12 @@ def everything(function, tensors, limits, upstream):
     return [out.detach(), *torch.autograd.grad(out, tensors, upstream.to(out.dtype))]
 
 
-def check(tensors, limits, impl):
+def check(tensors, limits, impl, **shape):
     upstream = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(tensors[0])
-    found = everything(lambda *a: attend(*a, impl=impl), tensors, limits, upstream)
-    eager = everything(reference, tensors, limits, upstream)
-    truth = everything(reference, [t.detach().double().requires_grad_() for t in tensors], limits, upstream)
+    define = partial(reference, **shape)
+    found = everything(partial(attend, impl=impl, **shape), tensors, limits, upstream)
+    eager = everything(define, tensors, limits, upstream)
+    truth = everything(define, [t.detach().double().requires_grad_() for t in tensors], limits, upstream)
     for name, a, b, c in zip(NAMES, found, eager, truth, strict=True):
         assert a.dtype == b.dtype
         assert_as_accurate(a, b, c, a.dtype, name)
@@ -113,6 +160,61 @@ def test_sdpa_is_the_definition(lengths_q, lengths_k, dtype):
 @pytest.mark.parametrize(("heads", "size"), [(1, 1), (3, 7), (9, 64)], ids=["H1-E1", "H3-E7", "H9-E64"])
 def test_odd_heads(heads, size):
     check(*draw([63, 1, 100], [63, 1, 100], heads, size), "sdpa")
+
+
+SHAPES = {
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": 3},
+    "wide-window": {"causal": True, "window": 1000},
+    "scale": {"scale": 0.3},
+    "all": {"causal": True, "window": 2, "scale": 0.7},
+}
+
+
+@pytest.fixture(params=["each", "padded"])
+def torch_road(request, monkeypatch):
+    """The two that `sdpa` stands for: one sequence after another on the CPU, padded rows on other devices."""
+    if request.param == "padded":
+        monkeypatch.setattr(attention, "_each_sequence", attention._padded)
+
+
+@pytest.mark.usefixtures("torch_road")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)], ids=["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("lengths", [[3, 1, 7], [5], [4, 4], [0, 3, 0], []], ids=str)
+def test_causal_windows_and_shared_keys_are_the_definition(lengths, heads, groups, shape):
+    check(*draw(lengths, lengths, heads, groups=groups), "sdpa", **shape)
+
+
+@pytest.mark.usefixtures("torch_road")
+def test_in_a_window_of_one_row_each_row_keeps_its_value():
+    tensors, limits = draw([3, 1, 7], [3, 1, 7])
+    torch.testing.assert_close(attend(*tensors, *limits, causal=True, window=1), tensors[2])
+
+
+@pytest.mark.parametrize("shape", [{}, SHAPES["causal"], SHAPES["window"]], ids=["full", "causal", "window"])
+def test_long_sequences_are_the_definition(shape):
+    lengths = [3, SHORT + 1, SHORT]
+    check(*draw(lengths, lengths, 4, groups=2), "sdpa", **shape)
+
+
+@pytest.mark.usefixtures("torch_road")
+@pytest.mark.parametrize("shape", [{}, SHAPES["window"]], ids=["full", "window"])
+def test_half_types_are_the_definition(shape):
+    check(*draw([3, 1, 7], [3, 1, 7], 4, groups=2, dtype=BF16), "sdpa", **shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2)], ids=["MHA", "GQA"])
+def test_on_a_gpu_causal_windows_and_shared_keys_are_the_definition(heads, groups, shape, impl):
+    window = shape.get("window")
+    try:
+        choose_attention(impl, device=CUDA, dtype=BF16, head_size=64, causal=shape.get("causal", False), window=window)
+    except ValueError as error:
+        pytest.skip(str(error))
+    check(*draw([3, 1, 70], [3, 1, 70], heads, 64, BF16, "cuda", groups=groups), impl, **shape)
 
 
 def test_strided_heads_of_one_projection_are_read_right():
@@ -141,7 +243,7 @@ def test_results_are_bitwise_the_same_every_time():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["flash_attn", "varlen", "sdpa"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("lengths_q", "lengths_k"), LENGTHS.values(), ids=LENGTHS)
 def test_on_a_gpu_every_implementation_is_the_definition(lengths_q, lengths_k, dtype, impl):
@@ -153,7 +255,7 @@ def test_on_a_gpu_every_implementation_is_the_definition(lengths_q, lengths_k, d
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["flash_attn", "varlen"])
+@pytest.mark.parametrize("impl", ["flash_attn_4", "flash_attn", "varlen"])
 def test_on_a_gpu_backward_is_deterministic_where_torch_is_told_so(impl):
     try:
         choose_attention(impl, device=CUDA, dtype=BF16)
@@ -180,7 +282,7 @@ def test_on_the_cpu_it_is_sdpa_and_the_reason_says_so(dtype):
     )
 
 
-@pytest.mark.parametrize("impl", ["flash_attn", "varlen"])
+@pytest.mark.parametrize("impl", ["flash_attn_4", "flash_attn", "varlen"])
 def test_what_is_asked_for_and_cannot_run_is_an_error(impl):
     tensors, limits = draw([3], [3], dtype=BF16)
     with pytest.raises(ValueError, match=f"impl = '{impl}', but FlashAttention needs CUDA"):
@@ -188,13 +290,15 @@ def test_what_is_asked_for_and_cannot_run_is_an_error(impl):
 
 
 def test_an_unknown_name_is_an_error():
-    with pytest.raises(ValueError, match="impl = 'flash', but it must be one of auto, flash_attn, varlen, sdpa"):
+    with pytest.raises(
+        ValueError, match="impl = 'flash', but it must be one of auto, flash_attn_4, flash_attn, varlen, sdpa"
+    ):
         choose_attention("flash", device=CPU, dtype=FP32)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_half_precision_takes_flash_attention_and_the_rest_says_why_not():
-    assert choose_attention(device=CUDA, dtype=BF16).name in ("flash_attn", "varlen")
+    assert choose_attention(device=CUDA, dtype=BF16).name in ("flash_attn_4", "flash_attn", "varlen")
     assert choose_attention(device=CUDA, dtype=FP32) == (
         "sdpa",
         "FlashAttention takes float16 and bfloat16, and the tensors are float32",
@@ -229,21 +333,135 @@ def test_the_call_fits_the_signature_of_flash_attn():
     assert given["window_size"] == (-1, -1) and given["return_attn_probs"] is False
 
 
-def test_flash_attn_is_deterministic_where_torch_is():
+def test_the_call_fits_the_signature_of_flash_attn_4():
+    (query, key, value), limits = draw([3, 1], [2, 5])
+    bound = signature_of(FLASH_ATTN_4).bind(**flash_attn_4_arguments(query, key, value, *limits))
+    bound.apply_defaults()
+    given = bound.arguments
+    assert (given["q"] is query) and (given["k"] is key) and (given["v"] is value) and given["qv"] is None
+    assert (given["max_seqlen_q"], given["max_seqlen_k"]) == (3, 5)
+    for name, wanted in (("cu_seqlens_q", [0, 3, 4]), ("cu_seqlens_k", [0, 2, 7])):
+        assert given[name].dtype == torch.int32 and given[name].tolist() == wanted
+    assert (given["softmax_scale"], given["causal"], given["window_size"]) == (None, False, (None, None))
+    assert given["return_lse"] is False and given["learnable_sink"] is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "old", "new"),
+    [
+        (Shape(causal=True), (-1, 0), (None, 0)),
+        (Shape(causal=True, window=3), (2, 0), (2, 0)),
+        (Shape(), (-1, -1), (None, None)),
+    ],
+    ids=["causal", "window", "full"],
+)
+def test_a_window_counts_the_row_itself(shape, old, new):
+    """FlashAttention counts the rows before it."""
+    arguments = (*draw([3], [3])[0], *draw([3], [3])[1])
+    for call, window in ((flash_attn_arguments, old), (flash_attn_4_arguments, new)):
+        given = call(*arguments, shape)
+        assert (given["causal"], given["window_size"]) == (shape.causal, window)
+    given = varlen_attn_arguments(*arguments, shape, known=frozenset({"window_size"}))
+    assert given.get("window_size", (-1, -1)) == old
+
+
+def test_what_an_older_torch_lacks_is_done_before_the_call():
+    tensors, limits = draw([3], [3], heads=4, groups=2)
+    shape = Shape(causal=True, scale=0.5)
+    given = varlen_attn_arguments(*tensors, *limits, shape, known=frozenset({"is_causal"}))
+    assert given["is_causal"] is True and given["key"].shape == given["query"].shape
+    torch.testing.assert_close(given["query"], tensors[0] * 0.5 * 8**0.5)
+    given = varlen_attn_arguments(*tensors, *limits, shape, known=frozenset({"window_size", "scale", "enable_gqa"}))
+    assert given["enable_gqa"] is True and given["scale"] == 0.5 and given["query"] is tensors[0]
+
+
+@pytest.mark.parametrize("call", [flash_attn_arguments, flash_attn_4_arguments], ids=["flash_attn", "flash_attn_4"])
+def test_flash_attn_is_deterministic_where_torch_is(call):
     tensors, limits = draw([3], [3])
-    assert flash_attn_arguments(*tensors, *limits)["deterministic"] is False
+    assert call(*tensors, *limits)["deterministic"] is False
     torch.use_deterministic_algorithms(True)
     try:
-        assert flash_attn_arguments(*tensors, *limits)["deterministic"] is True
+        assert call(*tensors, *limits)["deterministic"] is True
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_recorded_signature_is_the_installed_ones():
-    flash_attn = pytest.importorskip("flash_attn")
-    found = inspect.signature(flash_attn.flash_attn_varlen_func).parameters
-    names, defaults = FLASH_ATTN
-    used = flash_attn_arguments(*draw([1], [1])[0], *draw([1], [1])[1])
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Set the compute capability and what is installed: names of packages -> their function or None."""
+
+    def there(capability: tuple[int, int], *installed: str) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        for name, known_as in (("_flash_attn_4", "flash-attn-4"), ("_flash_attn", "flash-attn")):
+            found = (print, "") if known_as in installed else (None, f"{known_as} is not installed")
+            monkeypatch.setattr(attention, name, lambda found=found: found)
+
+    return there
+
+
+def test_flash_attn_4_is_taken_where_it_can_train(on_a_gpu):
+    on_a_gpu((9, 0), "flash-attn-4", "flash-attn")
+    chosen = choose_attention(device=CUDA, dtype=BF16)
+    assert chosen == ("flash_attn_4", "flash-attn-4 is installed and takes such tensors")
+    assert choose_attention(device=CUDA, dtype=BF16, head_size=256).name == "flash_attn_4"
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_size", "reason"),
+    [
+        ((8, 6), 128, "flash-attn-4 has a backward pass for compute capability 9.0 to 12.x, and cuda has 8.6"),
+        ((10, 0), 192, "flash-attn-4 takes heads of up to 128 in steps of 8 here, and these have 192"),
+        ((9, 0), 100, "flash-attn-4 takes heads of up to 256 in steps of 8 here, and these have 100"),
+    ],
+    ids=["sm_86", "sm_100", "odd"],
+)
+def test_flash_attn_stands_in_for_flash_attn_4(on_a_gpu, capability, head_size, reason):
+    on_a_gpu(capability, "flash-attn-4", "flash-attn")
+    chosen = choose_attention(device=CUDA, dtype=BF16, head_size=head_size)
+    assert chosen == ("flash_attn", f"flash-attn is installed and takes such tensors; {reason}")
+    with pytest.raises(ValueError, match=re.escape(f"impl = 'flash_attn_4', but {reason}")):
+        choose_attention("flash_attn_4", device=CUDA, dtype=BF16, head_size=head_size)
+
+
+@pytest.fixture
+def only_flash_attn_4(tmp_path, monkeypatch):
+    """The folder of its wheel: `flash_attn`, which is no module itself, with `cute` in it."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("def flash_attn_varlen_func(): ...\n")
+    names = [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    for name in ("flash_attn", "flash_attn.cute"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("only_flash_attn_4")
+def test_flash_attn_4_alone_is_not_taken_for_flash_attn():
+    found, reason = attention._imported("flash_attn.cute", "flash_attn_varlen_func", "flash-attn-4")
+    assert callable(found) and not reason
+    found, reason = attention._imported("flash_attn", "flash_attn_varlen_func", "flash-attn")
+    assert found is None and reason == "flash-attn is not installed"
+
+
+def test_a_tuple_is_the_output_and_more(monkeypatch):
+    """flash-attn-4 returns the log-sum-exp as well."""
+    tensors, limits = draw([3], [3])
+    monkeypatch.setattr(attention, "choose_attention", lambda *_, **__: attention.Attention("flash_attn_4", ""))
+    monkeypatch.setattr(attention, "_flash_attn_4", lambda: (lambda **given: (given["q"], None), ""))
+    assert attend(*tensors, *limits) is tensors[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "recorded", "call"),
+    [("flash_attn", FLASH_ATTN, flash_attn_arguments), ("flash_attn.cute", FLASH_ATTN_4, flash_attn_4_arguments)],
+    ids=["flash_attn", "flash_attn_4"],
+)
+def test_the_recorded_signature_is_the_installed_ones(module, recorded, call):
+    found = inspect.signature(pytest.importorskip(module).flash_attn_varlen_func).parameters
+    names, defaults = recorded
+    used = call(*draw([1], [1])[0], *draw([1], [1])[1])
     assert list(found)[: len(names)] == names
     assert set(used) <= set(found)
     assert {name: found[name].default for name in defaults if name in found}.items() <= defaults.items()
@@ -276,6 +494,7 @@ def test_the_call_fits_the_signature_of_torchs_own(version):
     [
         ({0: torch.zeros(4, 16)}, r"query has shape \[4, 16\], but it must be \[rows, heads, head size\]"),
         ({1: torch.zeros(4, 2, 8, dtype=FP64)}, "key is torch.float64 on cpu, but query is torch.float32"),
+        ({1: torch.zeros(4, 3, 8)}, r"key has \[3, 8\] heads and head size, but query has \[2, 8\]"),
         ({2: torch.zeros(4, 2, 4)}, r"value has \[2, 4\] heads and head size, but query has \[2, 8\]"),
         ({2: torch.zeros(3, 2, 8)}, "value has 3 rows, but key has 4"),
         ({3: torch.zeros(0)}, r"cu_seqlens_q has shape \[0\]"),
@@ -292,6 +511,7 @@ def test_the_call_fits_the_signature_of_torchs_own(version):
     ids=[
         "rank",
         "dtype",
+        "other-heads",
         "heads",
         "rows",
         "no-bounds",
@@ -308,3 +528,18 @@ def test_bad_input_is_named(change, message):
     arguments = dict(enumerate((*tensors, *limits))) | change
     with pytest.raises(ValueError, match=message):
         attend(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 3}, "window = 3, but it must be at least 1, and needs causal = True"),
+        ({"causal": True, "window": 0}, "window = 0, but it must be at least 1"),
+        ({"causal": True}, "causal = True, but queries and keys have bounds of their own"),
+    ],
+    ids=["window-alone", "no-window", "other-bounds"],
+)
+def test_attention_that_is_not_there_is_refused(settings, message):
+    (query, key, value), limits = draw([4], [4] if "window" in settings else [5])
+    with pytest.raises(ValueError, match=message):
+        attend(query, key, value, *limits, **settings)

@@ -294,7 +294,8 @@ def test_in_triton_lengths_out_of_range_read_nothing_out_of_bounds(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"path": torch.zeros(3)}, r"path has shape \[3\], but it must be \[B, T\]"),
+        ({"path": torch.zeros(1, 2, 3)}, r"path has shape \[1, 2, 3\], but it must be \[B, T\]"),
+        ({"path": torch.zeros(3, dtype=torch.int64)}, r"scores has shape \[2, 3\], but it must be \[3\]"),
         ({"path": torch.zeros(2, 3)}, "path is torch.float32, but it must be int32 or int64"),
         ({"lengths": torch.tensor([3])}, r"lengths has shape \[1\], but it must be \[2\]"),
         ({"lengths": torch.tensor([3.0, 2.0])}, "lengths is torch.float32, but it must be of an integer dtype"),

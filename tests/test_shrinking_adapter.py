@@ -242,7 +242,8 @@ def test_results_are_bitwise_the_same_every_time(keys, device, impl):
     ("change", "message"),
     [
         ({"hidden": torch.zeros(2, 5, 7)}, r"hidden has shape \[2, 5, 7\], but it must be \[B, T, 24\]"),
-        ({"hidden": torch.zeros(10, 24)}, r"hidden has shape \[10, 24\], but it must be \[B, T, 24\]"),
+        ({"hidden": torch.zeros(1, 2, 5, 24)}, r"hidden has shape \[1, 2, 5, 24\], but it must be \[B, T, 24\]"),
+        ({"hidden": torch.zeros(10, 24)}, "lengths add up to 8, but hidden has 10 packed rows"),
         ({"lengths": torch.tensor([5])}, r"lengths is torch.int64 of shape \[1\], but it must be int \[2\]"),
         ({"lengths": torch.tensor([5.0, 1.0])}, "lengths is torch.float32 of shape"),
         ({"lengths": torch.tensor([6, 1])}, "lengths go from 0 to 6, but each must be 0 to 5, the frames of hidden"),

@@ -88,45 +88,62 @@ class AlignmentAdapter(NotScriptable, eager.AlignmentAdapter):
     def forward(self, frames: Tensor, lengths: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         """`frames` [B, T_enc, E], `lengths` int [B] -> hidden [B, ceil(T_enc / stack), D] and its lengths.
 
-        The last group is filled up with zero frames. Lengths on CUDA cost one wait for the device.
+        Packed frames [N, E] give packed rows [sum of the new lengths, D]. The last group of an utterance is filled up
+        with zero frames. Lengths on CUDA cost one wait for the device.
 
         Raises:
-            ValueError: frames or lengths of another shape or kind of dtype; a length that is negative or beyond T_enc.
+            ValueError: frames or lengths of another shape or kind of dtype; a length that is negative or beyond T_enc;
+                lengths that do not add up to the packed frames.
         """
         refuse_transforms("AlignmentAdapter", frames, *self.parameters())
         refuse_vmap("AlignmentAdapter", lengths)
-        expect("frames", frames, ("B", "T_enc", self.projector.in_features // self.frame_stack))
-        batch, size, _ = frames.shape
+        width, stack = self.projector.in_features // self.frame_stack, self.frame_stack
+        packed = isinstance(frames, Tensor) and frames.dim() == 2
+        expect("frames", frames, ("N", width) if packed else ("B", "T_enc", width))
+        batch = len(lengths) if packed else frames.shape[0]
         lengths = _lengths(lengths, batch, read=True)
-        stack, out_size = self.frame_stack, -(-size // self.frame_stack)
         counts = (lengths + stack - 1) // stack
         some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
         least, most, valid, rows = torch.stack([some.min(), some.max(), lengths.sum(), counts.sum()]).tolist()
+        size = len(frames) if packed else frames.shape[1]
         if least < 0 or most > size:
             raise ValueError(f"lengths go from {least} to {most}, but each must be 0 to {size}, the frames given")
+        if packed and valid != size:
+            raise ValueError(f"lengths add up to {valid}, but there are {size} packed frames")
         count = to_device(counts, frames.device)
         cu_seqlens = F.pad(count.cumsum(0), (1, 0)).to(torch.int32)
         utterance = torch.repeat_interleave(torch.arange(batch, device=frames.device), count, output_size=rows)
         within = torch.arange(rows, device=frames.device) - cu_seqlens[utterance]
-        if rows * stack == valid == batch * size:  # no padding anywhere
-            packed = frames.reshape(rows, stack * frames.shape[2])
+        flat = frames if packed else frames.flatten(0, 1)
+        if rows * stack == valid == len(flat):  # no padding anywhere
+            x = flat.reshape(rows, stack * width)
         else:
-            packed = self._gather(frames, lengths, utterance, within, rows * stack > valid)
-        hidden = self._layer(packed, cu_seqlens, -(-most // stack))
+            valid_frames = to_device(lengths, frames.device)
+            first = (
+                valid_frames.cumsum(0) - valid_frames if packed else torch.arange(batch, device=frames.device) * size
+            )
+            x = self._gather(flat, first, valid_frames, utterance, within, rows * stack > valid)
+        hidden = self._layer(x, cu_seqlens, -(-most // stack))
+        if packed:
+            return hidden, counts
+        out_size = -(-size // stack)
         if rows < batch * out_size:
             place = utterance * out_size + within
             hidden = hidden.new_zeros(batch * out_size, hidden.shape[1]).index_copy(0, place, hidden)
         return hidden.view(batch, out_size, hidden.shape[1]), counts
 
-    def _gather(self, frames: Tensor, lengths: Tensor, utterance: Tensor, within: Tensor, ragged: bool) -> Tensor:
-        """The frames of each packed row next to each other [N, stack·E]. `ragged`: some rows end in zero frames."""
-        size = frames.shape[1]
+    def _gather(
+        self, frames: Tensor, first: Tensor, lengths: Tensor, utterance: Tensor, within: Tensor, ragged: bool
+    ) -> Tensor:
+        """The frames of each packed row next to each other [N, stack·E].
+
+        `first` [B] is each utterance's first row of `frames`. `ragged`: some rows end in zero frames.
+        """
         time = within[:, None] * self.frame_stack + torch.arange(self.frame_stack, device=frames.device)
-        frame = (utterance[:, None] * size + time).clamp(max=frames.shape[0] * size - 1)
-        packed = frames.flatten(0, 1).index_select(0, frame.flatten()).view(*frame.shape, frames.shape[2])
+        frame = (first[utterance, None] + time).clamp(max=len(frames) - 1)
+        packed = frames.index_select(0, frame.flatten()).view(*frame.shape, frames.shape[1])
         if ragged:
-            end = to_device(lengths, frames.device)[utterance]
-            packed = packed.masked_fill((time >= end[:, None])[..., None], 0.0)
+            packed = packed.masked_fill((time >= lengths[utterance, None])[..., None], 0.0)
         return packed.flatten(1)
 
     def _layer(self, packed: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -191,7 +208,7 @@ class ShrinkingAdapter(NotScriptable, eager.ShrinkingAdapter):
 
     @ranged("soundwave.ShrinkingAdapter")
     def forward(self, hidden: Tensor, lengths: Tensor | Sequence[int], peaks: eager.Peaks) -> Tensor:
-        """`hidden` [B, T, D], `lengths` int [B], `peaks` of the same frames -> [K, D], packed.
+        """`hidden` [B, T, D] or packed [N, D], `lengths` int [B], `peaks` of the same frames -> [K, D], packed.
 
         Lengths on CUDA cost one wait for the device if `config.keys` is "all", and none otherwise.
 
@@ -204,11 +221,12 @@ class ShrinkingAdapter(NotScriptable, eager.ShrinkingAdapter):
         """
         width, impl = self.in_proj_weight.shape[1], self.impl
         refuse_vmap("ShrinkingAdapter", lengths, *(peaks if isinstance(peaks, tuple) else ()))
-        expect("hidden", hidden, ("B", "T", width))
-        lengths = _lengths(lengths, hidden.shape[0], read=self.keys == "all")
+        packed = isinstance(hidden, Tensor) and hidden.dim() == 2
+        expect("hidden", hidden, ("N", width) if packed else ("B", "T", width))
+        lengths = _lengths(lengths, len(lengths) if packed else hidden.shape[0], read=self.keys == "all")
         _check_peaks(peaks, lengths, hidden)
         if self.keys == "none":
-            return super().forward(hidden, lengths, peaks)
+            return self.norm(hidden.reshape(-1, width)[peaks.index])
         refuse_transforms("ShrinkingAdapter", hidden, *self.parameters())
         x, norm, kept = hidden.reshape(-1, width), self.norm, self.keys == "kept"
         index = peaks.index.contiguous()
@@ -225,13 +243,13 @@ def _check_peaks(peaks: eager.Peaks, lengths: Tensor, hidden: Tensor) -> None:
     """An error unless `peaks` are frames of `hidden`. Values are read on the CPU only, where nobody has to wait."""
     if not isinstance(peaks, eager.Peaks):
         raise TypeError(f"peaks is a {type(peaks).__name__}, but it must be the Peaks that ctc_peaks returns")
-    (batch, size, _), (index, cu_seqlens, longest) = hidden.shape, peaks
+    batch, (index, cu_seqlens, longest) = len(lengths), peaks
     expect("peaks.index", index, ("K",), floating=False)
     expect("peaks.cu_seqlens", cu_seqlens, (batch + 1,), floating=False)
     if torch.compiler.is_compiling() or lengths.device.type != "cpu":
         return
     some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
-    _check_range(int(some.min()), int(some.max()), size)
+    _check_range(int(some.min()), int(some.max()), int(lengths.sum()), hidden)
     if index.device.type != "cpu" or cu_seqlens.device.type != "cpu":
         return
     bounds, counts = cu_seqlens.tolist(), cu_seqlens.diff()
@@ -239,8 +257,9 @@ def _check_peaks(peaks: eager.Peaks, lengths: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"peaks.cu_seqlens = {bounds}, but it must rise from 0 to {len(index)}, the kept frames")
     if batch and int(counts.max()) > longest:
         raise ValueError(f"peaks.max_seqlen = {longest}, but an utterance has {int(counts.max())} kept frames")
+    firsts = lengths.cumsum(0) - lengths if hidden.dim() == 2 else torch.arange(batch) * hidden.shape[1]
     utterance = torch.arange(batch, device=counts.device).repeat_interleave(counts)
-    first = utterance * size
+    first = firsts[utterance]
     outside = (index < first) | (index >= first + lengths[utterance])
     falls = F.pad(index.diff() <= 0, (1, 0)) if len(index) else outside
     wrong = (outside | falls).nonzero()
@@ -248,25 +267,31 @@ def _check_peaks(peaks: eager.Peaks, lengths: Tensor, hidden: Tensor) -> None:
         k = int(wrong[0])
         found, b = f"peaks.index[{k}] = {int(index[k])}", int(utterance[k])
         if outside[k]:
-            end = b * size + int(lengths[b])
-            raise ValueError(f"{found}, but it must be {b * size} or more and below {end}, a frame of utterance {b}")
+            end = int(first[k] + lengths[b])
+            raise ValueError(
+                f"{found}, but it must be {int(first[k])} or more and below {end}, a frame of utterance {b}"
+            )
         raise ValueError(f"{found} comes after {int(index[k - 1])}, but peaks.index must rise")
 
 
-def _check_range(least: int, most: int, size: int) -> None:
+def _check_range(least: int, most: int, valid: int, hidden: Tensor) -> None:
+    """ValueError unless lengths from `least` to `most`, which add up to `valid`, fit [B, T, D] or packed [N, D]."""
+    size = hidden.shape[-2]
     if least < 0 or most > size:
         raise ValueError(f"lengths go from {least} to {most}, but each must be 0 to {size}, the frames of hidden")
+    if hidden.dim() == 2 and valid != size:
+        raise ValueError(f"lengths add up to {valid}, but hidden has {size} packed rows")
 
 
 def _valid_rows(lengths: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor, int]:
-    """The valid rows of the B·T (None: all), their bounds int32 [B + 1] and the longest length."""
-    (batch, size, _), device = hidden.shape, hidden.device
+    """The valid ones of all rows (None: all), their bounds int32 [B + 1] and the longest length."""
+    batch, device = len(lengths), hidden.device
     some = F.pad(lengths, (0, 1))  # a batch of none has no minimum
     least, longest, rows = torch.stack([some.min(), some.max(), lengths.sum()]).tolist()
-    _check_range(least, longest, size)
+    _check_range(least, longest, rows, hidden)
     lengths = to_device(lengths, device)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    if rows == batch * size:
+    if hidden.dim() == 2 or rows == batch * hidden.shape[1]:
         return None, cu_seqlens, longest
-    first = torch.arange(batch, device=device) * size - cu_seqlens[:-1]
+    first = torch.arange(batch, device=device) * hidden.shape[1] - cu_seqlens[:-1]
     return torch.arange(rows, device=device) + first.repeat_interleave(lengths, output_size=rows), cu_seqlens, longest

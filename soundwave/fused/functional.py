@@ -23,6 +23,7 @@ from soundwave.fused.arguments import (
     padded_targets,
 )
 from soundwave.fused.linear import LinearCTCOutput, linear_cross_entropy, linear_ctc_loss, linear_ctc_path
+from soundwave.fused.rows import Packed
 from soundwave.kernels import ctc as _ctc
 from soundwave.kernels import ctc_peaks as _ctc_peaks
 from soundwave.kernels import norm as _norm
@@ -202,12 +203,12 @@ def ctc_peaks(
     """One frame for each run of equal ids on a CTC path. Not differentiable.
 
     Args:
-        path: int [B, T], one id a frame; values past `lengths` are ignored.
-        lengths: int [B], on the CPU if possible.
+        path: int [B, T], one id a frame; values past `lengths` are ignored. Or packed [N], the sum of the lengths.
+        lengths: int [B], on the CPU if possible; those of a packed path on CUDA cost one more wait.
         blank: the id of the blank.
         keep: "peaks" keeps the frame of the highest score in every run of a non-blank id: the first of equal scores,
             none if one of them is NaN. "runs" keeps the first frame of every run, including runs of the blank.
-        scores: float [B, T], e.g. `path_log_prob`, compared in float32; needed for "peaks".
+        scores: float, shaped as path, e.g. `path_log_prob`, compared in float32; needed for "peaks".
 
     Returns:
         `index` and `cu_seqlens` on the device of `path`. `max_seqlen` and the number of kept frames come to the host in
@@ -217,8 +218,17 @@ def ctc_peaks(
         ValueError: tensors that do not fit; a length on the CPU that is negative or more than T. On CUDA such a length
             counts as 0 or T.
     """
-    expect("path", path, ("B", "T"), floating=False)
     refuse_vmap("ctc_peaks", path, lengths, scores)
+    if isinstance(path, Tensor) and path.dim() == 1 and not path.is_meta:
+        expect("path", path, ("N",), floating=False)
+        if scores is not None:
+            expect("scores", scores, path.shape, path)
+        packed = Packed.of("path", path, lengths)
+        path, scores = packed.pad(path, -1), None if scores is None else packed.pad(scores)
+        peaks = ctc_peaks(path, packed.lengths, blank=blank, keep=keep, scores=scores, impl=impl)
+        # The places of packed rows rise, so their order tells the row of a place.
+        return peaks if packed.place is None else peaks._replace(index=torch.searchsorted(packed.place, peaks.index))
+    expect("path", path, ("B", "T"), floating=False)
     if path.is_meta:
         raise ValueError("path is on meta, but it must have values, because they give the number of kept frames")
     lengths = lengths_of("lengths", lengths, path.shape[0], path)
@@ -328,17 +338,8 @@ def splice(
             for the length of the longest result anyway.
         RuntimeError: a second derivative.
     """
-    expect("input_ids", input_ids, ("B", "L"), floating=False)
+    check_splice(embeddings, input_ids, attention_mask, speech, cu_seqlens, labels, input_ids)
     batch, width = input_ids.shape
-    refuse_transforms("splice", embeddings, speech)
-    expect("embeddings", embeddings, (batch, width, "D"), input_ids)
-    expect("attention_mask", attention_mask, (batch, width), input_ids, floating=None)
-    expect("speech", speech, ("K", embeddings.shape[2]), input_ids)
-    expect("cu_seqlens", cu_seqlens, ("A + 1",), floating=False)
-    if labels is not None:
-        expect("labels", labels, (batch, width), input_ids, floating=False)
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens is empty, but it must hold at least the 0 before the first recording")
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side = {padding_side!r}, but it must be 'right' or 'left'")
     source, inverse = _splice.splice_places(
@@ -354,3 +355,26 @@ def splice(
     is_text = (source >= 0) & (source < batch * width)
     padded = torch.cat([labels.flatten(), labels.new_full((1,), IGNORE_INDEX)])
     return Spliced(out, mask, padded[torch.where(is_text, source, batch * width)])
+
+
+def check_splice(
+    embeddings: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    speech: Tensor,
+    cu_seqlens: Tensor,
+    labels: Tensor | None,
+    like: Tensor | None,
+) -> None:
+    """An error unless the arguments of `splice` fit each other; embeddings and speech are on the device of `like`."""
+    expect("input_ids", input_ids, ("B", "L"), floating=False)
+    batch, width = input_ids.shape
+    refuse_transforms("splice", embeddings, speech)
+    expect("embeddings", embeddings, (batch, width, "D"), like)
+    expect("attention_mask", attention_mask, (batch, width), input_ids, floating=None)
+    expect("speech", speech, ("K", embeddings.shape[2]), embeddings)
+    expect("cu_seqlens", cu_seqlens, ("A + 1",), floating=False)
+    if labels is not None:
+        expect("labels", labels, (batch, width), input_ids, floating=False)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens is empty, but it must hold at least the 0 before the first recording")

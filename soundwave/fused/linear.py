@@ -24,6 +24,7 @@ from soundwave.fused.arguments import (
     padded_targets,
     product_dtype_of,
 )
+from soundwave.fused.rows import Packed
 from soundwave.kernels import linear_cross_entropy as _linear_cross_entropy
 from soundwave.kernels import linear_ctc as _linear_ctc
 from soundwave.kernels import linear_ctc_path as _linear_ctc_path
@@ -71,7 +72,8 @@ def linear_ctc_loss(
     """CTC of `softmax(hidden @ weight.T)` without the [B, T, V] logits, and each frame's most probable id.
 
     Args:
-        hidden: [B, T, D]. Frames past a length cost nothing and may have any values.
+        hidden: [B, T, D]. Frames past a length cost nothing and may have any values. Or packed [N, D], the sum of the
+            lengths: then path and path_log_prob are [N].
         weight: [V, D], the head; trained if it requires a gradient.
         targets: int [B, U], padded with anything past `target_lengths`, or concatenated [sum of lengths]; None computes
             the path only.
@@ -96,6 +98,14 @@ def linear_ctc_loss(
             For values on CUDA the loss of that utterance is NaN, and the error comes at backward or at the next call.
         RuntimeError: a second derivative.
     """
+    if isinstance(hidden, Tensor) and hidden.dim() == 2:
+        packed = Packed.of("hidden", hidden, input_lengths)
+        out = linear_ctc_loss(
+            packed.pad(hidden), weight, targets, packed.lengths, target_lengths, blank=blank, blank_weight=blank_weight,
+            blank_bias=blank_bias, reduction=reduction, zero_infinity=zero_infinity, exact=exact, impl=impl,
+            validate=validate,
+        )  # fmt: skip
+        return out._replace(path=packed.unpad(out.path), path_log_prob=packed.unpad(out.path_log_prob))
     if targets is None:
         path = linear_ctc_path(
             hidden, weight, input_lengths, blank=blank, blank_weight=blank_weight, blank_bias=blank_bias, impl=impl,
@@ -140,11 +150,18 @@ def linear_ctc_path(
     impl: str = "auto",
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The most probable id of each frame [B, T] and its log-probability [B, T].
+    """The most probable id of each frame [B, T] and its log-probability [B, T], or [N] for packed rows.
 
     Of equally probable ids it is the lowest. Past a length the id is -1 and the log-probability 0. Arguments, numerics
     and errors are those of `linear_ctc_loss`. It takes one product and has no gradient.
     """
+    if isinstance(hidden, Tensor) and hidden.dim() == 2:
+        packed = Packed.of("hidden", hidden, lengths)
+        path, scores = linear_ctc_path(
+            packed.pad(hidden), weight, packed.lengths, blank=blank, blank_weight=blank_weight, blank_bias=blank_bias,
+            impl=impl, validate=validate,
+        )  # fmt: skip
+        return packed.unpad(path), packed.unpad(scores)
     blank = as_integer("blank", blank)
     weights = check_head(hidden, weight, blank, blank_weight, blank_bias)
     lengths = lengths_of("lengths", lengths, hidden.shape[0], hidden)

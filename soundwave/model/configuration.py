@@ -46,6 +46,8 @@ class SoundwaveConfig(PretrainedConfig):
         spec_augment_time_masks, spec_augment_time_width: number of time masks and their largest width in 10 ms frames.
         spec_augment_mel_masks, spec_augment_mel_width: number of frequency masks and their largest width in mel bins.
         implementation: "fused" (`soundwave.fused`) or "eager" (`soundwave.eager`, plain PyTorch); the same parameters.
+        packed: the fused modules compute on packed rows, and language models that can train on packed sequences. False
+            pads them.
         exact: the fused CTC computes its gradient over all columns instead of skipping those that are almost 0.
         template_date: the day, as YYYY-MM-DD, that a chat template takes for today. It is saved, so that prompts are
             the same on every day.
@@ -82,6 +84,7 @@ class SoundwaveConfig(PretrainedConfig):
         spec_augment_mel_masks: int = 2,
         spec_augment_mel_width: int = 10,
         implementation: str = "fused",
+        packed: bool = True,
         exact: bool = False,
         template_date: str = TEMPLATE_DATE,
         ctc_space_label: bool = False,
@@ -131,6 +134,7 @@ class SoundwaveConfig(PretrainedConfig):
         self.spec_augment_mel_masks = spec_augment_mel_masks
         self.spec_augment_mel_width = spec_augment_mel_width
         self.implementation = _one_of("implementation", implementation, ("fused", "eager"))
+        self.packed = packed
         self.exact = exact
         self.template_date = _day("template_date", template_date)
         self.ctc_space_label = ctc_space_label

@@ -4,6 +4,7 @@ Every stage loads only what it needs: stage I loads no language model, only its 
 head.
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,13 @@ from transformers.utils import ModelOutput
 
 from soundwave import eager, fused
 from soundwave.backbones.load import load_encoder, load_language_model, load_output_embedding
+from soundwave.fused.arguments import expect
+from soundwave.fused.rows import Packed
+from soundwave.fused.sequences import splice_packed
 from soundwave.kernels.dispatch import to_device
 from soundwave.model.augment import spec_augment
 from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.packed import ATTENTION, decode_packed, encode_packed, reason_against_packing
 
 WEIGHTS_FILE = "model.safetensors"
 FP32_BYTES = 4
@@ -85,6 +90,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         self.post_init()
         self.audio_tower = audio_tower
         self.language_model = language_model
+        self._can_pack: bool | None = None  # whether the language model can, once that is known
         self.register_buffer("_head", None, persistent=False)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -258,16 +264,23 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
-    def encode(self, input_features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def packed(self) -> bool:
+        """Whether the model computes on packed rows, so that padding costs nothing."""
+        return self.config.packed and self.config.implementation == "fused"
+
+    def encode(self, input_features: Tensor, feature_lengths: Tensor, packed: bool = False) -> tuple[Tensor, Tensor]:
         """Whisper's encoder at the clips' true lengths.
 
         Args:
             input_features: [A, n_mels, T_mel], log-mel at 100 Hz; padding may hold any values.
             feature_lengths: int [A], in mel frames.
+            packed: return the frames of the clips one after another.
 
         Returns:
-            Frames at 50 Hz [A, ceil(T_mel / 2), E] and their lengths. A clip's frames do not depend on its neighbours
-            in the batch: padding is zeroed before each convolution, as at a clip's own end, and masked in attention.
+            Frames at 50 Hz [A, ceil(T_mel / 2), E] and their lengths; with `packed`, if the model computes on packed
+            rows, they are [N, E]. A clip's frames do not depend on its neighbours in the batch: padding is zeroed
+            before each convolution, as at a clip's own end, and masked in attention.
         """
         tower = self.audio_tower
         limit = 2 * tower.config.max_source_positions
@@ -276,6 +289,9 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 f"input_features has {input_features.shape[-1]} mel frames, but the encoder takes {limit} "
                 f"({limit / 100:g} s): cut the recording, e.g. with soundwave.inference.long.windows"
             )
+        if self.packed:
+            rows, lengths = encode_packed(tower, input_features, feature_lengths.cpu())
+            return rows if packed else _padded(rows, lengths, -(-input_features.shape[-1] // 2)), lengths
         mel_lengths, lengths = to_device(feature_lengths, input_features.device), (feature_lengths + 1) // 2
         mel_mask = eager.length_mask(mel_lengths, input_features.shape[-1])[:, None, :]
         x = input_features.masked_fill(~mel_mask, 0.0).to(self.compute_dtype)  # no product, because padding may be NaN
@@ -291,7 +307,11 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         return tower.layer_norm(x), lengths
 
     def align(
-        self, input_features: Tensor, feature_lengths: Tensor | None, ctc_labels: Tensor | None = None
+        self,
+        input_features: Tensor,
+        feature_lengths: Tensor | None,
+        ctc_labels: Tensor | None = None,
+        packed: bool = False,
     ) -> tuple[Tensor, Tensor, eager.LinearCTCOutput]:
         """Encode the audio, align its frames to the LLM's embeddings, and run CTC over them, in `compute_dtype`.
 
@@ -305,8 +325,19 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
         Returns:
             Aligned frames [A, T, D], their lengths int [A] (on the CPU, with the eager implementation on the device),
-            and the result of CTC.
+            and the result of CTC; with `packed`, if the model computes on packed rows, frames [N, D] and a path [N].
         """
+        hidden, lengths, ctc = self._align(input_features, feature_lengths, ctc_labels)
+        if self.packed and not packed:
+            size = -(-input_features.shape[-1] // (2 * self.config.frame_stack))
+            path, scores = (_padded(x, lengths, size, value) for x, value in ((ctc.path, -1), (ctc.path_log_prob, 0)))
+            hidden, ctc = _padded(hidden, lengths, size), ctc._replace(path=path, path_log_prob=scores)
+        return hidden, lengths, ctc
+
+    def _align(
+        self, input_features: Tensor, feature_lengths: Tensor | None, ctc_labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, eager.LinearCTCOutput]:
+        """`align`, packed if the model computes on packed rows."""
         if feature_lengths is None:
             feature_lengths = torch.full((input_features.shape[0],), input_features.shape[-1], device="cpu")
         # From here on the host reads them as often as it wants. The eager modules compute with them on the device.
@@ -317,7 +348,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 on_device = to_device(feature_lengths, input_features.device)
                 input_features = spec_augment(input_features, on_device, self.config)
             with torch.no_grad():
-                frames, lengths = self.encode(input_features, feature_lengths)
+                frames, lengths = self.encode(input_features, feature_lengths, self.packed)
             hidden, lengths = self.alignment(frames, lengths)
             if ctc_labels is None:
                 return hidden, lengths, self._ctc(hidden, lengths)
@@ -327,14 +358,15 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             transcribed = counts > 0
             if transcribed.all():
                 return hidden, lengths, self._ctc(hidden, lengths, targets, counts)
-            path = torch.full(hidden.shape[:2], -1, device=hidden.device)
-            scores = torch.zeros(hidden.shape[:2], device=hidden.device)
+            path = torch.full(hidden.shape[:-1], -1, device=hidden.device)
+            scores = torch.zeros(hidden.shape[:-1], device=hidden.device)
             # Without any transcript the CTC loss is 0, but it stays connected to the parameters, so each of them still
             # gets a (zero) gradient.
             loss = torch.cat([x.flatten()[:0] for x in (hidden, self.blank_weight, self.blank_bias)]).sum()
             for chosen in (transcribed, ~transcribed):
                 if chosen.any():
-                    rows = to_device(chosen.nonzero()[:, 0], hidden.device)
+                    rows = chosen.repeat_interleave(lengths.to(torch.int64)) if self.packed else chosen
+                    rows = to_device(rows.nonzero()[:, 0], hidden.device)
                     labels = (targets[chosen], counts[chosen]) if chosen is transcribed else ()
                     part = self._ctc(hidden.index_select(0, rows), lengths[chosen], *labels)
                     path.index_copy_(0, rows, part.path)
@@ -363,6 +395,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
     def kept_frames(self, ctc: eager.LinearCTCOutput, lengths: Tensor) -> eager.Peaks:
         """The frames that the language model reads: `config.keep` chooses them from the result of `align`."""
+        if self.config.keep == "frames" and ctc.path.dim() == 1:
+            bounds = to_device(F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), ctc.path.device)
+            index = torch.arange(len(ctc.path), device=ctc.path.device)
+            return eager.Peaks(index, bounds, int(lengths.max()) if len(lengths) else 0)
         if self.config.keep == "frames":
             return eager.every_frame(lengths.to(ctc.path.device), ctc.path.shape[1])
         return self._operations.ctc_peaks(
@@ -377,9 +413,9 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         `docs/log.md`).
         """
         with self._autocast():
-            frames, lengths = self.encode(input_features, feature_lengths)
+            frames, lengths = self.encode(input_features, feature_lengths, self.packed)
             hidden, lengths = self.alignment(frames, lengths)
-            rows = hidden[eager.length_mask(lengths, hidden.shape[1])]
+            rows = hidden if self.packed else hidden[eager.length_mask(lengths, hidden.shape[1])]
             head = self.head_weight
             # In chunks, because the logits of 32 clips of 30 s take 23 GiB with the vocabulary of Llama 3.
             chunks = rows.split(max(1, BLANK_CHUNK_BYTES // (FP32_BYTES * head.shape[0])))
@@ -400,16 +436,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         """Splice the shrunk kept frames into the text -> embeddings, mask, labels, cu_seqlens of the kept frames."""
         input_ids, attention_mask = (to_device(x, self.device) for x in (input_ids, attention_mask))
         labels = None if labels is None else to_device(labels, self.device)
-        placeholder = input_ids == self.config.audio_placeholder_id
-        embeddings = self.language_model.get_input_embeddings()(input_ids.masked_fill(placeholder, 0))
-        if hidden is None or lengths is None or ctc is None:
-            speech, cu_seqlens = (
-                embeddings.new_zeros(0, embeddings.shape[-1]),
-                torch.zeros(1, dtype=torch.int32),
-            )
-        else:
-            peaks = self.kept_frames(ctc, lengths)
-            speech, cu_seqlens = self.shrinking(hidden, lengths, peaks), peaks.cu_seqlens
+        embeddings = self._embed(input_ids)
+        speech, cu_seqlens = self._speech(hidden, lengths, ctc, embeddings)
         embeddings, mask, labels = self._operations.splice(
             embeddings,
             input_ids,
@@ -422,6 +450,65 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         )
         return embeddings, mask, labels, cu_seqlens
 
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """The language model's embeddings [B, L, D] of tokens, with anything at the placeholders."""
+        tokens = input_ids.masked_fill(input_ids == self.config.audio_placeholder_id, 0)
+        return self.language_model.get_input_embeddings()(to_device(tokens, self.device))
+
+    def _speech(
+        self, hidden: Tensor | None, lengths: Tensor | None, ctc: eager.LinearCTCOutput | None, embeddings: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The shrunk kept frames [K, D] that stand beside `embeddings`, and their bounds int32 [A + 1]."""
+        if hidden is None or lengths is None or ctc is None:
+            return embeddings.new_zeros(0, embeddings.shape[-1]), torch.zeros(1, dtype=torch.int32)
+        peaks = self.kept_frames(ctc, lengths)
+        return self.shrinking(hidden, lengths, peaks), peaks.cu_seqlens
+
+    def _packs_sequences(self) -> bool:
+        """Whether the language model trains on packed sequences. If it cannot, a warning gives the reason, once."""
+        if self._can_pack is None:
+            reason = reason_against_packing(self.language_model)
+            self._can_pack = not reason
+            if reason:
+                kind = self.language_model.config.model_type
+                warnings.warn(f"the language model ({kind}) trains on padded sequences, because {reason}", stacklevel=3)
+        return self._can_pack
+
+    def _answers_of_packed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        hidden: Tensor | None,
+        lengths: Tensor | None,
+        ctc: eager.LinearCTCOutput | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The language model over packed sequences.
+
+        Returns:
+            [n, D], the last states of the rows before those tokens that have a label and a row before them.
+            int64 [n], these labels, on the CPU. int32 [A + 1], the bounds of the kept frames.
+        """
+        input_ids, attention_mask, labels = (x.cpu() for x in (input_ids, attention_mask, labels))
+        embeddings = self._embed(input_ids)
+        speech, kept = self._speech(hidden, lengths, ctc, embeddings)
+        sequences = splice_packed(
+            embeddings,
+            input_ids,
+            attention_mask,
+            speech,
+            kept.cpu(),
+            audio_placeholder_id=self.config.audio_placeholder_id,
+            labels=labels,
+        )
+        spliced, bounds = sequences.labels, sequences.cu_seqlens
+        assert spliced is not None
+        answered = spliced != eager.IGNORE_INDEX
+        answered[bounds[:-1][bounds.diff() > 0]] = False
+        place = answered.nonzero()[:, 0]
+        states = decode_packed(self.language_model, sequences.embeddings, bounds, sequences.max_seqlen)
+        return states.index_select(0, to_device(place - 1, states.device)), spliced[place].to(torch.int64), kept
+
     def _answers(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -431,7 +518,13 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             int64 [B, L] on the CPU: 0, 1, 2, … for the tokens that have a label and a token or a frame before them, and
             -100 elsewhere.
             int64 [n], their labels.
+
+        Raises:
+            ValueError: tensors of other shapes than `input_ids`; labels that are no integers.
         """
+        expect("input_ids", input_ids, ("B", "L"), floating=False)
+        expect("attention_mask", attention_mask, tuple(input_ids.shape), floating=None)
+        expect("labels", labels, tuple(input_ids.shape), floating=False)
         ids, mask, labels = torch.stack([x.to(torch.int64) for x in (input_ids, attention_mask, labels)]).cpu()
         is_text = mask.bool() & (ids != self.config.audio_placeholder_id)
         is_audio = mask.bool() & ~is_text
@@ -453,10 +546,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         if not hasattr(decoder, "rotary_emb") or getattr(config, "alibi", False):
             return mask
         window = getattr(config, "sliding_window", None)
-        if config._attn_implementation not in ("eager", "sdpa") or (window is not None and window < size):
+        if config._attn_implementation not in ("eager", "sdpa", ATTENTION) or (window is not None and window < size):
             return mask  # FlashAttention unpads the rows, and a window needs a mask of its own
         causal = torch.ones(size, size, dtype=torch.bool, device=embeddings.device).tril_()[None, None]
-        if config._attn_implementation == "sdpa":
+        if config._attn_implementation != "eager":
             return causal
         hidden = torch.finfo(embeddings.dtype).min
         return embeddings.new_zeros(causal.shape).masked_fill_(~causal, hidden)
@@ -492,15 +585,23 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         with self._autocast():
             hidden = lengths = ctc = None
             if input_features is not None:
-                hidden, lengths, ctc = self.align(input_features, feature_lengths, ctc_labels)
+                hidden, lengths, ctc = self.align(input_features, feature_lengths, ctc_labels, self.packed)
             out = SoundwaveOutput()
             if ctc is not None:
                 out.path, out.path_lengths, out.ctc_loss = ctc.path, lengths, ctc.loss
+            if self.packed and input_features is not None:
+                out.path = _padded(ctc.path, lengths, -(-input_features.shape[-1] // (2 * self.config.frame_stack)), -1)
             if self.language_model is None or input_ids is None:
                 out.loss = out.ctc_loss
                 return out
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
+            if labels is not None and self.training and self.packed and self._packs_sequences():
+                rows, wanted, out.cu_seqlens = self._answers_of_packed(
+                    input_ids, attention_mask, labels, hidden, lengths, ctc
+                )
+                self._add_lm_loss(out, rows, wanted)
+                return out
             order = wanted = None
             if labels is not None:
                 order, wanted = self._answers(input_ids, attention_mask, labels, lengths)
@@ -517,14 +618,16 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 places = torch.arange(order.numel(), device=order.device)
                 slot = order.flatten().where(order.flatten() >= 0, len(wanted))
                 place = places.new_empty(len(wanted) + 1).scatter_(0, slot, places)[:-1]
-                rows = states.flatten(0, 1).index_select(0, place - 1)
-                wanted = to_device(wanted, rows.device) if self.config.implementation == "eager" else wanted
-                summed = self._operations.linear_cross_entropy(rows, self.head_weight, wanted, reduction="sum")
-                lm_loss = summed / max(wanted.numel(), 1)  # 0 without any answer, where a mean would be NaN
-                out.loss = out.lm_loss = lm_loss
-                if out.ctc_loss is not None:
-                    out.loss = lm_loss + self.config.ctc_weight * out.ctc_loss
+                self._add_lm_loss(out, states.flatten(0, 1).index_select(0, place - 1), wanted)
             return out
+
+    def _add_lm_loss(self, out: SoundwaveOutput, rows: Tensor, wanted: Tensor) -> None:
+        """Set the losses of `out`: `rows` [n, D] are the states that predict the tokens `wanted` int64 [n]."""
+        wanted = to_device(wanted, rows.device) if self.config.implementation == "eager" else wanted
+        summed = self._operations.linear_cross_entropy(rows, self.head_weight, wanted, reduction="sum")
+        out.loss = out.lm_loss = summed / max(wanted.numel(), 1)  # 0 without any answer, where a mean would be NaN
+        if out.ctc_loss is not None:
+            out.loss = out.lm_loss + self.config.ctc_weight * out.ctc_loss
 
     @torch.no_grad()
     def generate(
@@ -547,9 +650,15 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         with self._autocast():
             hidden = lengths = ctc = None
             if input_features is not None:
-                hidden, lengths, ctc = self.align(input_features, feature_lengths)
+                hidden, lengths, ctc = self.align(input_features, feature_lengths, None, self.packed)
             embeddings, mask, _, _ = self._splice(input_ids, attention_mask, hidden, lengths, ctc, None, "left")
             return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)
+
+
+def _padded(rows: Tensor, lengths: Tensor, size: int, value: float = 0.0) -> Tensor:
+    """Packed `rows` [N, ...] as [A, size, ...], with `value` past the lengths."""
+    padded = Packed.of("rows", rows, lengths).pad(rows, value)
+    return F.pad(padded, (*[0] * (2 * rows.dim() - 2), 0, size - padded.shape[1]), value=value)
 
 
 def trained_prefixes(stage: int) -> tuple[str, ...]:
