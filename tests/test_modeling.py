@@ -322,6 +322,24 @@ def test_a_placeholder_without_a_recording_is_refused(model, batch):
         model(**inputs)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("labels", lambda x: x[:, :-1], r"labels has shape \[2, (\d+)\], but it must be \[2, (?!\1)\d+\]"),
+        ("attention_mask", lambda x: x[:1], r"attention_mask has shape \[1, (\d+)\], but it must be \[2, \1\]"),
+        ("labels", torch.Tensor.float, "labels is torch.float32, but it must be int32 or int64"),
+        ("input_ids", torch.Tensor.flatten, r"input_ids has shape \[\d+\], but it must be \[B, L\]"),
+    ],
+    ids=["short-labels", "another-batch", "float-labels", "one-row-of-tokens"],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_text_that_does_not_fit_is_named(model, batch, name, change, message, training):
+    inputs = rows(batch, 0, 1)
+    model.train(training)
+    with pytest.raises(ValueError, match=message):
+        model(**inputs | {name: change(inputs[name])})
+
+
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 def test_every_trained_parameter_gets_a_gradient_and_no_other(model, batch, stage):
     trained = freeze_all_but(model, TRAINED[stage])
