@@ -16,7 +16,7 @@ help:
 	@echo "make demo    train the three stages on the embedded default and show the result in runs/demo"
 	@echo "             QUICK=1: a few minutes only, in runs/demo-quick;  SEED=1: another corpus and initialisation"
 	@echo "make test    run the tests"
-	@echo "make ptx     run every kernel as compiled code, emulated, and write docs/ptx.md and docs/ptx-barriers.md: half an hour"
+	@echo "make ptx     run every kernel as compiled code, emulated, and write docs/ptx.md and docs/ptx-barriers.md: a quarter of an hour"
 	@echo "make lint    check style and formatting"
 	@echo "make clean   remove $(VENV), build outputs and caches of tools; runs/ stays"
 	@echo "Variables:   PYTHON=python3.12 (3.10 or newer)   VENV=$(VENV)   JOBS=$(JOBS) (of test, ptx)   PIP_ARGS=\"--index-url URL\""

@@ -5,7 +5,10 @@
 
 import json
 import re
+import struct
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +64,26 @@ def test_a_barrier_that_nothing_notices_needs_a_reason_and_a_reason_such_a_barri
     more = [*barriers, first._replace(variant="w")]  # one more at the line than the reason was given for
     assert unexplained(more, [known]) == [first, more[-1]]
     assert stale(barriers, [known]) == [] and stale(barriers, [known, other]) == [other]
+
+
+def test_what_is_wrong_with_all_barriers_is_not_taken_for_the_loss_of_one():
+    """Two warps store different values; the barrier behind that is redundant, but each run without it has the race."""
+    import numpy as np
+
+    from tests.ptx import Allocation, EmulationError
+    from tests.ptx.driver import Compiled, Prepared
+    from tests.ptx.handwritten import text
+    from tests.ptx.mutate import Mutation
+
+    array = np.zeros(1, "u4")
+    first_lanes = "and.b32 %r1, %r0, 31;\nsetp.eq.u32 %p1, %r1, 0;\n@%p1 st.global.b32 [%rd0], %r0;\n"
+    compiled = Compiled(text(first_lanes + "bar.sync 0;", 1, 64))
+    prepared = Prepared(
+        compiled, (1, 1, 1), SimpleNamespace(num_warps=2, shared=0), {"array_0": struct.pack("<Q", array.ctypes.data)},
+        [Allocation(array.ctypes.data, array.nbytes, "X")], {},
+    )  # fmt: skip
+    with pytest.raises(EmulationError, match="^race: X, byte 0: .*, although no barrier is missing"):
+        Mutation(86)(prepared)
 
 
 # ---- the driver
@@ -174,6 +197,58 @@ def test_the_example_of_the_documentation(tmp_path):
     assert any("AssertionError" in line for line in broken) and not all("AssertionError" in line for line in broken)
     done = run_compiled("-m", "tests.ptx", "mutate", f"{file}:mended", "--arch", 86)
     assert done.returncode == 0 and "NOT NOTICED" not in done.stdout and "race" in done.stdout
+
+
+def test_runs_are_compared_with_one_that_came_to_its_end(monkeypatch):
+    """A run that an assertion cuts short has launched less than the others, which is no finding of theirs."""
+    import torch
+
+    from tests.ptx import Unsupported, runs
+    from tests.ptx.driver import Launched, Log
+
+    logs = []
+
+    @contextmanager
+    def emulated(arch, **_):
+        logs.append(Log())
+        yield logs[-1]
+
+    def launch(memory: bytes) -> None:
+        compiled = SimpleNamespace(variant="v", program=SimpleNamespace(kernel=SimpleNamespace(opcodes=dict)))
+        report = SimpleNamespace(instructions=1)
+        logs[-1].launches.append(Launched("f", compiled, (1, 1, 1), 1, report, 0.0, memory))
+
+    def function():
+        launch(b"same")
+        if len(logs) == 1:
+            torch.testing.assert_close(torch.zeros(1), torch.ones(1))
+        if len(logs) == 4:
+            raise Unsupported("line 7 of f.py:3: atom.global.add.u32")
+        launch(b"same" if len(logs) < 3 else b"other")
+
+    monkeypatch.setattr(runs, "emulated", emulated)
+    outcomes = list(runs.run("f", function, 86, ["lockstep", "forward", "reverse", "random"]))
+    assert [[finding.kind for finding in outcome.findings] for outcome in outcomes] == [[], [], ["order"], []]
+    assert re.search(r"^AssertionError: .*not close.* \(test_ptx.py:\d+\)$", outcomes[0].error)  # not of torch's file
+    assert outcomes[3].error == "unsupported: line 7 of f.py:3: atom.global.add.u32"  # no line of the emulator
+
+
+def test_mutate_says_why_it_took_nothing_out(monkeypatch, capsys, tmp_path):
+    from tests.ptx import EmulationError, command
+
+    file = tmp_path / "kernels_of_mine.py"
+    file.write_text("def f(): pass\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(command, "mutate", lambda arch, functions: [])
+    assert command.main(["mutate", f"{file}:f"]) == 0
+    assert "no barrier was found" in capsys.readouterr().out
+
+    def broken(arch, functions):
+        raise EmulationError("race: X, byte 0")
+
+    monkeypatch.setattr(command, "mutate", broken)
+    with pytest.raises(SystemExit, match="race: X, byte 0\nNo barrier was taken out"):
+        command.main(["mutate", f"{file}:f"])
 
 
 @pytest.mark.parametrize(

@@ -206,12 +206,16 @@ def test_signs_and_sizes():
 def exact_function(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         x, y = x.astype("f8"), y.astype("f8")
-        return {"ex2": np.exp2(x), "lg2": np.log2(x), "rcp": 1 / x, "sqrt": np.sqrt(x), "div": x / y}[name]
+        results = {
+            "ex2": np.exp2(x), "lg2": np.log2(x), "rcp": 1 / x, "sqrt": np.sqrt(x), "rsqrt": 1 / np.sqrt(x),
+            "div": x / y,
+        }  # fmt: skip
+        return results[name]
 
 
 APPROXIMATIONS = {
     "ex2": "ex2.approx.f32 {d}, {a}", "lg2": "lg2.approx.f32 {d}, {a}", "rcp": "rcp.approx.f32 {d}, {a}",
-    "sqrt": "sqrt.approx.f32 {d}, {a}", "div": "div.full.f32 {d}, {a}, {b}",
+    "sqrt": "sqrt.approx.f32 {d}, {a}", "rsqrt": "rsqrt.approx.f32 {d}, {a}", "div": "div.full.f32 {d}, {a}, {b}",
 }  # fmt: skip
 
 
@@ -225,7 +229,7 @@ def test_approximations_err_by_the_manuals_bound_when_asked_to(name):
     size = np.abs(truth)
     bound = {
         "ex2": size * 2.0**-22, "lg2": np.where(near_one, 1.0, size) * 2.0**-22, "rcp": np.spacing(truth.astype("f4")),
-        "sqrt": size * 2.0**-23, "div": 2 * np.spacing(truth.astype("f4")),
+        "sqrt": size * 2.0**-23, "rsqrt": size * 2.0**-22.9, "div": 2 * np.spacing(truth.astype("f4")),
     }[name].astype("f8")  # fmt: skip
     quiet = apply(APPROXIMATIONS[name], "f4", x, y).astype("f8")
     np.testing.assert_array_equal(quiet, truth.astype("f4"))
@@ -285,6 +289,10 @@ def towards_zero(x: int, y: int) -> int:
     return abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
 
 
+def of_dividend_sign(x: int, y: int) -> int:
+    return x - y * towards_zero(x, y)
+
+
 @pytest.mark.parametrize("kind", INTEGERS)
 def test_integer_arithmetic_wraps(kind):
     values = INTEGERS[kind]
@@ -301,12 +309,14 @@ def test_integer_arithmetic_wraps(kind):
     for name, function in {"and": operator.and_, "or": operator.or_, "xor": operator.xor}.items():
         check_integers(f"{name}.b{bits} {{d}}, {{a}}, {{b}}", dtype, function, x, y)
     check_integers(f"not.b{bits} {{d}}, {{a}}", dtype, operator.invert, values)
+    check_integers(f"mul.hi.{kind} {{d}}, {{a}}, {{b}}", dtype, lambda a, b: a * b >> bits, x, y)
     check_integers(f"mad.lo.{kind} {{d}}, {{a}}, {{b}}, {{a}}", dtype, lambda a, b: a * b + a, x, y)
     if kind.startswith("s"):
         check_integers(f"neg.{kind} {{d}}, {{a}}", dtype, operator.neg, values)
     if bits > 16:
         safe = (y != 0) & ~((x == np.iinfo(dtype).min) & (y == np.array(-1).astype(dtype)) & (kind[0] == "s"))
         check_integers(f"div.{kind} {{d}}, {{a}}, {{b}}", dtype, towards_zero, x[safe], y[safe])
+        check_integers(f"rem.{kind} {{d}}, {{a}}, {{b}}", dtype, of_dividend_sign, x[safe], y[safe])
 
 
 @pytest.mark.parametrize("kind", ["s32", "u32"])
@@ -388,6 +398,15 @@ def test_integers_are_cut_and_extended_by_the_sources_sign(to, source):
     check_integers(f"cvt.{to}.{source} {{d}}, {{a}}", dtype, int, INTEGERS[source])
 
 
+def test_hints_for_caches_change_nothing():
+    x, out = np.arange(64, dtype="u4"), np.zeros(64, "u4")
+    body = f"""createpolicy.fractional.L2::evict_last.b64 %rd25, 1.0; {address("rd21", 0, 8)} {address("rd22", 1, 8)}
+        ld.global.L1::evict_last.L2::cache_hint.v2.b32 {{%r1, %r2}}, [%rd21], %rd25;
+        st.global.cs.b32 [%rd22], %r1; st.global.L1::no_allocate.b32 [%rd22+4], %r2;"""
+    assert run(body, x, out).findings == []
+    np.testing.assert_array_equal(out, x)
+
+
 def test_a_narrow_load_extends_by_its_type():
     x = np.array([0, 1, 127, 128, 255], "u1")
     assert apply("mov.b16 {d}, {a}", "u2", x).tolist() == [0, 1, 127, 128, 255]
@@ -432,11 +451,13 @@ def test_whole_numbers(kind):
 
 @pytest.mark.parametrize("source", ["s32", "u32", "s64"])
 def test_integers_to_floats(source):
-    for to in ("f32", "f64"):
-        wanted = [rounded(Fraction(int(v)), to) if v else 0.0 for v in INTEGERS[source]]
-        assert_same(
-            apply(f"cvt.rn.{to}.{source} {{d}}, {{a}}", DTYPES[to], INTEGERS[source]).astype("f8"), np.array(wanted)
-        )
+    for to in ("f32", "f64", *([] if source == "s64" else ["f16", "bf16"])):
+        close = 257 << np.arange(22, dtype=np.int64)  # halfway between two bf16, and a bit above and below
+        near = [(close + step).astype(INTEGERS[source].dtype) for step in (-1, 0, 1)]
+        values = np.concatenate([INTEGERS[source], *near])
+        wanted = [rounded(Fraction(int(v)), to) if v else 0.0 for v in values]
+        found = apply(f"cvt.rn.{to}.{source} {{d}}, {{a}}", DTYPES[to], values)
+        assert_same(load(found, to), np.array(wanted))
 
 
 @pytest.mark.parametrize("half", ["f16", "bf16"])

@@ -121,7 +121,7 @@ def test_special_registers():
 
 REFUSED = """
 frobnicate.b32 %r1, %r2;
-rem.s32 %r1, %r2, %r3;
+rem.f32 %r1, %r2, %r3;
 atom.global.add.u32 %r1, [%rd1], 1;
 add.cc.s32 %r1, %r1, 1;
 add.sat.s32 %r1, %r1, 1;
@@ -157,7 +157,9 @@ cvt.rn.bf16.s32 %rs1, %r1;
 setp.lt.and.s32 %p1, %r1, %r2, %p2;
 setp.hs.u32 %p1, %r1, %r2;
 setp.foo.f32 %p1, %r1, %r2;
-mul.hi.u32 %r1, %r1, %r2;
+mul.hi.f32 %r1, %r1, %r2;
+mad.hi.u32 %r1, %r1, %r2, %r3;
+rsqrt.approx.ftz.f64 %rd1, %rd2;
 mul.ftz.f64 %rd1, %rd1, %rd2;
 div.f32 %r1, %r1, %r2;
 div.approx.f32 %r1, %r1, %r2;
@@ -192,7 +194,9 @@ cvt.rn.bf16.f32 %rs1, %r1, %r2;
 cvt.rn.bf16x2.f32 %r1, %r2;
 setp.lt.s32 %p1|%p2, %r1, %r2;
 ret.uni %r1;
-createpolicy.fractional.L2::evict_last.b64 %rd1, 1.0;
+createpolicy.range.L2::evict_last.b64 %rd1, [%rd2], 64, 128;
+ld.global.L2::cache_hint.b32 %r1, [%rd1];
+ld.global.L1::evict_last.b32 %r1, [%rd1], %rd2;
 """.strip().splitlines()
 
 
@@ -221,6 +225,13 @@ def test_modules_that_triton_does_not_write_are_refused(old, new):
     assert old in ptx
     with pytest.raises(Unsupported):
         Kernel(ptx.replace(old, new))
+
+
+def test_functions_that_are_called_are_named():
+    """tl.device_print is a call of vprintf."""
+    declared = ".extern .func  (.param .b32 func_retval0) vprintf\n(\n\t.param .b64 vprintf_param_0\n)\n;\n"
+    with pytest.raises(Unsupported, match=r"calls of functions \(vprintf, g\)"):
+        Kernel(declared + ".func g() {\nret;\n}\n" + text("", 1, 32))
 
 
 def test_a_launch_is_what_the_kernel_was_compiled_for():

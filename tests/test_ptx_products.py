@@ -260,6 +260,29 @@ def test_the_fence_is_before_the_barrier_or_behind_it_in_every_warp(lockstep):
     assert "race" in faulty(before="fence.proxy.async.shared::cta;", lockstep=lockstep)
 
 
+ANOTHER = """wgmma.fence.sync.aligned; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+    {%r110, %r111, %r112, %r113}, {a}, %rd30, %p2, 1, 1, 0; wgmma.commit_group.sync.aligned;"""
+FIRST, OTHER = names(100, 4), names(10, 4)  # sums of the first product, factors of both
+WAIT = "wgmma.wait_group.sync.aligned 0; bar.sync 0;"
+TWO = ANOTHER.replace("{a}", OTHER) + " wgmma.wait_group.sync.aligned 1; "
+TOUCHES = {
+    "read": ("add.f32 %r4, %r4, %r101; {wait}", True),
+    "written": ("mov.b32 %r103, 0; {wait}", True),
+    "read in another block": ("bra.uni $ON; $ON: st.global.b32 [%rd1], %r100; {wait}", True),
+    "a factor of the next product": (ANOTHER.replace("{a}", FIRST) + "{wait}", True),
+    "read behind the wait": ("{wait} add.f32 %r4, %r4, %r101;", False),
+    "others are read": ("add.f32 %r4, %r4, %r10; {wait}", False),
+    "the older of two": (TWO + "mov.b32 %r4, %r100; {wait}", False),
+    "the newer of two": (TWO + "mov.b32 %r4, %r110; {wait}", True),
+}
+
+
+@pytest.mark.parametrize("lockstep", [True, False], ids=["lockstep", "by warps"])
+@pytest.mark.parametrize(("after", "found"), TOUCHES.values(), ids=TOUCHES)
+def test_the_sums_of_wgmma_are_there_behind_its_wait(after, found, lockstep):
+    assert faulty(after=after.replace("{wait}", WAIT), lockstep=lockstep) == (["async"] if found else [])
+
+
 # --- shuffles and reductions
 
 SHUFFLES = {  # the lane that lane t reads, or None

@@ -8,7 +8,8 @@ numpy's float32 and float64 round as IEEE 754 says, and so does PTX with `.rn`. 
     bf16          arithmetic in float32, then to nearest even: 24 bits are more than twice 8 and 2, so that rounding
                   twice is rounding once.
     ftz           subnormal operands and results are zeros of the same sign.
-    approximate   ex2, lg2, rcp, sqrt and div.full are rounded from float64, or off by as much as the manual allows.
+    approximate   ex2, lg2, rcp, sqrt, rsqrt and div.full are rounded from float64, or off by as much as the manual
+                  allows.
 """
 
 from fractions import Fraction
@@ -82,11 +83,16 @@ def fma_bf16(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     product, z = x.astype(F8) * y.astype(F8), z.astype(F8)
     s = to_odd(*two_sum(product, z))
     s = np.where(s == 0, product + z, s)
-    short = s.astype(F4)
-    error = s - short.astype(F8)
+    return float32_to_odd(s)
+
+
+def float32_to_odd(x: np.ndarray) -> np.ndarray:
+    """float64 to float32, rounded to odd: `to_bf16` then rounds as if it were the only rounding."""
+    short = x.astype(F4)
+    error = x - short.astype(F8)
     u = short.view(np.int32)
     inexact = ((error > 0) | (error < 0)) & ((u & 1) == 0) & np.isfinite(short)
-    return np.where(inexact, u + np.where((error > 0) == (s > 0), np.int32(1), np.int32(-1)), u).view(F4)
+    return np.where(inexact, u + np.where((error > 0) == (x > 0), np.int32(1), np.int32(-1)), u).view(F4)
 
 
 def fma_f64(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -145,7 +151,8 @@ class Approximate:
 
         ex2   2^-22, relative                   rcp       1 ulp
         lg2   2^-22, absolute for an operand    sqrt      2^-23, relative
-              in (0.5, 2), otherwise relative   div.full  2 ulp
+              in (0.5, 2), otherwise relative   rsqrt     2^-22.9, relative
+                                                div.full  2 ulp
     """
 
     def __init__(self, noise: bool = False):
@@ -185,6 +192,10 @@ class Approximate:
         y = np.sqrt(x.astype(F8))
         return self._within(y, y * self._sign(x) * 2.0**-23) if self.noise else y.astype(F4)
 
+    def rsqrt(self, x: np.ndarray) -> np.ndarray:
+        y = 1.0 / np.sqrt(x.astype(F8))
+        return self._within(y, y * self._sign(x) * 2.0**-22.9) if self.noise else y.astype(F4)
+
     def div(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return self._ulps(x.astype(F8) / y.astype(F8), 2, x)
 
@@ -222,6 +233,12 @@ def quotient(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.where(zero, ~np.zeros_like(x), (x - np.fmod(x, y)) // y)
 
 
+def remainder(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """rem of integers, with the sign of x. Of a division by zero all bits are set."""
+    zero = y == 0
+    return np.where(zero, ~np.zeros_like(x), np.fmod(x, np.where(zero, np.ones_like(y), y)))
+
+
 def shift_left(x: np.ndarray, s: np.ndarray) -> np.ndarray:
     """shl: shifts by the width or more give 0."""
     width = x.dtype.itemsize * 8
@@ -239,6 +256,21 @@ def multiply_wide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """mul.wide: the whole product, twice as wide."""
     wide = f"{x.dtype.kind}{x.dtype.itemsize * 2}"
     return x.astype(wide) * y.astype(wide)
+
+
+def multiply_high(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """mul.hi: the upper half of the product."""
+    bits = x.dtype.itemsize * 8
+    if bits < 64:
+        return (multiply_wide(x, y) >> bits).astype(x.dtype)
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    a, b = x.view(U8), y.view(U8)
+    middle = (a >> half) * (b & low) + ((a & low) * (b & low) >> half)
+    other = (a & low) * (b >> half) + (middle & low)
+    high = (a >> half) * (b >> half) + (middle >> half) + (other >> half)
+    if x.dtype.kind == "i":  # a negative number was taken for one that is 2**64 larger
+        high = high - np.where(x < 0, b, 0) - np.where(y < 0, a, 0)
+    return high.view(x.dtype)
 
 
 def bit_field(x: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:

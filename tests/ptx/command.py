@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.compiling import SHARED_KB
+from tests.ptx import EmulationError
 from tests.ptx.driver import ORDERS, Finding
 from tests.ptx.mutate import mutate, stale, unexplained
 from tests.ptx.runs import Outcome, run
@@ -113,7 +114,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _mutate_functions(arguments: argparse.Namespace) -> int:
     functions = [load(name) for name in arguments.functions]
-    barriers = [barrier for arch in arguments.arch for barrier in mutate(arch, functions)]
+    try:
+        barriers = [barrier for arch in arguments.arch for barrier in mutate(arch, functions)]
+    except EmulationError as error:
+        raise SystemExit(f"{error}\nNo barrier was taken out. `run` tells all that is found.") from error
+    if not barriers:
+        print("no barrier was found in the kernels that were launched, if any were")
     for barrier in barriers:
         print(f"{barrier}: {barrier.noticed or 'NOT NOTICED'}")
     return int(any(not barrier.noticed for barrier in barriers))

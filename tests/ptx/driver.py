@@ -193,7 +193,10 @@ class EmulatedDriver(DriverBase):
         return torch.device("cpu")
 
     def get_benchmarker(self):
-        raise NotImplementedError("the emulator's time says nothing about a GPU's")
+        raise NotImplementedError(
+            "the emulator's time says nothing about a GPU's, so it cannot autotune: launch KERNEL.fn[grid](...), with "
+            "the settings of one configuration, in the place of KERNEL[grid](...)"
+        )
 
 
 def _keep_ptx(backend=None, stages=None, options=None, language=None, capability=None):

@@ -97,8 +97,11 @@ def both(template: Template) -> dict[str, Template]:
 
 
 def multiply(w: BlockWriter, x: Instruction) -> None:
-    types, flags = modifiers(w, x, "rn", "ftz", "lo", "wide")
+    types, flags = modifiers(w, x, "rn", "ftz", "lo", "hi", "wide")
     kind = types[-1]
+    if "hi" in flags:
+        elementwise(w, x, {"integers": _call("multiply_high")}, "hi")
+        return
     if "wide" not in flags:
         elementwise(w, x, both(lambda a, b: f"({a} * {b})"), "ftz", "lo")
         return
@@ -273,9 +276,15 @@ def convert(w: BlockWriter, x: Instruction) -> None:
         value = as_number(w, a, source, flushed)
         w.write(d, to, f"to_integer(np.{WHOLE[how]}({value}.astype(F8)), {storage_name(to)})")
     elif to in FLOATS:
-        if to not in ("f32", "f64") or flags != {"rn"}:
+        exact = f"{w.read(a, source)}.astype(F8)"  # of integers of 32 bits
+        if flags != {"rn"} or (to in ("f16", "bf16") and BITS[source] > 32):
             raise w.unsupported(f"cvt of {source} to {to} with {sorted(flags)}")
-        w.write(d, to, f"{w.read(a, source)}.astype({storage_name(to)})")
+        if to == "bf16":
+            write_number(w, d, to, f"float32_to_odd({exact})")
+        elif to == "f16":
+            w.write(d, to, f"{exact}.astype(F2)")
+        else:
+            w.write(d, to, f"{w.read(a, source)}.astype({storage_name(to)})")
     elif flags:
         raise w.unsupported(f"modifiers {sorted(flags)}")
     else:  # the sign of the source extends it
@@ -293,10 +302,11 @@ def convert_two(w: BlockWriter, x: Instruction, types: list[str], flags: set[str
 
 # How many operands an opcode has, the destination included.
 OPERANDS = {
-    "add": (3,), "sub": (3,), "mul": (3,), "mad": (4,), "fma": (4,), "div": (3,), "min": (3, 4), "max": (3, 4),
+    "add": (3,), "sub": (3,), "mul": (3,), "mad": (4,), "fma": (4,), "div": (3,), "rem": (3,), "min": (3, 4),
+    "max": (3, 4), "rsqrt": (2,), "createpolicy": (1, 2),
     "abs": (2,), "neg": (2,), "rcp": (2,), "sqrt": (2,), "ex2": (2,), "lg2": (2,), "and": (3,), "or": (3,), "xor": (3,),
     "not": (2,), "shl": (3,), "shr": (3,), "bfe": (4,), "prmt": (4,), "popc": (2,), "setp": (3,), "selp": (4,),
-    "mov": (2,), "cvt": (2, 3), "ld": (2,), "st": (2,), "shfl": (5,), "redux": (3,), "bar": (1,), "fence": (0,),
+    "mov": (2,), "cvt": (2, 3), "ld": (2, 3), "st": (2, 3), "shfl": (5,), "redux": (3,), "bar": (1,), "fence": (0,),
     "ldmatrix": (2,), "stmatrix": (2,), "mma": (4,), "wgmma": (0, 1, 6, 7, 8), "cp": (0, 1, 3, 4), "bra": (1,),
     "ret": (0,), "exit": (0,), "barrier": (1,),
 }  # fmt: skip
@@ -311,7 +321,9 @@ OPCODES: dict[str, Callable[[BlockWriter, Instruction], None]] = {
     "max": extreme("maximum"),
     "abs": simple(both(_call("np.abs")), "ftz"),
     "neg": simple(both("(-{})".format), "ftz"),
+    "rem": simple({"integers": _call("remainder")}),
     "rcp": reciprocal,
+    "rsqrt": approximate("rsqrt"),
     "sqrt": approximate("sqrt", "np.sqrt({})"),
     "ex2": approximate("ex2"),
     "lg2": approximate("lg2"),

@@ -8,7 +8,8 @@ A launch is stopped (EmulationError) by what a GPU would stop for, or what would
 and a finding is written down for what leaves the result to chance:
 
     uninit   shared memory is read that no thread of the block wrote
-    async    a load or a store touches bytes while cp.async is under way to them
+    async    a load or a store touches bytes while cp.async is under way to them, or an instruction touches registers
+             while wgmma adds to them (`tensor_cores.py`)
     proxy    wgmma reads what was written without fence.proxy.async since (`tensor_cores.py`)
 
 Races are `races.py`. Shared memory and registers hold 0xA5 at first, so that nothing relies on zeros.

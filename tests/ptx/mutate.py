@@ -96,7 +96,10 @@ class Mutation:
 
     def __call__(self, prepared: Prepared) -> Any:
         compiled, before = prepared.compiled, prepared.memory()
-        report = prepared.launch().run()
+        # With the check of lanes, or what is wrong with all barriers would count as the loss of each of them.
+        report = prepared.launch(**ORDERS["lanes"]).run()
+        for kind, text in report.findings:
+            raise EmulationError(f"{kind}: {text}, although no barrier is missing")
         after = prepared.memory()
         if compiled.variant not in self.barriers:
             lines, name = barrier_lines(compiled.ptx), compiled.program.kernel.name
@@ -118,13 +121,15 @@ class Mutation:
 
 def mutate(arch: int, functions: Iterable[Callable[[], Any]]) -> list[Barrier]:
     """What became of every barrier of the kernels that these functions launch on CPU tensors."""
-    mutation = Mutation(arch)
+    mutation, deterministic = Mutation(arch), torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    for function in functions:
-        torch.manual_seed(0)
-        with emulated(arch, on_launch=mutation, **ORDERS["lockstep"]):
-            function()
-    torch.use_deterministic_algorithms(False)
+    try:
+        for function in functions:
+            torch.manual_seed(0)
+            with emulated(arch, on_launch=mutation, **ORDERS["lockstep"]):
+                function()
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
     return [barrier for barriers in mutation.barriers.values() for barrier in barriers]
 
 

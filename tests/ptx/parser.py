@@ -11,6 +11,7 @@ assembly opens its own), one array of dynamic shared memory. Directives for debu
 
 import bisect
 import re
+import struct
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -122,10 +123,10 @@ class Kernel:
         if len(self.shared) > 1:
             raise Unsupported(f"several arrays of shared memory: {self.shared}")
         entries = list(re.finditer(r"\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", text, re.S))
-        if len(entries) != 1 or re.search(r"\.func\b", text):
-            raise Unsupported(
-                f"{len(entries)} entry functions, or functions that are called; wanted one entry function"
-            )
+        if called := re.findall(r"\.func\b\s*(?:\([^)]*\)\s*)?([\w$]+)", text):
+            raise Unsupported(f"calls of functions ({', '.join(called)}), as of tl.device_print and tl.device_assert")
+        if len(entries) != 1:
+            raise Unsupported(f"{len(entries)} entry functions; wanted one")
         (entry,) = entries
         self.name = entry[1]
         self.params = []
@@ -234,6 +235,8 @@ class Kernel:
             return Float(int(found[1], 16), 32)
         if found := re.match(r"0[dD]([0-9a-fA-F]{16})$", text):
             return Float(int(found[1], 16), 64)
+        if re.match(r"-?\d+\.\d+$", text):
+            return Float(int.from_bytes(struct.pack("<d", float(text)), "little"), 64)
         if found := re.match(r"(-?)(?:(0[xX][0-9a-fA-F]+)|0([0-7]+)|(\d+))U?$", text):
             value = int(found[2], 16) if found[2] else int(found[3], 8) if found[3] else int(found[4])
             return Integer(-value if found[1] else value)

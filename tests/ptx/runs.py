@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.accuracy import Judged, recorded
+from tests.ptx import EmulationError
 from tests.ptx.driver import ORDERS, Finding, Log, emulated
 
 
@@ -94,14 +95,16 @@ def run(name: str, function: Callable[[], Any], arch: int, orders: Iterable[str]
             with recorded() as judged, emulated(arch, hashes=True, **ORDERS[order]) as log:
                 function()
         except Exception as problem:  # an assertion, or whatever a wrong result may lead to
-            place = traceback.extract_tb(problem.__traceback__)[-1]
-            text = " ".join(str(problem).split())[:300]
-            error = f"{type(problem).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
+            frames = traceback.extract_tb(problem.__traceback__)
+            place = next((x for x in frames[::-1] if "site-packages" not in x.filename), frames[-1])
+            error = " ".join(str(problem).split())[:300]
+            if not isinstance(problem, EmulationError):  # these name the line of the kernel
+                error = f"{type(problem).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         finally:
             torch.use_deterministic_algorithms(before)
         if order != "noise":
             if first and not error:
                 log.findings += _compare(first, log, order)
-            first = first or log
+            first = first or (None if error else log)  # a run that was cut short has not launched everything
         findings = list(dict.fromkeys(log.findings))
         yield Outcome(name, arch, order, error, findings, _parts(log), judged, time.perf_counter() - start)

@@ -147,20 +147,35 @@ def _note_rows(unit: Unit, some: Any, rows: np.ndarray, write: bool, instruction
 
 
 class Products:
-    """wgmma of one unit: what those that nobody has waited for read. Others must not write it before."""
+    """wgmma of one unit: what those that nobody has waited for read, which others must not write before, and the
+    registers that they add to. These have their sums at once here, on a GPU only after the wait.
+    """
 
     def __init__(self):
         self.open: list[Access] = []
         self.groups: list[list[Access]] = []
+        self.sums: set[int] = set()  # registers, since the last commit
+        self.sums_of_groups: list[set[int]] = []
+
+    def start(self, sums: tuple[int, ...]) -> None:
+        self.sums.update(sums)
 
     def commit(self) -> None:
         self.groups.append(self.open)
-        self.open = []
+        self.sums_of_groups.append(self.sums)
+        self.open, self.sums = [], set()
 
     def wait(self, unit: Unit, count: int) -> None:
         while len(self.groups) > count:
+            self.sums_of_groups.pop(0)
             for access in self.groups.pop(0):
                 unit.memory.races.note(unit.memory.shared_space, access, by_lane=False)
+
+    def touch(self, unit: Unit, registers: tuple[int, ...], instruction: Instruction) -> None:
+        """Another instruction reads or writes these registers."""
+        if not all(sums.isdisjoint(registers) for sums in (self.sums, *self.sums_of_groups)):
+            text = f"registers: touched while wgmma adds to them, before wgmma.wait_group ({instruction})"
+            unit.memory.report.add("async", instruction, text)
 
     def end_stretch(self, unit: Unit) -> None:
         """What is under way goes on into the next stretch between barriers."""

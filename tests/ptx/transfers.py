@@ -3,7 +3,7 @@
 Modifiers that change nothing here:
 
     aligned, sync    every lane of the warp executes it: checked at each call (`warps.active_warps`)
-    ca, cg           of cp.async: which caches keep the line
+    HINTS            of ld, st and cp.async: which caches keep the line, and how long (createpolicy)
     shared::cta      shared memory of the own block, which .shared means, too
     row, col         of mma: the only layout there is for these shapes
 """
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)$")
 SHARED = ("shared", "shared::cta")
 DEPTHS = {"bf16": 16, "f16": 16, "tf32": 8}  # of one product on tensor cores
+HINTS = {"ca", "cg", "cs", "wb", "wt", "L1::no_allocate", "L2::cache_hint"} | {
+    f"L1::evict_{when}" for when in ("normal", "unchanged", "first", "last")
+}
 PLAIN = {"f16": "b16", "bf16": "b16", "f32": "b32", "f64": "b64"}
 
 
@@ -55,11 +58,19 @@ def address(w: BlockWriter, operand: Address) -> str:
 
 def access(w: BlockWriter, x: Instruction) -> tuple[str, str, int]:
     """(space, type, elements) of ld and st."""
-    space, *vector, kind = x.modifiers
+    space, *vector, kind = (m for m in x.modifiers if m not in HINTS)
+    if len(x.operands) != 2 + ("L2::cache_hint" in x.modifiers):  # the last one is the policy
+        raise w.unsupported(f"{len(x.operands)} operands")
     n = int(vector[0][1:]) if vector and vector[0] in ("v2", "v4") else 1
     if len(vector) != (n > 1) or kind not in BITS or space not in ("param", "global", *SHARED):
         raise w.unsupported(f"modifiers {x.modifiers}")
     return "shared" if space in SHARED else space, kind, n
+
+
+def create_policy(w: BlockWriter, x: Instruction) -> None:
+    """What L2::cache_hint takes; nothing else reads it."""
+    require(w, x, "fractional", ("L2::evict_last", "L2::evict_first", "L2::evict_normal", "L2::evict_unchanged"), "b64")
+    w.write(x.operands[0], "b64", w.read(Integer(0), "b64"))
 
 
 def load(w: BlockWriter, x: Instruction) -> None:
@@ -196,6 +207,9 @@ def group_product(w: BlockWriter, x: Instruction) -> None:
     left = array(w, a) if isinstance(a, Vector) else w.read(a, "b64")
     transposed = (0, 0, *(operand.value for operand in transposed))[-2:]  # A in registers and tf32 cannot be
     w.touch("shared", 16)
+    if isinstance(a, Vector):
+        w.touch_sums(a)
+    w.statement(f"U.products.start({w.program.sums_in(d)})")
     found = w.name(
         f'tensor_cores.wgmma(U, ({n}, {depth}), "{kind}", {array(w, d)}, {left}, {w.read(b, "b64")}, '
         f"{w.read(scale, 'pred')}, {transposed}, {w.guard}, {w.instruction})"
@@ -236,4 +250,5 @@ TRANSFERS: dict[str, Callable[[BlockWriter, Instruction], None]] = {
     "mma": matrix_product,
     "wgmma": group_product,
     "cp": copy,
+    "createpolicy": create_policy,
 }

@@ -22,7 +22,20 @@ import numpy as np
 
 from tests.ptx import arithmetic, tensor_cores, warps
 from tests.ptx.instructions import OPCODES, OPERANDS
-from tests.ptx.parser import Float, Instruction, Integer, Kernel, Not, Register, Sink, Special, Symbol
+from tests.ptx.parser import (
+    Address,
+    Float,
+    Instruction,
+    Integer,
+    Kernel,
+    Not,
+    Pair,
+    Register,
+    Sink,
+    Special,
+    Symbol,
+    Vector,
+)
 from tests.ptx.storage import BITS, BY_NAME, Unsupported, storage_name, unsigned
 from tests.ptx.transfers import TRANSFERS
 
@@ -36,6 +49,28 @@ def ends_block(x: Instruction) -> bool:
 
 def is_barrier(x: Instruction) -> bool:
     return x.opcode in ("bar", "barrier") and x.modifiers[0] != "warp"
+
+
+def is_under_way(x: Instruction, before: bool) -> bool:
+    """Whether a wgmma may be under way behind an instruction."""
+    if x.opcode != "wgmma":
+        return before
+    if x.modifiers[0] == "wait_group":
+        return before and x.operands != [Integer(0)]
+    return before or x.modifiers[0] == "mma_async"
+
+
+def registers_in(operand: Any) -> set[int]:
+    match operand:
+        case Register(index):
+            return {index}
+        case Vector(elements) | Pair(elements):
+            return {index for element in elements for index in registers_in(element)}
+        case Not(inner):
+            return registers_in(inner)
+        case Address(base, _):
+            return registers_in(base)
+    return set()
 
 
 class Block:
@@ -55,6 +90,7 @@ class Program:
         blocks: basic blocks; `barriers` are the numbers of those that end at a bar.sync, in the order of the text.
         meet: for each block the one where lanes meet that part at its end.
         granules: bytes of the smallest access to "global" and "shared" memory.
+        sums: registers to which a wgmma adds; `under_way` says of each block whether one may not have ended before it.
         constants, specials: registers beyond the kernel's own, by (value, bits) and by name.
     """
 
@@ -82,6 +118,13 @@ class Program:
         opcodes = {x.opcode for x in self.instructions}
         self.asynchronous, self.proxied = "cp" in opcodes, "wgmma" in opcodes
         self._check_ends()
+        self.sums = {
+            register
+            for x in self.instructions
+            if x.opcode == "wgmma" and x.modifiers[0] == "mma_async"
+            for register in registers_in(x.operands[0])
+        }
+        self.under_way = self._find_under_way()
         self.meet = self._find_meetings()
         self.local: set[int] = set()
         self._find_local()
@@ -139,6 +182,24 @@ class Program:
         to = self.labels[x.operands[0].name] if x.opcode == "bra" else len(self.blocks)
         return [to] if x.guard is None else [to, i + 1]
 
+    def sums_in(self, *operands: Any) -> tuple[int, ...]:
+        """The registers of these operands to which a wgmma adds."""
+        return tuple(sorted(self.sums & {register for operand in operands for register in registers_in(operand)}))
+
+    def _find_under_way(self) -> list[bool]:
+        """For each block whether a wgmma may be under way where it begins."""
+        under_way, changed = [False] * (len(self.blocks) + 1), self.proxied
+        while changed:
+            changed = False
+            for i, block in enumerate(self.blocks):
+                now = under_way[i]
+                for x in block.instructions:
+                    now = is_under_way(x, now)
+                for j in self._ways(i) if now else ():
+                    changed |= not under_way[j]
+                    under_way[j] = True
+        return under_way
+
     def _find_local(self) -> None:
         """Registers that one block writes before it reads them, and no other block mentions.
 
@@ -155,7 +216,7 @@ class Program:
                 seen[register] = index
 
     def _translate(self, index: int, masked: bool) -> "BlockWriter":
-        writer, block = BlockWriter(self, masked), self.blocks[index]
+        writer, block, under_way = BlockWriter(self, masked), self.blocks[index], self.under_way[index]
         for x in block.instructions:
             if x is block.end:
                 break
@@ -166,6 +227,9 @@ class Program:
                 raise Unsupported(f"{x}: {len(x.operands)} operands")
             writer.begin(x)
             try:
+                if under_way and x.opcode != "wgmma":
+                    writer.touch_sums(*x.operands)
+                under_way = is_under_way(x, under_way)
                 handler(writer, x)
             except (IndexError, KeyError, ValueError, AttributeError, StopIteration) as error:
                 raise Unsupported(f"{x}: {type(error).__name__} {error}") from error
@@ -240,6 +304,11 @@ class BlockWriter:
     def touch(self, space: str, size: int) -> None:
         """An access of `size` bytes is made to that space."""
         self.program.granules[space] = min(self.program.granules[space], size)
+
+    def touch_sums(self, *operands: Any) -> None:
+        """The present instruction reads or writes these operands, which a wgmma may still be adding to."""
+        if registers := self.program.sums_in(*operands):
+            self.statement(f"U.products.touch(U, {registers}, {self.instruction})")
 
     def read(self, operand: Any, ptx_type: str) -> str:
         """The operand as an array of the type's numpy type; bf16 as the bits that it is stored in."""
