@@ -285,12 +285,16 @@ def test_a_second_derivative_raises(device, impl):
 def test_registration(device, impl, reduction):
     hidden, weight, target = make(9, 63, 7, ignored=0.3, device=device)
     tensors = hidden.requires_grad_(), weight.requires_grad_(), target
-    given = (*tensors, -100, FP32, impl, reduction, True, True, True, False)
+    numbers = 0.0, 0.0, 0.0, -100, FP32, impl, reduction
+    given = (*tensors, None, None, *numbers, False, True, True, True, False, False)
     torch.library.opcheck(torch.ops.soundwave.linear_cross_entropy_fwd.default, given)
     out = [x.detach() for x in torch.ops.soundwave.linear_cross_entropy_fwd(*given)]
-    torch.library.opcheck(torch.ops.soundwave.linear_cross_entropy_bwd.default, (torch.ones_like(out[0]), *out[1:]))
-    plain_given = (hidden.detach(), weight.detach(), target, -100, FP32, impl, torch.ones(9, device=device))
-    torch.library.opcheck(torch.ops.soundwave.linear_cross_entropy_dweight.default, plain_given)
+    for dtype in (FP32, BF16):  # of the head
+        backward = (torch.ones_like(out[0]), *out[2:], dtype)
+        torch.library.opcheck(torch.ops.soundwave.linear_cross_entropy_bwd.default, backward)
+    tensors = (hidden.detach(), weight.detach(), target, None, None)
+    again = (*tensors, *numbers, False, True, False, torch.ones(9, device=device), None)
+    torch.library.opcheck(torch.ops.soundwave.linear_cross_entropy_again.default, again)
 
 
 @not_interpreted

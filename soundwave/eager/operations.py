@@ -4,7 +4,7 @@ Dimension letters: B utterances, T frames of the longest, N = B·T, D width of t
 encoder, V rows of the head, U labels of the longest target, K kept frames of all utterances together.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -161,16 +161,69 @@ def _check_labels(targets: Tensor, target_lengths: Tensor, rows: int, blank: int
         raise ValueError(f"targets{places[0]} = {label}, but that {what}")
 
 
+@overload
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = ..., class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., softcap: float | None = ..., z_loss: float = ...,
+    reduction: str = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = ..., class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., softcap: float | None = ..., z_loss: float = ...,
+    reduction: str = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = ..., class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., softcap: float | None = ..., z_loss: float = ...,
+    reduction: str = ..., return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of `softmax(hidden @ weight.T)`: hidden [N, D], weight [V, D], target int [N] -> scalar, or [N].
 
+    Logits have `bias` [V] added and become `softcap·tanh(logits / softcap)`. `class_weight` [V] and `label_smoothing`
+    are those of `F.cross_entropy`. `z_loss` times the squared log-sum-exp of the logits is added to each row's loss;
+    its mean is that over rows, whatever their class weights. With `return_lse` the log-sum-exp [N] comes with the loss.
     The product runs in the dtype of its operands, the rest in float32 (float64 for float64).
     """
-    logits = F.linear(hidden, weight)
+    logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    weights = None if class_weight is None else class_weight.to(logits.dtype)
+    loss = F.cross_entropy(
+        logits, target, weights, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+    if not z_loss and not return_lse:
+        return loss
+    ignored = target == ignore_index
+    lse = logits.logsumexp(1).masked_fill(ignored, 0.0)
+    if z_loss:
+        penalty = z_loss * lse.square()
+        if reduction != "none":
+            penalty = penalty.sum() / ((~ignored).sum() if reduction == "mean" else 1)
+        loss = loss + penalty
+    return (loss, lse) if return_lse else loss
 
 
 def ctc_peaks(path: Tensor, lengths: Tensor, *, blank: int, keep: str = "peaks", scores: Tensor | None = None) -> Peaks:

@@ -120,6 +120,18 @@ def check_number(name: str, value: float, least: float = -math.inf) -> None:
         raise ValueError(f"{name} = {value!r}, but it must be a finite number{at_least}")
 
 
+def check_cross_entropy_options(label_smoothing: float, softcap: float | None, z_loss: float) -> None:
+    """ValueError unless each is a number in its range: 0 to 1, above 0 or None, at least 0."""
+    check_number("label_smoothing", label_smoothing, 0.0)
+    if label_smoothing > 1:
+        raise ValueError(f"label_smoothing = {label_smoothing!r}, but it must be at most 1")
+    if softcap is not None:
+        check_number("softcap", softcap, 0.0)
+        if not softcap:
+            raise ValueError(f"softcap = {softcap!r}, but it must be above 0, or None for none")
+    check_number("z_loss", z_loss, 0.0)
+
+
 def check_flag(name: str, value: bool) -> None:
     """ValueError unless `value` is True or False, because 0, None or "no" may mean another thing than it does here."""
     if not isinstance(value, bool):

@@ -5,7 +5,7 @@ longest target.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from soundwave.eager import IGNORE_INDEX
 from soundwave.fused.arguments import (
     as_integer,
+    check_cross_entropy_options,
     check_flag,
     check_head,
     check_reduction,
@@ -177,49 +178,104 @@ def linear_ctc_path(
         )
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = ..., class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., softcap: float | None = ..., z_loss: float = ...,
+    reduction: str = ..., return_lse: Literal[False] = ..., exact: bool = ..., impl: str = ...,
+    validate: bool = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = ..., class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., softcap: float | None = ..., z_loss: float = ...,
+    reduction: str = ..., return_lse: Literal[True], exact: bool = ..., impl: str = ...,
+    validate: bool = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = ..., class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., softcap: float | None = ..., z_loss: float = ...,
+    reduction: str = ..., return_lse: bool, exact: bool = ..., impl: str = ...,
+    validate: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     reduction: str = "mean",
+    return_lse: bool = False,
     exact: bool = True,
     impl: str = "auto",
     validate: bool = False,
-) -> Tensor:
-    """`F.cross_entropy(F.linear(hidden, weight).float(), target)` without the logits.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`F.cross_entropy(F.linear(hidden, weight, bias).float(), target)` without the logits.
 
     Args:
         hidden: [..., D].
         weight: [V, D], the head; trained if it requires a gradient.
         target: int [...], a row of `weight`, or `ignore_index`: then that row of hidden costs nothing and may have any
             values. On the CPU if possible: on CUDA the host waits once, for the number of rows that are not ignored.
+        bias: [V], added to the logits; trained if it requires a gradient.
+        class_weight: [V], the `weight` of `F.cross_entropy`: each row's loss times the weight of its target, and the
+            mean over the sum of these weights. It gets no gradient.
+        label_smoothing: 0 to 1, as in `F.cross_entropy`, with class weights too.
+        softcap: logits become `softcap·tanh(logits / softcap)`, as in Gemma 2; None leaves them as they are.
+        z_loss: `z_loss·lse²` is added to each row's loss, where lse is the log-sum-exp of its logits (PaLM; Liger calls
+            it `lse_square_scale`). Its mean is that over the rows that are not ignored, whatever their class weights.
         reduction: "mean" over the rows that are not ignored (NaN if all are), "sum", or "none": [...], 0 if ignored.
-        exact: False leaves columns out of the gradient of hidden, as `linear_ctc_loss` does.
+        return_lse: return (loss, lse), lse [...], 0 where ignored. It has a gradient, for which backward computes the
+            logits once more.
+        exact: False leaves columns out of the gradient of hidden, as `linear_ctc_loss` does, but none with `bias`,
+            `class_weight`, `label_smoothing`, `softcap` or `z_loss`, nor from the gradient of lse.
         impl: "auto", "triton" or "torch".
         validate: if tensors are on CUDA, wait for the check of the targets.
 
-    Products run in autocast's dtype, else in that of `weight`. The rest runs in float32 (float64 for float64), and the
-    loss has that dtype.
+    Products run in autocast's dtype, else in that of `weight`. The rest runs in float32 (float64 for float64), and loss
+    and lse have that dtype. With `reduction="none"` backward computes the logits once more for a trained head or bias.
+
+    What other libraries offer and this does not: targets that are probabilities, a head that is spread over several
+    devices, and an argument that shifts the targets by one token (take `hidden[:, :-1]` and `target[:, 1:]`).
 
     Raises:
-        ValueError: tensors that do not fit; a target that is no row of `weight` (on CUDA its row's loss is NaN, and the
-            error comes at backward or at the next call).
+        ValueError: tensors that do not fit; a number out of its range; a target that is no row of `weight` (on CUDA
+            its row's loss is NaN, and the error comes at backward or at the next call).
         RuntimeError: a second derivative.
     """
     expect_tensor("hidden", hidden)
-    refuse_transforms("linear_cross_entropy", hidden, weight)
+    refuse_transforms("linear_cross_entropy", hidden, weight, bias)
     expect("hidden", hidden, (*hidden.shape[:-1], "D") if hidden.dim() else ("...", "D"))
     check_weight(weight, hidden)
     on_cpu = isinstance(target, Tensor) and target.device.type == "cpu"
     expect("target", target, hidden.shape[:-1], None if on_cpu else hidden, floating=False)
+    for name, values in (("bias", bias), ("class_weight", class_weight)):
+        if values is not None:
+            expect(name, values, (weight.shape[0],), hidden)
+    if class_weight is not None and class_weight.requires_grad:
+        raise ValueError("class_weight requires a gradient, but it gets none; pass class_weight.detach()")
+    check_cross_entropy_options(label_smoothing, softcap, z_loss)
     check_reduction(reduction)
-    check_flag("exact", exact)
-    check_flag("validate", validate)
-    loss = _linear_cross_entropy.linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), weight, target, ignore_index=as_integer("ignore_index", ignore_index),
-        product_dtype=product_dtype_of(hidden, weight), impl=resolve_impl(impl, hidden.device), reduction=reduction,
-        exact=exact, validate=validate,
+    for name, flag in (("return_lse", return_lse), ("exact", exact), ("validate", validate)):
+        check_flag(name, flag)
+    loss, lse = _linear_cross_entropy.linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), weight, target, bias, class_weight, label_smoothing=label_smoothing,
+        softcap=0.0 if softcap is None else softcap, z_loss=z_loss,
+        ignore_index=as_integer("ignore_index", ignore_index), product_dtype=product_dtype_of(hidden, weight),
+        impl=resolve_impl(impl, hidden.device), reduction=reduction, return_lse=return_lse, exact=exact,
+        validate=validate,
     )  # fmt: skip
-    return loss.view(target.shape) if reduction == "none" else loss
+    loss = loss.view(target.shape) if reduction == "none" else loss
+    return (loss, lse.view(target.shape)) if return_lse else loss

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from soundwave.eager import IGNORE_INDEX
 from soundwave.fused import functional
-from soundwave.fused.arguments import NotScriptable, as_integer, check_flag, check_impl, check_reduction, expect_tensor
+from soundwave.fused.arguments import (
+    NotScriptable,
+    as_integer,
+    check_cross_entropy_options,
+    check_flag,
+    check_impl,
+    check_reduction,
+    expect,
+    expect_tensor,
+)
 from soundwave.kernels.dispatch import to_device
 
 
@@ -138,7 +147,12 @@ class LinearCTCLoss(NotScriptable, nn.Module):
 
 
 class LinearCrossEntropyLoss(NotScriptable, nn.Module):
-    """`functional.linear_cross_entropy` as a module: a linear head and `nn.CrossEntropyLoss`, without the logits."""
+    """`functional.linear_cross_entropy` as a module: a linear head and `nn.CrossEntropyLoss`, without the logits.
+
+    What `nn.CrossEntropyLoss` calls `weight` is `class_weight` here: a buffer, which moves with the module.
+    """
+
+    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -146,32 +160,58 @@ class LinearCrossEntropyLoss(NotScriptable, nn.Module):
         reduction: str = "mean",
         impl: str = "auto",
         *,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        return_lse: bool = False,
         exact: bool = True,
         validate: bool = False,
     ):
         super().__init__()
         check_reduction(reduction)
         check_impl(impl)
-        check_flag("validate", validate)
+        check_cross_entropy_options(label_smoothing, softcap, z_loss)
+        if class_weight is not None:
+            expect("class_weight", class_weight, ("V",))
+        for name, flag in (("return_lse", return_lse), ("exact", exact), ("validate", validate)):
+            check_flag(name, flag)
+        self.register_buffer("class_weight", class_weight)
         self.ignore_index, self.reduction = as_integer("ignore_index", ignore_index), reduction
-        check_flag("exact", exact)
-        self.impl, self.exact, self.validate = impl, exact, validate
+        self.label_smoothing, self.softcap, self.z_loss = label_smoothing, softcap, z_loss
+        self.impl, self.return_lse, self.exact, self.validate = impl, return_lse, exact, validate
 
-    def forward(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        """`hidden` [..., D], `weight` [V, D], `target` [...] -> the loss."""
+    def forward(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`hidden` [..., D], `weight` [V, D], `target` [...], `bias` [V] -> the loss, or (loss, lse)."""
         return functional.linear_cross_entropy(
             hidden,
             weight,
             target,
+            bias=bias,
+            class_weight=self.class_weight,
             ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
             reduction=self.reduction,
+            return_lse=self.return_lse,
             exact=self.exact,
             impl=self.impl,
             validate=self.validate,
         )
 
     def extra_repr(self) -> str:
-        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, exact={self.exact}, impl={self.impl!r}"
+        options = {"label_smoothing": 0.0, "softcap": None, "z_loss": 0.0, "return_lse": False}
+        chosen = "".join(
+            f"{name}={getattr(self, name)}, " for name, usual in options.items() if getattr(self, name) != usual
+        )
+        weighted = "" if self.class_weight is None else f"class_weight=[{len(self.class_weight)}], "
+        return (
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, {weighted}{chosen}exact={self.exact}, "
+            f"impl={self.impl!r}"
+        )
 
 
 def transformers_ctc_loss(

@@ -111,6 +111,16 @@ def stage_two(adapter, shrinking, head, seconds, labels) -> None:
     ).backward()
 
 
+def options_of_cross_entropy(head, seconds, labels) -> None:
+    """The next-token loss of as many rows as there are labels, and lse, with every option and a trained head."""
+    rows, bias = torch.zeros(sum(labels), WIDTH, requires_grad=True), torch.zeros(ROWS, requires_grad=True)
+    loss, lse = functional.linear_cross_entropy(
+        rows, head, torch.randint(ROWS, (len(rows),)), bias=bias, class_weight=torch.ones(ROWS), label_smoothing=0.1,
+        softcap=30.0, z_loss=1e-4, return_lse=True, impl="triton",
+    )  # fmt: skip
+    (loss + lse.sum()).backward()
+
+
 def main(count: int) -> None:
     torch.manual_seed(0)
     driver.set_active(Driver())
@@ -122,6 +132,7 @@ def main(count: int) -> None:
     stages = {
         "I": lambda *batch: stage_one(adapter, head, *batch),
         "II": lambda *batch: stage_two(adapter, shrinking, head, *batch),
+        "cross-entropy": lambda *batch: options_of_cross_entropy(head.requires_grad_(), *batch),
     }
     for stage, step in stages.items():
         before, keys.launches = set(keys.first), 0
