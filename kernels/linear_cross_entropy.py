@@ -46,6 +46,7 @@ def _run(
     ignore_index: int,
     product_dtype: torch.dtype,
     exact: bool,
+    with_lse: bool,
     need: Needed,
     impl: str,
     validate: bool,
@@ -82,10 +83,9 @@ def _run(
     if greatest is not None:
         dweight *= greatest
     highest = torch.maximum(stats.maximum, own[:, 0])
-    losses, lse = own.new_zeros(len(hidden)), own.new_zeros(len(hidden))
-    losses[place], lse[place] = stats.log_sum + (highest - own[:, 0]), highest + stats.log_sum
-    losses.masked_fill_(valid.wrong, torch.nan), lse.masked_fill_(valid.wrong, torch.nan)
-    return Results(losses, lse, valid.count, valid.count, dhidden, dweight, own.new_zeros(0))
+    losses = valid.spread(stats.log_sum + (highest - own[:, 0]))
+    lse = valid.spread(highest + stats.log_sum) if with_lse else own.new_empty(0)
+    return Results(losses, lse, valid.count, valid.count, dhidden, dweight, own.new_empty(0))
 
 
 @torch.library.custom_op("soundwave::linear_cross_entropy_fwd", mutates_args=())
@@ -116,18 +116,20 @@ def _linear_cross_entropy_fwd(
     options = Options(bias, class_weight, label_smoothing, softcap, z_loss)
     need = Needed(need_hidden, need_weight and reduction != "none", need_bias and reduction != "none")
     if options.none:
-        found = _run(hidden, weight, target, ignore_index, product_dtype, exact, need, impl, validate)
+        found = _run(hidden, weight, target, ignore_index, product_dtype, exact, return_lse, need, impl, validate)
     else:
         found = run_with_options(
-            hidden, weight, target, options, ignore_index, product_dtype, reduction == "mean", need, impl, validate
-        )
+            hidden, weight, target, options, ignore_index, product_dtype, reduction == "mean", return_lse, need, impl,
+            validate,
+        )  # fmt: skip
     losses, divisor = found.losses, found.divisor
     # As in torch the mean over no rows is NaN; its gradient is 0.
     scale = losses.new_ones(())
     if reduction == "mean":
-        scale = 1 / torch.where(found.count > 0, divisor, 1).to(losses.dtype)
+        some = divisor.clamp(min=1) if class_weight is None else torch.where(found.count > 0, divisor, 1)
+        scale = 1 / some.to(losses.dtype)
     loss = losses if reduction == "none" else losses.sum() / divisor if reduction == "mean" else losses.sum()
-    return loss, found.lse if return_lse else losses.new_empty(0), found.hidden, found.weight, found.bias, scale
+    return loss, found.lse, found.hidden, found.weight, found.bias, scale
 
 
 @_linear_cross_entropy_fwd.register_fake
@@ -169,11 +171,11 @@ def _linear_cross_entropy_again(
     need = Needed(need_hidden, need_weight, need_bias)
     given = hidden, weight, target
     if options.none and grad_lse is None:
-        found = _run(*given, ignore_index, product_dtype, True, need, impl, False, grad)
+        found = _run(*given, ignore_index, product_dtype, True, False, need, impl, False, grad)
     else:
         upstream = grad, torch.zeros_like(grad) if grad_lse is None else grad_lse
         found = run_with_options(
-            *given, options, ignore_index, product_dtype, reduction == "mean", need, impl, False, upstream
+            *given, options, ignore_index, product_dtype, reduction == "mean", False, need, impl, False, upstream
         )  # fmt: skip
     return found.hidden, found.weight, found.bias
 

@@ -62,10 +62,16 @@ class Rows(NamedTuple):
     wrong: Tensor
     count: Tensor
 
+    def spread(self, values: Tensor) -> Tensor:
+        """[M] -> [N]: 0 for the other rows, NaN for wrong ones."""
+        out = values.new_zeros(len(self.wrong))
+        out[self.place] = values
+        return out.masked_fill_(self.wrong, torch.nan)
+
 
 class Results(NamedTuple):
     """Of N rows: losses [N] and lse [N], 0 where ignored; how many are not, and what the mean divides by; the
-    gradients, empty if not needed.
+    gradients. What is not needed is empty.
     """
 
     losses: Tensor
@@ -134,6 +140,7 @@ def run_with_options(
     ignore_index: int,
     product_dtype: torch.dtype,
     mean: bool,
+    with_lse: bool,
     need: Needed,
     impl: str,
     validate: bool,
@@ -199,7 +206,5 @@ def run_with_options(
         loss += torch.where(nll == torch.inf, nll, smooth)
     if options.z_loss:
         loss += of_z * lse.square()
-    losses, all_lse = own.new_zeros(len(hidden)), own.new_zeros(len(hidden))
-    losses[rows.place], all_lse[rows.place] = loss, lse
-    losses.masked_fill_(rows.wrong, torch.nan), all_lse.masked_fill_(rows.wrong, torch.nan)
-    return Results(losses, all_lse, rows.count, divisor, dhidden, dweight, dbias)
+    lse = rows.spread(lse) if with_lse else own.new_empty(0)
+    return Results(rows.spread(loss), lse, rows.count, divisor, dhidden, dweight, dbias)

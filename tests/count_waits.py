@@ -75,6 +75,20 @@ def cross_entropy(on_cuda: bool = False) -> Callable[[], None]:
     return lambda: op.linear_cross_entropy(hidden, weight, target).backward()
 
 
+def cross_entropy_with_options() -> Callable[[], None]:
+    """Every option, a trained head, per-token losses, and a gradient of lse."""
+    hidden, weight, bias = (to_cuda(torch.randn(*shape, requires_grad=True)) for shape in ((B * T, D), (V, D), (V,)))
+    class_weight, target = to_cuda(torch.rand(V)), torch.randint(V, (B * T,))
+    target[::2] = -100
+    options = {"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4, "reduction": "none", "return_lse": True}
+
+    def call() -> None:
+        loss, lse = op.linear_cross_entropy(hidden, weight, target, bias=bias, class_weight=class_weight, **options)
+        (loss.sum() + lse.sum()).backward()
+
+    return call
+
+
 def add_layer_norm() -> Callable[[], None]:
     x, residual = (to_cuda(torch.randn(rows, D, requires_grad=True)) for rows in (T, 2 * T))
     weight, bias = (to_cuda(torch.ones(D, requires_grad=True)) for _ in range(2))
@@ -201,6 +215,7 @@ OPERATIONS: dict[str, Callable[[], Callable[[], None]]] = {
     "linear_ctc_loss, skipping, two chunks": lambda: two_chunks(exact=False),
     "linear_ctc_loss, skipping, reduction none": lambda: linear_ctc(exact=False, reduction="none"),
     "linear_cross_entropy": cross_entropy,
+    "linear_cross_entropy, every option": cross_entropy_with_options,
     "linear_cross_entropy, target on the GPU": lambda: cross_entropy(on_cuda=True),
     "add_layer_norm": add_layer_norm,
     "shrink_attention": shrink_attention,
