@@ -17,6 +17,7 @@ from soundwave import eager
 from soundwave.kernels import active_columns, ctc_lattice, ctc_peaks, label_rows, norm
 from tests import (
     test_active_columns,
+    test_cross_entropy_options,
     test_ctc,
     test_ctc_peaks,
     test_linear_cross_entropy,
@@ -305,6 +306,47 @@ def _linear_cross_entropy() -> Iterator[Case]:
         yield Case("linear_cross_entropy", "V700, RMS of 6 draws", NAMES[dtype], test, ONE)
 
 
+def _cross_entropy_options() -> Iterator[Case]:
+    t = test_cross_entropy_options
+    for dtype in NAMES:
+        given = t.make(7, 63, 7, ignored=0.3, dtype=dtype)
+        small = (86, 90) if dtype == BF16 else ()
+        run = partial(t.check, given, "mean", t.ALL, "triton", True)
+        yield Case("linear_cross_entropy", "N7 V63, every option, lse", NAMES[dtype], run, EVERY, small)
+        # One whole block of columns, and a part of one.
+        given = t.make(3, 2600, 7, dtype=dtype)
+        yield Case(
+            "linear_cross_entropy", "N3 V2600, every option", NAMES[dtype], partial(_options, given, t.ALL), MOST
+        )
+    for name, chosen in t.TOGETHER.items():
+        for dtype in (FP32, BF16, FP16):
+            run = partial(_options, t.make(5, 700, 7, dtype=dtype), chosen)
+            yield Case("linear_cross_entropy", f"N5 V700, {name}", NAMES[dtype], run, FEW)
+    run = partial(t.test_a_softcap_bounds_logits_of_any_size, *HERE)
+    yield Case("linear_cross_entropy", "large logits under a softcap", "fp32", run, FEW)
+    run = partial(t.test_classes_that_a_bias_forbids, *HERE)
+    yield Case("linear_cross_entropy", "a bias of -inf", "fp32", run, FEW)
+    for scale in (1.0, 2.0**16):
+        run = partial(t.test_gradients_that_fp16_cannot_hold, *HERE, scale)
+        yield Case("linear_cross_entropy", f"gradients up to 400, scaled by {scale:.0f}", "fp16", run, ONE)
+    yield Case("linear_cross_entropy", "every option, RMS of 6 draws", "bf16", _options_rms, ONE)
+
+
+def _options(given: tuple, chosen: dict[str, Any]) -> None:
+    """With and without gradients, which are different kernels."""
+    test_cross_entropy_options.check(given, "sum", chosen, "triton")
+    test_cross_entropy_options.check(given, "none", chosen, "triton", True, ())
+
+
+def _options_rms() -> None:
+    t = test_cross_entropy_options
+    draws = [t.make(20, 700, 16, seed=seed, dtype=BF16) for seed in range(6)]
+    errors = [t.check(given, "none", t.ALL, "triton", True) for given in draws]
+    for name in errors[0]:
+        eps = torch.finfo(FP32 if name in ("loss", "lse") else BF16).eps
+        assert_rms([found[name] for found in errors], eps, name)
+
+
 def _linear_cross_entropy_rms(dtype: torch.dtype) -> None:
     """`test_rms_error_is_at_most_that_of_the_plain_operations` with fewer rows and more draws."""
     t = test_linear_cross_entropy
@@ -404,7 +446,16 @@ def _adapter() -> Iterator[Case]:
 @functools.cache
 def cases() -> list[Case]:
     groups = (
-        _norm, _ctc, _vocab_rows, _active_columns, _linear_ctc, _linear_cross_entropy, _peaks, _splice, _attention,
+        _norm,
+        _ctc,
+        _vocab_rows,
+        _active_columns,
+        _linear_ctc,
+        _linear_cross_entropy,
+        _cross_entropy_options,
+        _peaks,
+        _splice,
+        _attention,
         _adapter,
-    )  # fmt: skip
+    )
     return [case for group in groups for case in group()]
