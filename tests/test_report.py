@@ -289,6 +289,9 @@ def test_words_are_aligned_as_the_word_error_rate_counts_them():
     ]
     errors = sum(word["kind"] != "equal" for word in found)
     assert errors == word_errors(*texts, rules_for([texts[0]])[0]).errors
+    # English rules join the digits to one number, and the demonstration counts each word.
+    assert [word["reference"] for word in align_words("seven five two", "seven five")] == ["752"]
+    assert [word["kind"] for word in align_words("seven five two", "seven five", "und")] == ["equal", "equal", "delete"]
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,7 @@ def _score_stage_3(
         "stage3": {"wer": seen.wer, "wer_unseen_voices": unseen.wer, "accuracy": seen.accuracy},
         "samples": seen.samples | {"transcribe_unseen_voices": unseen.samples["transcribe"]},
         "normaliser": seen.normaliser,
+        "language": LANGUAGE,
     }
 
 

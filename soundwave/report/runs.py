@@ -357,6 +357,7 @@ class _Summary(_File):
     samples: dict[str, int] = {}
     seconds: dict[str, float] = {}
     normaliser: dict[str, str] = {}
+    language: str | None = None
 
 
 class _Answer(_File):

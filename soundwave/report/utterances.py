@@ -48,6 +48,7 @@ class Asked:
 
     sample: Sample
     given: str | None
+    language: str | None = None  # by whose rules the run's words were counted; None: the script decides
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -72,7 +73,7 @@ class Recording:
             word["kind"] != "equal"
             for one in self.asked
             if one.sample.task == "transcribe" and one.given is not None
-            for word in align_words(answer_of(one.sample), one.given)
+            for word in align_words(answer_of(one.sample), one.given, one.language)
         )
 
 
@@ -111,14 +112,17 @@ def describe(
         return {"items": [], "note": f"None can be shown: {error}"}
 
 
-def align_words(reference: str, given: str) -> list[dict[str, str]]:
+def align_words(reference: str, given: str, language: str | None = None) -> list[dict[str, str]]:
     """Align two texts word by word (jiwer), by the rules of the word error rate (`soundwave.evaluation.words`).
+
+    Args:
+        language: whose rules, as in `rules_for`.
 
     Returns:
         For each place the `kind` (equal, substitute, delete or insert) and the words `reference` and `given`; a
         missing word is empty.
     """
-    wanted, found = words_of_pair(reference, given, rules_for([reference])[0])
+    wanted, found = words_of_pair(reference, given, rules_for([reference], language)[0])
     if not wanted:
         return [{"kind": "insert", "reference": "", "given": word} for word in found]
     pairs = []
@@ -232,7 +236,7 @@ def _answered(run: Run, count: int, allow_outside: bool) -> tuple[list[Recording
             raise ValueError(f"{row['sample']} is no longer the sample that the run was scored on; score it again")
         if sample.audio is not None:
             recording = recordings.setdefault((sample.audio, sample.offset, sample.duration), Recording())
-            recording.asked.append(Asked(sample, row["answer"]))
+            recording.asked.append(Asked(sample, row["answer"], run.summary.get("language")))
     # Recordings with samples of many tasks come first.
     ranked = sorted(recordings.values(), key=lambda recording: -len(recording.tasks))
     wrong = [recording for recording in ranked if recording.word_errors]
@@ -259,7 +263,7 @@ def _held_out(run: Run, test: Path, allow_outside: bool) -> tuple[list[Recording
     for sample in samples:
         if sample.audio is not None:
             recording = recordings.setdefault((sample.audio, sample.offset, sample.duration), Recording())
-            recording.asked.append(Asked(sample, None))
+            recording.asked.append(Asked(sample, None, run.summary.get("language")))
     if not recordings:
         raise ManifestError(f"{test}: holds no recording that can be read; give a manifest with audio_filepath")
     trained = _training_audio(run, allow_outside)
@@ -331,7 +335,7 @@ def _trained_on(run: Run, allow_outside: bool) -> tuple[list[Recording], str]:
         "From the manifests of the training, at even distances: the model was trained on them. "
         "`soundwave report --test MANIFEST` shows others."
     )
-    return [Recording([Asked(sample, None)]) for sample in samples], note
+    return [Recording([Asked(sample, None, run.summary.get("language"))]) for sample in samples], note
 
 
 def _items(folder: Path, others: dict[str, Run], chosen: list[tuple[Recording, np.ndarray]]) -> list[dict[str, Any]]:
@@ -356,13 +360,13 @@ def _items(folder: Path, others: dict[str, Run], chosen: list[tuple[Recording, n
         item = examine(model, processor, pieces[0]) | {"id": first.id, "text": first.text or ""}
         item["whole_seconds"] = len(audio) / SAMPLING_RATE
         item["answers"] = [
-            _answer(one.sample, *_ask(model, processor, one.sample, pieces), config.stage == 1)
+            _answer(one, *_ask(model, processor, one.sample, pieces), config.stage == 1)
             if one.given is None
-            else _answer(one.sample, one.given)
+            else _answer(one, one.given)
             for one in recording.asked
         ]
         item["others"] = {
-            name: [_answer(one.sample, found[one.identity]) for one in recording.asked if one.identity in found]
+            name: [_answer(one, found[one.identity]) for one in recording.asked if one.identity in found]
             for name, found in theirs.items()
         }
         items.append(item)
@@ -388,10 +392,11 @@ def _ask(
     return " ".join(text for text in texts if text), bool(cut_off)
 
 
-def _answer(sample: Sample, given: str, cut_off: bool = False, read_by_ctc: bool = False) -> dict[str, Any]:
+def _answer(one: Asked, given: str, cut_off: bool = False, read_by_ctc: bool = False) -> dict[str, Any]:
     """An answer as the page shows it. Only transcriptions have aligned `words`."""
+    sample = one.sample
     reference = (ctc_text_of(sample) or "") if read_by_ctc else answer_of(sample)
-    words = align_words(reference, given) if sample.task == "transcribe" else None
+    words = align_words(reference, given, one.language) if sample.task == "transcribe" else None
     if words:
         right = all(word["kind"] == "equal" for word in words)
     else:
