@@ -25,6 +25,7 @@ from soundwave.model.modeling import WEIGHTS_FILE
 from soundwave.training.callbacks import Interrupted, StopOnSignal
 from soundwave.training.checkpoints import WriteError, fault_of, newest_checkpoint, written_aside
 from soundwave.training.settings import ConfigError
+from tests.processes import WITHOUT_COMPILER
 from tests.short_runs import copy_recordings, lines, manifest_of, same_bits, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,8 +40,8 @@ def manifest(tiny_corpus, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start(small_llm) -> dict:
-    return {"language_model": str(small_llm), **STEPS}
+def start(small_vocabulary) -> dict:
+    return {"language_model": str(small_vocabulary), **STEPS}
 
 
 @pytest.fixture(scope="module")
@@ -314,8 +315,9 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tiny_corpus, sm
     words = ["--stages", 1, 2, 3, "--kills", 1, "--workers", 1, "--accumulation", 2, "--steps", 4, "--batch-size", 2]
     words += ["--language-model", small_llm, "--corpus", tiny_corpus]
     done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "kills.py", *map(str, words)], capture_output=True, text=True, cwd="/"
-    )
+        [sys.executable, ROOT / "bench" / "kills.py", *map(str, words)], capture_output=True, text=True, cwd="/",
+        env=os.environ | WITHOUT_COMPILER,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     told = done.stdout.splitlines()
     assert told[::2] == [f"stage {stage}, 1 workers, accumulation 2: same" for stage in (1, 2, 3)]
@@ -387,6 +389,7 @@ def test_a_signal_to_all_processes_ends_the_command_with_status_130(manifest, sm
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=os.environ | WITHOUT_COMPILER,
     )
     # Ctrl-C in a terminal, and the signal of a service manager, reach the data workers too.
     when_logged(tmp_path / "out", 2, lambda: os.killpg(process.pid, number))
