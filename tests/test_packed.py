@@ -239,6 +239,20 @@ def test_a_training_step_builds_no_mask_of_all_rows_and_pads_nothing():
     assert not any(size[-2:] == (rows, rows) for size in sizes)
 
 
+def test_the_last_mlp_computes_the_rows_of_answers_alone():
+    model, (recordings, prompts, answers) = model_of(), BATCHES["mixture"]
+    shapes = []
+    layers = model.language_model.base_model.layers
+    for layer in layers:
+        layer.mlp.up_proj.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape)))
+    batch = batch_of(recordings, prompts, answers)
+    model(**batch).loss.backward()
+    (first, rows, _), last = shapes
+    assert first == 1 and rows > sum(answers) + len(recordings)
+    assert last == (1, sum(answers), SIZES["intermediate_size"])
+    assert not layers[-1].mlp._forward_pre_hooks and not layers[-1].mlp._forward_hooks
+
+
 def test_generation_and_logits_are_those_of_a_model_that_pads():
     model = model_of().eval()
     batch = batch_of(*BATCHES["mixture"])

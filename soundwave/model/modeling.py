@@ -506,8 +506,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         answered = spliced != eager.IGNORE_INDEX
         answered[bounds[:-1][bounds.diff() > 0]] = False
         place = answered.nonzero()[:, 0]
-        states = decode_packed(self.language_model, sequences.embeddings, bounds, sequences.max_seqlen)
-        return states.index_select(0, to_device(place - 1, states.device)), spliced[place].to(torch.int64), kept
+        rows = decode_packed(self.language_model, sequences.embeddings, bounds, sequences.max_seqlen, place - 1)
+        return rows, spliced[place].to(torch.int64), kept
 
     def _answers(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, lengths: Tensor | None

@@ -5,6 +5,8 @@ sequences (`bounds_of`). Transformers hands a mask of four dimensions on to each
 is built; `packed_attention`, which is registered with it, knows the bounds by their dtype, and takes `attend`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from soundwave.attention import attend
-from soundwave.kernels.dispatch import to_device_together
+from soundwave.kernels.dispatch import to_device, to_device_together
 
 ATTENTION = "soundwave"  # its name in transformers' registry
 USUAL = "sdpa"  # what it does where sequences are not packed
@@ -79,26 +81,62 @@ def reason_against_packing(language_model: Any) -> str:
     return ""
 
 
-def decode_packed(language_model: Any, embeddings: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    """The last states [N, D] of a language model over packed `embeddings` [N, D]; each sequence begins at position 0.
+def decode_packed(language_model: Any, embeddings: Tensor, cu_seqlens: Tensor, longest: int, wanted: Tensor) -> Tensor:
+    """The last states [n, D] of `wanted` rows of a language model over packed `embeddings` [N, D].
 
     Args:
-        cu_seqlens: int [B + 1], the bounds of the sequences, on the CPU.
+        cu_seqlens: int [B + 1], the bounds of the sequences, on the CPU. Each begins at position 0.
         longest: rows of the longest of them.
+        wanted: int64 [n], on the CPU. The last layer's MLP computes these rows alone.
     """
+    wanted = to_device(wanted, embeddings.device)
     if not len(embeddings):
-        return embeddings
+        return embeddings.index_select(0, wanted)
     if language_model.config._attn_implementation != ATTENTION:
         language_model.set_attn_implementation(ATTENTION)
     sizes = cu_seqlens.to(torch.int64).diff()
     positions = torch.arange(len(embeddings), device="cpu") - cu_seqlens[:-1].repeat_interleave(sizes)
     positions, bounds = to_device_together([positions, cu_seqlens], embeddings.device)
-    return language_model.base_model(
-        inputs_embeds=embeddings[None],
-        attention_mask=bounds_of(bounds, longest),
-        position_ids=positions.to(torch.int64)[None],
-        use_cache=False,
-    ).last_hidden_state[0]
+    with _last_mlp_on(wanted, language_model):
+        states = language_model.base_model(
+            inputs_embeds=embeddings[None],
+            attention_mask=bounds_of(bounds, longest),
+            position_ids=positions.to(torch.int64)[None],
+            use_cache=False,
+        ).last_hidden_state[0]
+    return states.index_select(0, wanted)
+
+
+@contextmanager
+def _last_mlp_on(wanted: Tensor, language_model: Any) -> Iterator[None]:
+    """Within it, the last layer's MLP computes the rows `wanted` of [1, N, D]; to the others, which nobody reads, it
+    adds 0.
+
+    It computes all rows where layers run again in backward, outside of the context (gradient checkpointing), and in a
+    model whose last layer has no `mlp`.
+    """
+    last = (getattr(language_model.base_model, "layers", None) or [None])[-1]
+    mlp = getattr(last, "mlp", None)
+    if mlp is None or any(getattr(module, "gradient_checkpointing", False) for module in (last, last.mlp)):
+        yield
+        return
+    rows: list[torch.Size] = []
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        rows.append(inputs[0].shape)
+        return inputs[0].index_select(1, wanted), *inputs[1:]
+
+    def spread(_: nn.Module, __: tuple[Tensor, ...], out: Any) -> Any:
+        first, *others = out if isinstance(out, tuple) else (out,)
+        first = first.new_zeros(rows.pop()).index_copy(1, wanted, first)
+        return (first, *others) if isinstance(out, tuple) else first
+
+    hooks = mlp.register_forward_pre_hook(select), mlp.register_forward_hook(spread)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def encode_packed(tower: Any, input_features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
