@@ -138,7 +138,8 @@ has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 
 # The files with tests for a GPU. Other files need packages that a bare machine lacks.
 mapfile -t gpu_files < <(grep -lE 'mark\.gpu|tests\.implementations' tests/test_*.py)
-sanitized=(tests/test_vocab_rows.py tests/test_ctc.py tests/test_ctc_peaks.py tests/test_norm.py tests/test_splice.py)
+sanitized=(tests/test_vocab_rows.py tests/test_active_columns.py tests/test_ctc.py tests/test_ctc_peaks.py
+  tests/test_norm.py tests/test_splice.py)
 
 # choose EXPRESSION REHEARSED FILE…: the tests for a GPU in some files, by an expression of pytest's -k. In a rehearsal
 # it is one test that needs no GPU.
@@ -182,7 +183,7 @@ part_torch() {
 
 sanitize() {
   local tool=$1
-  choose "cuda-triton and (every_time or statistics or over_20_runs)" interpreter "${sanitized[@]}"
+  choose "cuda-triton and (every_time or statistics or over_20_runs or equal_again)" interpreter "${sanitized[@]}"
   if [[ $rehearse ]]; then
     echo "gpu.sh: compute-sanitizer needs a GPU: in this rehearsal the tests run without $tool"
   elif command -v compute-sanitizer >/dev/null; then
