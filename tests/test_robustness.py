@@ -1,5 +1,6 @@
 """Bad numbers and bad data: each gives one clear line, and training goes on without them where that is safe."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -364,6 +365,55 @@ def test_one_bad_batch_skips_the_whole_accumulated_step(still, folder, rows, pro
     trainer.train()
     assert same_bits(weights(trainer), before)
     assert len(lines(tmp_path / "skipped_steps")[0]["samples"]) == 2
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["first", "last"])
+def test_a_bad_batch_anywhere_in_a_step_is_as_a_step_without_a_gradient(
+    still, folder, rows, tmp_path, monkeypatch, place
+):
+    """Weights, optimiser, schedule, random numbers (dropout, SpecAugment) and the log of the other steps."""
+    compute, clip = SoundwaveTrainer.compute_loss, SoundwaveTrainer._clip_grad_norm
+    batches = []
+
+    def poisoned(trainer, model, inputs, *args, **kwargs):
+        batches.append(inputs)
+        if len(batches) == 2 + place + 1:  # of step 2
+            inputs = inputs | {"input_features": inputs["input_features"] * float("nan")}
+        return compute(trainer, model, inputs, *args, **kwargs)
+
+    def without_gradient(trainer, model):
+        norm = clip(trainer, model)
+        if trainer.state.global_step == 1:
+            model.zero_grad(set_to_none=True)
+        return norm
+
+    manifest, runs = manifest_of(folder, rows), {}
+    for name, change in {"compute_loss": poisoned, "_clip_grad_norm": without_gradient}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(SoundwaveTrainer, name, change)
+            runs[name] = train(
+                1, tmp_path / name, manifest, model=still, steps=3, batch_size=1, accumulation=2, adapter_dropout=0.1
+            )
+    bad, wanted = runs["compute_loss"], runs["_clip_grad_norm"]
+    assert same_bits(bad.state, wanted.state)
+    skipped = [(row["step"], row["reason"]) for row in lines(tmp_path / "compute_loss" / "skipped_steps")]
+    assert skipped == [(2, "the loss is not finite (ctc_loss = nan)")]
+    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        parts = [torch.load(tmp_path / name / "checkpoint-3" / file, weights_only=False) for name in runs]
+        parts = [part["cpu"] for part in parts] if file == "rng_state.pth" else parts
+        torch.testing.assert_close(*parts, rtol=0, atol=0)
+    for name in ("loss", "grad_norm", "blank_share", "learning_rate"):
+        assert [row[name] for row in bad.entries[::2]] == [row[name] for row in wanted.entries[::2]]
+
+
+def test_a_trainer_that_would_not_find_a_bad_step_is_refused(still, folder, rows, processor, tmp_path):
+    trainer = poisoned_trainer(still, manifest_of(folder, rows[:2]), processor, tmp_path)
+    with pytest.raises(ValueError, match="^max_grad_norm = 0, but it must be above 0"):
+        SoundwaveTrainer(
+            model=trainer.model,
+            args=dataclasses.replace(trainer.args, max_grad_norm=0.0),
+            batch_sampler=trainer.batch_sampler,
+        )
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_too(still, folder, rows, processor, tmp_path):

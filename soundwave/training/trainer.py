@@ -57,6 +57,9 @@ class SoundwaveTrainer(Trainer):
         journal: records the log, the samples left out and the steps skipped; None makes one for `args.output_dir`.
         strict: raise SampleError for a sample that is left out.
         max_skipped: FloatingPointError is raised after so many skipped steps in a row.
+
+    Raises:
+        ValueError: `args.max_grad_norm` is 0. Steps that are not finite are found where Trainer clips the gradient.
     """
 
     model: SoundwaveForConditionalGeneration
@@ -71,6 +74,12 @@ class SoundwaveTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        if not self.args.max_grad_norm > 0:
+            # Trainer clips nothing then, and steps that are not finite are found where it clips.
+            raise ValueError(
+                f"max_grad_norm = {self.args.max_grad_norm:g}, but it must be above 0, or steps with a loss of NaN "
+                "would change the weights; with inf no gradient is clipped"
+            )
         self.batch_sampler, self.strict = batch_sampler, strict
         if journal is None:
             journal = Journal(self.out)
