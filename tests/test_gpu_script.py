@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from bench import history
+from tests.processes import WITHOUT_COMPILER
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -67,7 +68,7 @@ def environment(out: Path, **more: str) -> dict[str, str]:
     return {
         "OUT": str(out / "out"), "TMPDIR": str(out / "tmp"), "PATH": "/usr/bin:/bin", "HOME": str(Path.home()),
         "OMP_NUM_THREADS": "1",
-    } | more  # fmt: skip
+    } | WITHOUT_COMPILER | more  # fmt: skip
 
 
 def gpu(out: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess:
