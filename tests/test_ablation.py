@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -19,12 +20,19 @@ from soundwave.demo import ablation
 from soundwave.evaluation import intervals
 from soundwave.training.checkpoints import newest_checkpoint
 from soundwave.training.settings import ConfigError
+from tests.processes import WITHOUT_COMPILER
 
 
 @pytest.fixture(scope="module")
-def settings(small_llm) -> dict:
-    """Settings of short trainings: two steps each, on two layers of the language model."""
-    changes = {"language_model": str(small_llm), "lora_rank": 4, "batch_size": 2, "dtype": "float32", "log_steps": 1}
+def settings(small_vocabulary) -> dict:
+    """Settings of short trainings: two steps each, on two layers of the language model and 500 rows of its head."""
+    changes = {
+        "language_model": str(small_vocabulary),
+        "lora_rank": 4,
+        "batch_size": 2,
+        "dtype": "float32",
+        "log_steps": 1,
+    }
     return {"scale": 0.01, "size": "tiny", **changes, "quiet": True}
 
 
@@ -32,6 +40,12 @@ def settings(small_llm) -> dict:
 def done(settings, tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("ablations")
     return out, ablation.run_ablations(out, ["no-stage-1", "stacked-4"], **settings)
+
+
+def started(*words: Path) -> subprocess.Popen:
+    """A script in a process of its own, whose stderr is kept."""
+    environment = os.environ | WITHOUT_COMPILER
+    return subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def rows(file: Path) -> list[dict]:
@@ -212,7 +226,9 @@ def test_wrong_settings_are_told_before_anything_is_written(tmp_path, settings, 
     assert not (tmp_path / "out").exists()
 
 
-def test_trainings_side_by_side_give_what_one_after_the_other_does(done, settings, tmp_path):
+def test_trainings_side_by_side_give_what_one_after_the_other_does(done, settings, tmp_path, monkeypatch):
+    for name, value in WITHOUT_COMPILER.items():
+        monkeypatch.setenv(name, value)
     results = ablation.run_ablations(tmp_path, ["no-stage-1", "stacked-4"], jobs=2, **settings)
     for name, found in results.items():
         assert found["lm_loss"] == pytest.approx(done[1][name]["lm_loss"], rel=1e-3)
@@ -226,7 +242,7 @@ def test_a_signal_to_the_parent_alone_saves_all_trainings_and_the_same_call_goes
     words = f"{str(tmp_path)!r}, ['stacked-3', 'stacked-4'], jobs=2, **{settings | {'scale': 1.0}!r}"
     main = f"if __name__ == '__main__':\n    ablation.run_ablations({words})\n"
     (tmp_path / "run.py").write_text(f"from soundwave.demo import ablation\n{main}")
-    process = subprocess.Popen([sys.executable, tmp_path / "run.py"], stderr=subprocess.PIPE, text=True)
+    process = started(tmp_path / "run.py")
     logs = [tmp_path / "alignments" / name / "stage1" / "log.jsonl" for name in ("stacked-3", "stacked-4")]
     while not all(log.is_file() and log.stat().st_size for log in logs):
         assert process.poll() is None, process.stderr.read()
@@ -263,7 +279,7 @@ if __name__ == "__main__":
 def test_a_signal_beside_an_idle_process_lets_the_other_one_save(tmp_path, number):
     """The process beside it is idle or, if the other one has taken both names, still imports its modules."""
     (tmp_path / "run.py").write_text(ONE_ENDS_THE_OTHER_WAITS_FOR_A_SIGNAL)
-    process = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path], stderr=subprocess.PIPE, text=True)
+    process = started(tmp_path / "run.py", tmp_path)
     while not (tmp_path / "began").is_file():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
