@@ -1,11 +1,14 @@
 """CTC over the vocabulary of an LLM: hidden [B, T, D] and a frozen head [V, D] -> the loss, and d loss / d hidden.
 
-Ours runs with its default, which skips columns of negligible probability, and with `exact=True`. No peer computes this
-loss without storing the logits. The definition needs two products of 2·N·V·D operations each, over the N valid frames.
-Ours needs fewer operations where it skips columns, so its share of the roof may exceed 100 %. "two-products" computes
-these two products and nothing else, one in forward and one in backward. "recompute" is the other way to do without the
-logits: chunks of rows keep only the log-probabilities of their labels, and backward computes their logits once more. It
-takes three products.
+Ours runs with `exact=False`, which skips columns of negligible probability, and with `exact=True`. The definition needs
+two products of 2·N·V·D operations each, over the N valid frames. Where ours skips columns it needs fewer operations, so
+its share of the roof may exceed 100 %. "two-products" computes these two products and nothing else, one in forward and
+one in backward.
+
+The peer is pruned-ctc, which does not store the logits either: it keeps the log-probabilities of the labels, and
+backward computes the logits once more, chunk by chunk of the vocabulary, three products with a frozen head. It needs
+k2, sums over utterances, and takes the blank's row as a row of the head; so the head is copied once, with that row.
+"recompute" is the same scheme in plain PyTorch, by chunks of frames, and runs anywhere.
 """
 
 import functools
@@ -16,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench import shapes
 from bench.contenders import compiled, plain
-from bench.race import Operation, Problem
+from bench.race import Absent, Operation, Problem
 from soundwave import eager
 from soundwave.fused import functional
 
@@ -92,6 +95,31 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
         first = (targets[:, :, None] == targets[:, None, :]).int().argmax(2)
         return functional.ctc_loss(log_probs, 1 + first, input_lengths, target_lengths)
 
+    def exact_in_torch():
+        if device.type == "cuda":
+            raise Absent("ours-triton-exact shows it")
+        return loss(functional.linear_ctc_loss, impl="torch", exact=True)
+
+    def pruned_ctc():
+        import k2
+        from pruned_ctc import pruned_ctc_loss
+
+        if case.lengths != "equal":
+            raise Absent("it sums over utterances; where targets differ in length that is another loss than the mean")
+        whole = torch.cat([weight, weight[:1]])  # the last row is the blank's
+        bias = torch.zeros(case.V + 1, dtype=torch.float32, device=device)
+        ragged = {}  # by the tensor of targets: a collator makes them, outside of the loss
+
+        def run(hidden, targets, input_lengths, target_lengths, blank_weight, blank_bias):
+            if id(targets) not in ragged:
+                labels = [row[:n] for row, n in zip(targets.tolist(), target_lengths.tolist(), strict=True)]
+                ragged[id(targets)] = targets, k2.RaggedTensor(labels).to(device)
+            whole[-1], bias[-1] = blank_weight, blank_bias
+            loss = pruned_ctc_loss(hidden, whole, bias, ragged[id(targets)][1], input_lengths, blank_id=case.V)
+            return loss / (hidden.shape[0] * case.U)
+
+        return run
+
     rows = int(shapes.lengths(case.B, case.T, case.lengths).sum())
     product = 2.0 * rows * case.V * case.D
     moved = case.dtype.itemsize * (case.V * case.D + 2.0 * rows * case.D)  # the head, hidden, its gradient
@@ -102,8 +130,10 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
             "compiled": compiled(loss(eager.linear_ctc_loss)),
             "two-products": plain(two_products),
             "recompute": plain(recompute),
-            "ours-torch": plain(loss(functional.linear_ctc_loss, impl="torch")),
-            "ours-triton": plain(loss(functional.linear_ctc_loss, impl="triton")),
+            "pruned-ctc": pruned_ctc,
+            "ours-torch": plain(loss(functional.linear_ctc_loss, impl="torch", exact=False)),
+            "ours-torch-exact": exact_in_torch,
+            "ours-triton": plain(loss(functional.linear_ctc_loss, impl="triton", exact=False)),
             "ours-triton-exact": plain(loss(functional.linear_ctc_loss, impl="triton", exact=True)),
         },
         flops={"both": 2 * product},
@@ -113,12 +143,18 @@ def problem(case: shapes.Case, device: torch.device) -> Problem:
     )
 
 
+OURS = ("ours-torch", "ours-torch-exact", "ours-triton", "ours-triton-exact")
 LINEAR_CTC = Operation(
     "linear_ctc",
     shapes.linear_ctc,
     problem,
-    ("eager", "compiled", "two-products", "recompute", "ours-torch", "ours-triton", "ours-triton-exact"),
-    needs={"two-products": ("cuda",), "ours-triton": ("cuda",), "ours-triton-exact": ("cuda",)},
+    ("eager", "compiled", "two-products", "recompute", "pruned-ctc", *OURS),
+    needs={
+        "two-products": ("cuda",),
+        "pruned-ctc": ("k2", "pruned_ctc"),
+        "ours-triton": ("cuda",),
+        "ours-triton-exact": ("cuda",),
+    },
 )
 
 

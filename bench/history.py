@@ -3,11 +3,16 @@
 A run is one JSON file, `<results>/<device>/<date>-<commit>.json`. A ratio is eager's time divided by the contender's,
 the median over the rounds, so above 1 is faster than eager. A spread is an interquartile range.
 
+Where ours is slower than eager, the page says in one line what is bought with it. These lines are in `slower.json`; a
+row without one is marked, and the command that writes the page fails.
+
 A run counts, on the page and for later comparisons, if its checkout was clean, if it was not restricted to some
 contenders or cases, and if it was not found worse than earlier runs.
 """
 
 import argparse
+import functools
+import json
 import statistics
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -36,6 +41,7 @@ PACKAGES = (
 )
 OURS = "ours"  # The names of this library's contenders begin with it.
 DRIFT = 0.1  # relative difference of a ratio between two runs of the same code, beyond the spread within each
+AS_FAST = 0.95  # A row of ours with a smaller ratio needs its reason.
 MORE_MEMORY = 1.05  # More than so many times the earlier peak is worse; an allocator's peak hardly varies.
 
 
@@ -275,6 +281,32 @@ class Row(NamedTuple):
         return self.parts.get("both") or self.parts["forward"]
 
 
+class Reason(BaseModel):
+    """Why ours is slower than eager, and the cases to which it applies."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["cuda", "cpu"]
+    operation: str
+    cases: list[str]
+    reason: str
+
+
+@functools.cache
+def reasons() -> list[Reason]:
+    return [Reason(**each) for each in json.loads((ROOT / "bench" / "slower.json").read_text(encoding="utf-8"))]
+
+
+def reason_of(run: BenchRun, entry: Entry) -> str | None:
+    """Why this row is slower than eager; "" if it is not, and None if nobody has said why."""
+    if not entry.contender.startswith(OURS) or entry.ratio is None or entry.ratio >= AS_FAST:
+        return ""
+    for each in reasons():
+        if (each.kind, each.operation) == (run.kind, entry.operation) and entry.case in each.cases:
+            return each.reason
+    return None
+
+
 HEADINGS = ("case", "contender", "forward", "backward", "both", "x eager", "memory", "TFLOP/s", "GB/s", "of the roof")
 
 
@@ -343,6 +375,7 @@ def tables(run: BenchRun) -> "Iterator[Table]":
 
 # ---------------------------------------------------------------- page
 
+UNEXPLAINED = "**no reason is known** (bench/slower.json)"
 INTRODUCTION = """# Benchmarks
 
 `python bench/history.py` writes this page from the files in `bench/results/`; each `pytest bench/` adds a file. The
@@ -353,6 +386,7 @@ eager's. The columns:
   needs. Some operations compute their gradient in it already, so compare `both`.
 - `x eager`: eager's time divided by the contender's, the median over the rounds. Above 1 is faster than eager.
   `x eager before` is the same in an earlier run, with its date and commit.
+  Where ours is below 0.95, a line below the table says what is bought with it.
 - `memory`: the most memory held at a time beyond what was held before the run. On CUDA it is read from the caching
   allocator, on a CPU from the events of torch's allocator in the profiler, which does not see the scratch memory of the
   libraries below torch.
@@ -425,6 +459,11 @@ def _device_section(device: str, runs: list[BenchRun], folder: Path, root: Path)
         yield ""
 
 
+def unexplained(page: str) -> list[str]:
+    """The lines of a page about rows that are slower than eager for no known reason."""
+    return [line for line in page.splitlines() if line.endswith(UNEXPLAINED)]
+
+
 def _label(run: BenchRun) -> str:
     kind = "" if run.whole else ", a part of the suite"
     return f"{run.date:%Y-%m-%d %H:%M} UTC, commit {run.commit}{kind}"
@@ -455,6 +494,12 @@ def _table(run: BenchRun, entries: list[Entry], older: list[BenchRun]) -> Iterat
             cells.insert(6, "" if old is None else f"{_ratio(old)} ({other.date:%Y-%m-%d}, {other.commit})")
         yield "| " + " | ".join(cells) + " |"
     yield ""
+    slower: dict[str | None, list[str]] = {}
+    for row in rows:
+        if (reason := reason_of(run, row.whole)) != "":
+            slower.setdefault(reason, []).append(f"{row.case}, {row.contender}: {row.whole.ratio:.2f}")
+    yield from (f"- {'; '.join(places)}: {reason or UNEXPLAINED}" for reason, places in slower.items())
+    yield from [""] * bool(slower)
 
 
 def _pyplot() -> Any:
@@ -564,7 +609,7 @@ def _plot_roofline(newest: dict[str, tuple[BenchRun, list[Entry]]], path: Path) 
 
 
 def main() -> None:
-    """`python bench/history.py [RESULTS] [--out FILE]`."""
+    """`python bench/history.py [RESULTS] [--out FILE]`; fails if the page has a row that is slower without a reason."""
     parser = argparse.ArgumentParser(description="Turn all results of the benches into tables and plots.")
     parser.add_argument("results", nargs="?", type=Path, default=ROOT / "bench/results", help="folder of the results")
     parser.add_argument(
@@ -575,9 +620,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        print(f"page {write_page(arguments.results, arguments.out)}")
+        page = write_page(arguments.results, arguments.out)
     except FileNotFoundError as error:
         parser.error(str(error))
+    print(f"page {page}")
+    if lines := unexplained(page.read_text(encoding="utf-8")):
+        parser.exit(1, "".join(f"slower than eager: {line.removeprefix('- ')}\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The benches: shapes and generators, the timing of contenders, results, their comparison, and the page."""
 
+import dataclasses
+import importlib
 import os
 import re
 import subprocess
@@ -8,6 +10,7 @@ import time
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +104,58 @@ def test_columns_can_be_skipped_in_peaky_logits_only(head, logits, least, most):
         blank_bias=made.blank_bias,
     )
     assert least <= float(out.active_share) <= most
+
+
+# ---------------------------------------------------------------- contenders
+
+
+@pytest.fixture
+def bench_linear_ctc(request):
+    """The bench's file, whose mark only the benches' own configuration knows."""
+    request.config.addinivalue_line("markers", "operation: of the benches")
+    return importlib.import_module("bench.bench_linear_ctc")
+
+
+def test_pruned_ctc_gets_the_whole_head_and_gives_the_mean(bench_linear_ctc, monkeypatch):
+    """Its package needs k2, which fits few versions of torch, so both are stand-ins with the arguments of theirs."""
+    seen = []
+
+    class RaggedTensor:
+        def __init__(self, rows):
+            self.rows = rows
+
+        def to(self, device):
+            return self
+
+    def pruned_ctc_loss(
+        encoder_out, weight, bias, y, encoder_out_lens, *,
+        chunk_size=4096, output_beam=100.0, max_states=100_000_000, blank_id=0,
+    ):  # fmt: skip
+        seen.append((weight.shape, bias.shape, len(y.rows), blank_id))
+        log_probs = torch.nn.functional.linear(encoder_out, weight, bias).log_softmax(-1).transpose(0, 1)
+        targets, counts = torch.tensor(sum(y.rows, [])), torch.tensor([len(row) for row in y.rows])
+        return torch.nn.functional.ctc_loss(log_probs, targets, encoder_out_lens, counts, blank_id, "sum")
+
+    monkeypatch.setitem(sys.modules, "k2", SimpleNamespace(RaggedTensor=RaggedTensor))
+    monkeypatch.setitem(sys.modules, "pruned_ctc", SimpleNamespace(pruned_ctc_loss=pruned_ctc_loss))
+    case = shapes.linear_ctc("tiny")[0]
+    problem = bench_linear_ctc.problem(case, CPU)
+    inputs = problem.inputs(0)
+    results = {}
+    for name in ("eager", "pruned-ctc", "recompute", "ours-torch-exact"):
+        loss = problem.contenders[name]()(*inputs)
+        results[name] = loss, *torch.autograd.grad(loss, inputs[0])
+    for name, found in results.items():
+        torch.testing.assert_close(found, results["eager"], msg=lambda text, name=name: f"{name}: {text}")
+    assert seen == [((case.V + 1, case.D), (case.V + 1,), case.B, case.V)]
+    mixture = dataclasses.replace(case, lengths="mixture")
+    with pytest.raises(race.Absent, match="it sums over utterances"):
+        bench_linear_ctc.problem(mixture, CPU).contenders["pruned-ctc"]()
+
+
+def test_a_contender_whose_package_is_not_there_is_named(bench_linear_ctc):
+    missing = bench_linear_ctc.LINEAR_CTC.missing("pruned-ctc", CPU)
+    assert not missing or missing in ("pruned-ctc: k2 is not installed", "pruned-ctc: pruned_ctc is not installed")
 
 
 # ---------------------------------------------------------------- timing
@@ -441,6 +496,47 @@ def test_the_page_names_what_did_not_run_and_that_no_gpu_was_there(page):
     text = page.read_text()
     assert "not run: ours-triton: it needs CUDA" in text
     assert "Nothing here was measured on a GPU yet" in text
+
+
+def slow_page(clean, tmp_path, **changes) -> tuple[Path, str]:
+    """The page, and the error of the command, where ours took three times as long as eager in the case V 32."""
+    entries = [
+        entry.model_copy(update={"ratio": 1 / 3} | changes)
+        if entry.contender == "ours-torch" and entry.part == "both" and entry.case == "V 32"
+        else entry
+        for entry in clean.entries
+    ]
+    clean.model_copy(update={"size": "cpu", "entries": entries}).save(tmp_path / "results")
+    page = tmp_path / "page.md"
+    command = [sys.executable, str(ROOT / "bench" / "history.py"), str(tmp_path / "results"), "--out", str(page)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == bool(done.stderr), done.stderr
+    return page, done.stderr
+
+
+def test_a_row_that_is_slower_than_eager_has_its_reason_below_the_table(clean, tmp_path):
+    page, error = slow_page(clean, tmp_path)
+    (reason,) = (each.reason for each in history.reasons() if each.operation == "ctc")
+    assert f"- V 32, ours-torch: 0.33: {reason}" in page.read_text() and not error
+
+
+def test_a_row_that_is_slower_without_a_reason_is_marked_and_fails_the_command(clean, tmp_path):
+    page, error = slow_page(clean, tmp_path, operation="unknown")
+    assert "- V 32, ours-torch: 0.33: **no reason is known**" in page.read_text()
+    assert error.startswith("slower than eager: V 32, ours-torch: 0.33: ")
+
+
+def test_the_published_page_has_a_reason_for_every_row_that_is_slower():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert history.unexplained(page) == []
+
+
+def test_reasons_are_one_line_and_name_cases_of_the_benches():
+    for each in history.reasons():
+        assert "\n" not in each.reason and each.reason.endswith(".")
+        cases = {"shrink_attention": shapes.shrink}.get(each.operation) or getattr(shapes, each.operation)
+        names = {case.name for case in cases(each.kind) if not case.over}
+        assert set(each.cases) <= names, (each.operation, names)
 
 
 def test_files_of_other_benches_are_left_alone(run, tmp_path):

@@ -252,7 +252,17 @@ def test_on_a_gpu_each_part_selects_the_tests_that_it_names(tmp_path):
     }
     assert groups["linear"] == {"random", "peaky", "peaky_mixture"}
     assert {name.split("-both-")[1] for name in found["linear"]} == {
-        f"{name}]" for name in ("eager", "two-products", "recompute", "ours-torch", "ours-triton", "ours-triton-exact")
+        f"{name}]"
+        for name in (
+            "eager",
+            "two-products",
+            "recompute",
+            "pruned-ctc",
+            "ours-torch",
+            "ours-torch-exact",
+            "ours-triton",
+            "ours-triton-exact",
+        )
     }
     assert groups["ctc"] == {"V_32", "V_500", "V_5000"}
     assert groups["stages"] == {"stage_1_all_30_s", "stage_2_all_30_s"}
