@@ -190,9 +190,7 @@ def small_vocabulary(small_llm, tiny_corpus, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def model_folders(small_llm, tmp_path_factory) -> dict[int, Path]:
-    """Folders of untrained models, by the stage that their configurations say they have seen: 1 and 3."""
+def untrained_models(language_model: Path, tmp_path_factory) -> dict[int, Path]:
     import torch
 
     from soundwave import backbones
@@ -201,7 +199,7 @@ def model_folders(small_llm, tmp_path_factory) -> dict[int, Path]:
 
     folders = {}
     for stage in (1, 3):
-        config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(small_llm), lora_rank=4, stage=stage)
+        config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(language_model), lora_rank=4, stage=stage)
         torch.manual_seed(0)
         model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=stage > 1)
         with torch.no_grad():
@@ -212,3 +210,15 @@ def model_folders(small_llm, tmp_path_factory) -> dict[int, Path]:
         folders[stage] = tmp_path_factory.mktemp("models") / f"stage{stage}" / "model"
         model.save_pretrained(folders[stage])
     return folders
+
+
+@pytest.fixture(scope="session")
+def model_folders(small_llm, tmp_path_factory) -> dict[int, Path]:
+    """Folders of untrained models, by the stage that their configurations say they have seen: 1 and 3."""
+    return untrained_models(small_llm, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def models_of_few_tokens(small_vocabulary, tmp_path_factory) -> dict[int, Path]:
+    """The same with a language model of 500 tokens, which answers in half the time."""
+    return untrained_models(small_vocabulary, tmp_path_factory)

@@ -30,6 +30,11 @@ SHORT = {"max_new_tokens": 8}
 
 
 @pytest.fixture(scope="module")
+def model_folders(models_of_few_tokens) -> dict[int, Path]:
+    return models_of_few_tokens
+
+
+@pytest.fixture(scope="module")
 def models(model_folders) -> dict[int, LoadedModel]:
     """The models of `model_folders` in float32, so that a text does not depend on what else is in a batch."""
     return {
