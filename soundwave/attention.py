@@ -14,7 +14,7 @@ Dimension letters: N and M rows, B sequences, H heads, G heads of keys and value
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -28,7 +28,10 @@ MAX_HEAD_SIZE = 256  # limit of FlashAttention's kernels
 MIN_CAPABILITY = (8, 0)
 # flash-attn-4 also runs on 8.x, but only forward. Head sizes from 8 on in steps of 8, up to:
 FLASH_4_HEAD_SIZES = {9: 256, 10: 128, 11: 128, 12: 128}
-SHORT = 384  # keys of a sequence up to which the CPU keeps its probabilities instead of taking torch's flash attention
+SHORT = 256  # keys of a sequence up to which the CPU keeps its probabilities instead of taking torch's flash attention
+# On the CPU a sequence is computed together with longer ones if that pads fewer numbers than this: a group of its own
+# costs some 25 operations, as long as they take.
+GROUP_PADDING = 60_000
 
 
 class Attention(NamedTuple):
@@ -365,75 +368,145 @@ def _hidden(queries: int, keys: int, shape: Shape, like: Tensor) -> Tensor | Non
 def _each_sequence(
     query: Tensor, key: Tensor, value: Tensor, bounds: tuple[Tensor, Tensor, int, int], shape: Shape
 ) -> Tensor:
-    """`attend` for one sequence after another, which on the CPU is faster than padding or a mask over all of them."""
-    cu_seqlens_q, cu_seqlens_k = bounds[0].tolist(), bounds[1].tolist()
-    sequences = [
-        (slice(*rows), slice(*keys)) for rows, keys in zip(pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True)
-    ]
-    out: Tensor = _EachSequence.apply(query, key, value, sequences, shape)
+    """`attend` on the CPU, for long sequences one after another, and for short ones of similar length together."""
+    out: Tensor = _OnCPU.apply(query, key, value, tuple(bounds[0].tolist()), tuple(bounds[1].tolist()), shape)
     return out
 
 
-class _EachSequence(torch.autograd.Function):
-    """Attention of one sequence after another on the CPU.
+class _Group(NamedTuple):
+    """Short sequences that are computed together, padded to the longest of them.
+
+    Their padded rows are [b, G, H / G, L], and those of keys [b, G, M]; a row holds E numbers. So the heads of queries
+    that share one of keys are rows of one product.
+    """
+
+    queries: int  # L
+    keys: int  # M
+    from_query: Tensor  # int64 [b·H·L], for each padded row its row of [N·H, E]; for padding any row
+    from_key: Tensor  # int64 [b·G·M], of [M·G, E]
+    to_query: tuple[Tensor, Tensor]  # int64 [n] twice: rows of [N·H, E], rising, and for each of them its padded row
+    to_key: tuple[Tensor, Tensor]
+    padding: Tensor | None  # int64, padded rows of queries that are padding; None if there are none
+    past: Tensor | None  # bool [b, 1, 1, M], keys that are padding; None if there are none
+
+
+@lru_cache(maxsize=16)  # every layer has the same sequences
+def _plan(
+    cu_seqlens_q: tuple[int, ...], cu_seqlens_k: tuple[int, ...], heads: int, groups: int, size: int
+) -> tuple[list[_Group], list[tuple[slice, slice]]]:
+    """Short sequences in groups, and the rows of queries and keys of each long one. Those without rows are left out."""
+    found = zip(pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True)
+    spans = [(slice(*q), slice(*k)) for q, k in found if q[0] < q[1] and k[0] < k[1]]
+    long = [span for span in spans if _lengths(span)[1] > SHORT]
+    short = sorted((span for span in spans if _lengths(span)[1] <= SHORT), key=lambda span: _lengths(span)[::-1])
+    together: list[list[tuple[slice, slice]]] = []
+    most = (0, 0)
+    for span in reversed(short):
+        n, m = _lengths(span)
+        padding = heads * (size * (most[0] - n + most[1] - m) + most[0] * most[1] - n * m)
+        if together and n <= most[0] and padding < GROUP_PADDING:
+            together[-1].append(span)
+        else:
+            together.append([span])
+            most = (n, m)
+    return [_group(members, heads, groups) for members in together], long
+
+
+def _lengths(span: tuple[slice, slice]) -> tuple[int, int]:
+    return span[0].stop - span[0].start, span[1].stop - span[1].start
+
+
+def _group(members: list[tuple[slice, slice]], heads: int, groups: int) -> _Group:
+    def places(which: int, shared: int) -> tuple[int, Tensor, tuple[Tensor, Tensor], Tensor]:
+        starts = torch.tensor([span[which].start for span in members], device="cpu")[:, None]
+        counts = torch.tensor([_lengths(span)[which] for span in members], device="cpu")[:, None]
+        row = torch.arange(int(counts.max()), device="cpu")
+        place = (starts + torch.minimum(row, counts - 1))[:, None, None]
+        head = torch.arange(groups * shared, device="cpu").view(groups, shared, 1)
+        rows = (place * (groups * shared) + head).flatten()
+        real = (row < counts)[:, None, None].expand(-1, groups, shared, -1).flatten()
+        padded = real.nonzero()[:, 0]
+        order = rows[padded].argsort()
+        return len(row), rows, (rows[padded][order], padded[order]), real
+
+    queries, from_query, to_query, real_query = places(0, heads // groups)
+    keys, from_key, to_key, real_key = places(1, 1)
+    padding = (~real_query).nonzero()[:, 0]
+    past = None if real_key.all() else ~real_key.view(len(members), groups, 1, 1, keys)[:, :1, 0]
+    return _Group(
+        queries, keys, from_query, from_key, to_query, to_key, padding if len(padding) else None, past,
+    )  # fmt: skip
+
+
+class _OnCPU(torch.autograd.Function):
+    """Attention of packed sequences on the CPU.
 
         S = scale · Q Kᵀ, P = softmax(S), O = P V
         dV = Pᵀ dO, dP = dO Vᵀ, dS = P · (dP - rowsum(dP · P)), dQ = scale · dS K, dK = scale · dSᵀ Q
 
-    P is kept for backward where it has at most SHORT keys, because torch's flash attention for the CPU takes several
-    times as long in backward over a few dozen rows; longer sequences take it. Softmax runs in float32. In the products
-    the heads of queries that share one of keys follow one another.
+    P of short sequences is kept for backward, where torch's flash attention for the CPU takes up to twice as long over
+    a few dozen rows; long sequences take it. Softmax computes in float32.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, sequences, shape):
-        groups, scale = key.shape[1], query.shape[2] ** -0.5 if shape.scale is None else shape.scale
-        out, kept = torch.zeros_like(query, memory_format=torch.contiguous_format), []
-        for rows, keys in sequences:
-            q, k, v = query[rows], key[keys], value[keys]
-            if not len(q) or not len(k):
-                kept.append(())
-            elif len(k) <= SHORT:
-                scores = _product(_heads_first(q, groups), k.permute(1, 2, 0), scale)
-                p = _softmax(scores, _hidden(len(q), len(k), shape, q)).to(q.dtype)
-                out[rows] = _heads_last(torch.bmm(p, v.transpose(0, 1)), query.shape[1])
-                kept.append((p,))
-            else:
-                o, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    *_for_flash(q, k, v), **_of_flash(q, k, shape, scale)
+    def forward(ctx, query, key, value, cu_seqlens_q, cu_seqlens_k, shape):
+        (rows, heads, size), groups = query.shape, key.shape[1]
+        scale = size**-0.5 if shape.scale is None else shape.scale
+        plan, long = _plan(cu_seqlens_q, cu_seqlens_k, heads, groups, size)
+        flat = [x.reshape(-1, size) for x in (query, key, value)]
+        out, kept = None, []
+        for group in plan:
+            q, k, v = (
+                x.index_select(0, places).view(-1, count, size)
+                for x, places, count in zip(
+                    flat,
+                    (group.from_query, group.from_key, group.from_key),
+                    (heads // groups * group.queries, group.keys, group.keys),
+                    strict=True,
                 )
-                out[rows] = o[0].transpose(0, 1)
-                kept.append((o, sums))
-        ctx.save_for_backward(query, key, value, *(x for tensors in kept for x in tensors))
-        ctx.sequences, ctx.shape, ctx.scale, ctx.kept = sequences, shape, scale, [len(tensors) for tensors in kept]
+            )
+            p = _probabilities(_product(q, k.mT, scale), group, groups, shape)
+            out = _spread(torch.bmm(p, v), group.to_query, out, rows * heads)
+            kept += [q, k, v, p]
+        out = query.new_zeros(rows * heads, size) if out is None else out
+        out = out.view(query.shape)
+        for q, k in long:
+            arguments = _for_flash(query[q], key[k], value[k])
+            settings = _of_flash(arguments[0], arguments[1], shape, scale)
+            o, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments, **settings)
+            out[q] = o[0].transpose(0, 1)
+            kept += [o, sums]
+        # The gradient of short sequences needs none of the rows themselves.
+        ctx.save_for_backward(*kept, *((query, key, value) if long else ()))
+        ctx.plan, ctx.long, ctx.shape, ctx.scale = plan, long, shape, scale
+        ctx.sizes = query.shape, key.shape
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        query, key, value, *kept = ctx.saved_tensors
-        heads, groups = query.shape[1], key.shape[1]
-        like = {"memory_format": torch.contiguous_format}
-        dquery, dkey, dvalue = (torch.zeros_like(x, **like) for x in (query, key, value))
-        for (rows, keys), count in zip(ctx.sequences, ctx.kept, strict=True):
-            tensors, kept = kept[:count], kept[count:]
-            if count == 1:
-                (p,), k, v = tensors, key[keys].transpose(0, 1), value[keys].transpose(0, 1)
-                q, do = (_heads_first(x[rows], groups) for x in (query, dout))
-                dvalue[keys] = torch.bmm(p.mT, do).transpose(0, 1)
-                ds = torch.ops.aten._softmax_backward_data(torch.bmm(do, v.mT), p, -1, p.dtype)
-                dquery[rows] = _heads_last(_product(ds, k, ctx.scale), heads)
-                dkey[keys] = _product(ds.mT, q, ctx.scale).transpose(0, 1)
-            elif count:
-                q, k, v = query[rows], key[keys], value[keys]
-                do = dout[rows].transpose(0, 1)[None]
-                dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    do, *_for_flash(q, k, v), *tensors, 0.0, **_of_flash(q, k, ctx.shape, ctx.scale)
-                )
-                dquery[rows] = dq[0].transpose(0, 1)
-                for gradient, found in ((dkey, dk), (dvalue, dv)):
-                    gradient[keys] = found[0].unflatten(0, (groups, -1)).sum(1).transpose(0, 1)
-        return dquery, dkey, dvalue, None, None
+        (rows, heads, size), (keys, groups, _) = ctx.sizes
+        kept, flat = list(ctx.saved_tensors), dout.reshape(-1, size)
+        dquery = dkey = dvalue = None
+        for group in ctx.plan:
+            (q, k, v, p), kept = kept[:4], kept[4:]
+            do = flat.index_select(0, group.from_query).view(q.shape)
+            ds = torch.ops.aten._softmax_backward_data(torch.bmm(do, v.mT), p, -1, p.dtype)
+            dvalue = _spread(torch.bmm(p.mT, do), group.to_key, dvalue, keys * groups)
+            dquery = _spread(_product(ds, k, ctx.scale), group.to_query, dquery, rows * heads)
+            dkey = _spread(_product(ds.mT, q, ctx.scale), group.to_key, dkey, keys * groups)
+        shapes = zip((dquery, dkey, dvalue), (ctx.sizes[0], *[ctx.sizes[1]] * 2), strict=True)
+        found = [dout.new_zeros(shape) if x is None else x.view(shape) for x, shape in shapes]
+        for q, k in ctx.long:
+            (o, sums), kept = kept[:2], kept[2:]
+            arguments = _for_flash(*(x[part] for x, part in zip(ctx.saved_tensors[-3:], (q, k, k), strict=True)))
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dout[q].transpose(0, 1)[None], *arguments, o, sums, 0.0,
+                **_of_flash(arguments[0], arguments[1], ctx.shape, ctx.scale),
+            )  # fmt: skip
+            for x, part, gradient in zip(found, (q, k, k), gradients, strict=True):
+                x[part] = gradient[0].unflatten(0, (x.shape[1], -1)).sum(1).transpose(0, 1)
+        return *found, None, None, None
 
 
 def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -441,11 +514,28 @@ def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(x.new_empty(1), x, y, beta=0, alpha=scale)
 
 
-def _softmax(scores: Tensor, hidden: Tensor | None) -> Tensor:
-    """Softmax of [G, H / G · L, M], in float32 at least, without the keys that are `hidden` bool [L, M]."""
-    if hidden is not None:
-        scores.unflatten(1, (-1, len(hidden))).masked_fill_(hidden, -torch.inf)
-    return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+def _probabilities(scores: Tensor, group: _Group, groups: int, shape: Shape) -> Tensor:
+    """Softmax of [b·G, H / G · L, M] without the keys that a row does not attend to; 0 in rows of padding."""
+    each = scores.view(-1, groups, scores.shape[1] // group.queries, group.queries, group.keys)
+    hidden = _hidden(group.queries, group.keys, shape, scores)
+    if hidden is not None:  # padding stands behind all rows that there are
+        each.masked_fill_(hidden, -torch.inf)
+    elif group.past is not None:
+        each.masked_fill_(group.past[:, :, None], -torch.inf)
+    p = torch.ops.aten._softmax(scores, -1, False)
+    if group.padding is not None:
+        p.view(-1, group.keys).index_fill_(0, group.padding, 0.0)
+    return p
+
+
+def _spread(padded: Tensor, places: tuple[Tensor, Tensor], out: Tensor | None, rows: int) -> Tensor:
+    """`out` [rows, E], 0 if it is None, with the rows of a group, which are `padded` [b·G, ., E]."""
+    target, source = places
+    padded = padded.view(-1, padded.shape[-1]).index_select(0, source)
+    if len(target) == rows:  # all of them, in order
+        return padded
+    out = padded.new_zeros(rows, padded.shape[1]) if out is None else out
+    return out.index_copy_(0, target, padded)
 
 
 def _for_flash(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -456,22 +546,12 @@ def _for_flash(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
 
 
 def _of_flash(query: Tensor, key: Tensor, shape: Shape, scale: float) -> dict[str, Any]:
-    """The settings of torch's flash attention for the CPU."""
+    """The settings of torch's flash attention for the CPU, for [1, H, L, E]."""
     if shape.window is None:
         return {"is_causal": shape.causal, "scale": scale}
-    mask = query.new_zeros(len(query), len(key)).masked_fill_(_hidden(len(query), len(key), shape, query), -torch.inf)
+    hidden = _hidden(query.shape[2], key.shape[2], shape, query)
+    mask = query.new_zeros(query.shape[2], key.shape[2]).masked_fill_(hidden, -torch.inf)
     return {"is_causal": False, "attn_mask": mask[None, None], "scale": scale}
-
-
-def _heads_first(x: Tensor, groups: int) -> Tensor:
-    """[L, H, E] -> [groups, H / groups · L, E]: the heads that share one of keys follow one another."""
-    rows, heads, size = x.shape
-    return x.unflatten(1, (groups, heads // groups)).permute(1, 2, 0, 3).reshape(groups, -1, size)
-
-
-def _heads_last(x: Tensor, heads: int) -> Tensor:
-    """The inverse of `_heads_first`: [groups, H / groups · L, E] -> [L, H, E]."""
-    return x.reshape(heads, -1, x.shape[2]).transpose(0, 1)
 
 
 def _padded_index(cu_seqlens: Tensor, longest: int, rows: int) -> Tensor:
