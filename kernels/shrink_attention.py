@@ -13,6 +13,7 @@ Cost      4·E operations for each query, key and head forward, 10·E backward. 
 Deterministic: one program writes each tile of dQ, or of dK and dV; there are no atomics.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,12 @@ from torch import Tensor
 
 from soundwave.kernels.checks import no_second_derivative
 from soundwave.kernels.dispatch import architecture, input_precision, ranged, resolve_impl, to_device
-from soundwave.kernels.padded_attention import padded_attention, padded_attention_backward
+from soundwave.kernels.padded_attention import (
+    flash_attention,
+    flash_attention_backward,
+    padded_attention,
+    padded_attention_backward,
+)
 
 MAX_E = 256  # one row of a head in registers
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -244,11 +250,12 @@ def _check_bounds(name: str, cu_seqlens: Tensor, rows: int, longest: int) -> Non
         raise ValueError(f"max_seqlen_{name} = {longest}, but {batch} utterances have {rows} rows")
     if cu_seqlens.device.type != "cpu":
         return
-    bounds, sizes = cu_seqlens.tolist(), cu_seqlens.diff()
-    if bounds[0] != 0 or bounds[-1] != rows or (sizes < 0).any():
+    bounds = cu_seqlens.tolist()
+    sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != rows or any(size < 0 for size in sizes):
         raise ValueError(f"cu_seqlens_{name} = {bounds}, but it must rise from 0 to {rows}, the packed rows")
-    if batch and int(sizes.max()) > longest:
-        raise ValueError(f"max_seqlen_{name} = {longest}, but an utterance has {int(sizes.max())} rows")
+    if batch and max(sizes) > longest:
+        raise ValueError(f"max_seqlen_{name} = {longest}, but an utterance has {max(sizes)} rows")
 
 
 def _without_keys(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rows: int) -> Tensor:
@@ -271,7 +278,9 @@ def _forward(
     longest = max_seqlen_q, max_seqlen_k
     if impl == "torch":
         with torch.autocast(query.device.type, enabled=False):
-            out, lse = padded_attention(query, key, value, *cu_seqlens, *longest, scale, query.device.type == "cpu")
+            if query.device.type == "cpu":
+                return flash_attention(query, key, value, *cu_seqlens, scale)
+            out, lse = padded_attention(query, key, value, *cu_seqlens, *longest, scale)
         if query.shape[0]:
             out.masked_fill_(_without_keys(*cu_seqlens, query.shape[0]), 0.0)
         return out, lse
@@ -299,10 +308,12 @@ def _backward(
     longest = max_seqlen_q, max_seqlen_k
     if impl == "torch":
         with torch.autocast(query.device.type, enabled=False):
-            dq, dk, dv = padded_attention_backward(
-                dout, query, key, value, out, lse, *cu_seqlens, *longest, scale, query.device.type == "cpu"
-            )
-        if query.shape[0]:
+            given = dout, query, key, value, out, lse, *cu_seqlens
+            if query.device.type == "cpu":
+                dq, dk, dv = flash_attention_backward(*given, scale)
+            else:
+                dq, dk, dv = padded_attention_backward(*given, *longest, scale)
+        if query.shape[0] and query.device.type != "cpu":
             dq.masked_fill_(_without_keys(*cu_seqlens, query.shape[0]), 0.0)
         return (dq, dk, dv) if need_dkv else (dq, key.new_empty(0), value.new_empty(0))
     dout, delta, dq = dout.contiguous(), torch.empty_like(lse), query.new_empty(query.shape)
