@@ -64,7 +64,7 @@ def _run(
         greatest = factor.abs().amax().clamp(min=torch.finfo(dtype).tiny)
         row_weight, sign = factor.abs() / greatest, factor.sign()
     dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0, dtype=gradient_dtype(hidden))
-    dweight = own.new_zeros(weight.shape if need.weight else 0)
+    dweight = (own.new_empty if len(rows) else own.new_zeros)(weight.shape if need.weight else 0)
     stats = RowStats.empty(len(rows), own)
     rows, product_weight = rows.to(product_dtype), weight.to(product_dtype)
     group = torch.arange(len(rows), device=hidden.device)
@@ -79,7 +79,8 @@ def _run(
         if need.weight:
             of_target = -off_label * (row_weight[start:stop, None] * p_factor(p.dtype))
             p.scatter_(1, ids[start:stop], of_target.to(p.dtype))
-            add_weight_gradient(dweight, p, rows[start:stop] * sign[start:stop, None].to(product_dtype))
+            some = rows[start:stop] * sign[start:stop, None].to(product_dtype)
+            add_weight_gradient(dweight, p, some, first=not start)
     if greatest is not None:
         dweight *= greatest
     highest = torch.maximum(stats.maximum, own[:, 0])

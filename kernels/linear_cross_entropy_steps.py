@@ -121,13 +121,14 @@ def _add_bias_gradient(dbias: Tensor, q: Tensor, magnitude: Tensor | None) -> No
         dbias[v : v + WEIGHT_TILE] += part.sum(0, dtype=dbias.dtype)
 
 
-def _add_weight_gradient(dweight: Tensor, q: Tensor, rows: Tensor, magnitude: Tensor | None) -> None:
-    """`dweight` [V, D] += qᵀ rows, of rows each times its magnitude, if given."""
+def _add_weight_gradient(dweight: Tensor, q: Tensor, rows: Tensor, magnitude: Tensor | None, first: bool) -> None:
+    """`dweight` [V, D] += qᵀ rows, of rows each times its magnitude, if given; with `first` it is written."""
     if magnitude is None:
-        return add_weight_gradient(dweight, q, rows)
+        return add_weight_gradient(dweight, q, rows, first)
     greatest = magnitude.amax()  # times it, rows could be more than fp16 holds
-    dweight.div_(greatest)
-    add_weight_gradient(dweight, q, (rows * (magnitude / greatest)[:, None]).to(rows.dtype))
+    if not first:
+        dweight.div_(greatest)
+    add_weight_gradient(dweight, q, (rows * (magnitude / greatest)[:, None]).to(rows.dtype), first)
     dweight.mul_(greatest)
 
 
@@ -169,7 +170,7 @@ def run_with_options(
         coefficients = torch.stack([of_own + of_all, of_lse, constant, beyond], 1)
 
     dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0, dtype=gradient_dtype(hidden))
-    dweight = own.new_zeros(weight.shape if need.weight else 0)
+    dweight = (own.new_empty if len(own) else own.new_zeros)(weight.shape if need.weight else 0)
     dbias = own.new_zeros(columns if need.bias else 0)
     stats = CrossEntropyStats.empty(len(own), own)
     product_rows, product_weight = rows.hidden.to(product_dtype), weight.to(product_dtype)
@@ -194,7 +195,7 @@ def run_with_options(
             scaled = of_target if magnitude is None else of_target * (p_factor(q.dtype) / magnitude)
             q.scatter_(1, ids[:, None], scaled[:, None].to(q.dtype))
         if need.weight:
-            _add_weight_gradient(dweight, q, product_rows[some], magnitude)
+            _add_weight_gradient(dweight, q, product_rows[some], magnitude, not start)
         if need.bias:
             _add_bias_gradient(dbias, q, magnitude)
 

@@ -344,14 +344,19 @@ def wide(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.dtype == torch.float16 and not x.is_cuda else x
 
 
-def add_weight_gradient(dweight: Tensor, p: Tensor, hidden: Tensor) -> None:
-    """`dweight` [V, D] += pᵀ hidden / `p_factor`, summed over chunks in the dtype of `dweight`."""
+def add_weight_gradient(dweight: Tensor, p: Tensor, hidden: Tensor, first: bool = False) -> None:
+    """`dweight` [V, D] += pᵀ hidden / `p_factor`, summed over chunks in the dtype of `dweight`.
+
+    With `first` it is written, whatever it held: as large as it is, to fill it with zeros and read them takes time.
+    """
     unit = 1 / p_factor(p.dtype)
     for v in range(0, p.shape[1], WEIGHT_TILE):
         out, left = dweight[v : v + WEIGHT_TILE], p[:, v : v + WEIGHT_TILE].t()
         if p.dtype == dweight.dtype:
-            out.addmm_(left, hidden)
-        elif p.is_cuda and dweight.dtype == torch.float32:
-            out.add_(torch.mm(left, hidden, out_dtype=dweight.dtype), alpha=unit)
+            torch.mm(left, hidden, out=out) if first else out.addmm_(left, hidden)
+            continue
+        if p.is_cuda and dweight.dtype == torch.float32:
+            product = torch.mm(left, hidden, out_dtype=dweight.dtype)
         else:
-            out.add_(torch.mm(wide(left, dweight.dtype), wide(hidden, dweight.dtype)), alpha=unit)
+            product = torch.mm(wide(left, dweight.dtype), wide(hidden, dweight.dtype))
+        torch.mul(product, unit, out=out) if first else out.add_(product, alpha=unit)
