@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -97,7 +98,9 @@ def decode_packed(language_model: Any, embeddings: Tensor, cu_seqlens: Tensor, l
     sizes = cu_seqlens.to(torch.int64).diff()
     positions = torch.arange(len(embeddings), device="cpu") - cu_seqlens[:-1].repeat_interleave(sizes)
     positions, bounds = to_device_together([positions, cu_seqlens], embeddings.device)
-    with _last_mlp_on(wanted, language_model):
+    # Under autocast products cast their input themselves; peft would cast it to float32 before, and autocast back.
+    autocast = torch.is_autocast_enabled(embeddings.device.type)
+    with _last_mlp_on(wanted, language_model), disable_input_dtype_casting(language_model, active=autocast):
         states = language_model.base_model(
             inputs_embeds=embeddings[None],
             attention_mask=bounds_of(bounds, longest),

@@ -335,7 +335,7 @@ def _arguments(config: StageConfig, device: torch.device) -> TrainingArguments:
         lr_scheduler_type=config.scheduler,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim={"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}[config.optimizer],
+        optim={"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}[config.optimizer],
         logging_steps=config.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
