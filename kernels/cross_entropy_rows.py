@@ -35,14 +35,15 @@ TERMS = {torch.float32: 4, torch.float64: 7}  # of tanh's continued fraction: be
 LEAST_MAGNITUDE = 1e-20  # of a row of Q in fp16, because it is divided by it
 
 
-def _config(columns: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(groups a block, columns a group, warps): a group is the 16 bytes that a thread loads at once.
+def _config(columns: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """(groups a block, columns a group, warps, most registers a thread): a group is what a thread loads at once.
 
-    One group a thread and half as many as in `vocab_rows`, because bias, class weight and derivative of each column
-    stand beside its logit in registers.
+    These are 16 bytes. One group a thread and half as many as in `vocab_rows`, because bias, class weight and
+    derivative of each column stand beside its logit in registers. Left alone, ptxas takes 64 of them for float64 on
+    sm_120 and spills two.
     """
     groups = min(256, max(32, triton.next_power_of_2(triton.cdiv(columns, 16 // dtype.itemsize))))
-    return groups, 16 // dtype.itemsize, groups // 32
+    return groups, 16 // dtype.itemsize, groups // 32, 128 if dtype == torch.float64 else 64
 
 
 class CrossEntropyStats(NamedTuple):
@@ -275,7 +276,7 @@ def cross_entropy_rows(
     """
     rows, columns = logits.shape
     if impl == "triton":
-        groups, each, warps = _config(columns, logits.dtype)
+        groups, each, warps, registers = _config(columns, logits.dtype)
         dtype = target_logits.dtype
         unused = target_logits
         with torch.cuda.device_of(logits):
@@ -286,7 +287,7 @@ def cross_entropy_rows(
                 WRITE=coefficients is not None, HAS_BIAS=bias is not None, CAP=float(softcap), SMOOTH=smooth,
                 WEIGHTED=smooth and class_weight is not None, FACTOR=p_factor(logits.dtype), LEAST=LEAST_MAGNITUDE,
                 SPLIT=dtype == torch.float32 and not interpreted(), TERMS=TERMS.get(logits.dtype, 0), GROUPS=groups,
-                EACH=each, num_warps=warps,
+                EACH=each, num_warps=warps, maxnreg=registers,
             )  # fmt: skip
         return
     step = max(1, BLOCK_BYTES_CPU // (target_logits.dtype.itemsize * columns)) if logits.device.type == "cpu" else rows

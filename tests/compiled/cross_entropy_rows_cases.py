@@ -25,7 +25,7 @@ def cases(arch, Case):
     for given, inside in DTYPES.items():
         dtype = TYPES[given]
         for columns in (2, 128256, 128257):
-            groups, each, warps = _config(columns, dtype)
+            groups, each, warps, registers = _config(columns, dtype)
             for name, options in OPTIONS.items():
                 if name != "all" and columns != 128256:
                     continue
@@ -45,4 +45,5 @@ def cases(arch, Case):
                         divisible_by_16=(
                             "LOGITS", "BIAS", "CLASS_WEIGHT", "stride", *(("V",) if columns % 16 == 0 else ()),
                         ),
+                        maxnreg=registers,
                     )  # fmt: skip
