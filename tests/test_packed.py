@@ -239,6 +239,38 @@ def test_a_training_step_builds_no_mask_of_all_rows_and_pads_nothing():
     assert not any(size[-2:] == (rows, rows) for size in sizes)
 
 
+def test_every_sequence_begins_at_position_0():
+    """Rotary embeddings alone would not tell: they see the distance of two rows."""
+    model, seen = model_of(), []
+    model.language_model.base_model.register_forward_pre_hook(
+        lambda _, __, given: seen.append((given["position_ids"], given["attention_mask"])), with_kwargs=True
+    )
+    model(**batch_of(*BATCHES["mixture"]))
+    ((positions, bounds),) = seen
+    lengths = bounds[0, 0, 0].diff()
+    assert bounds.dtype == torch.int32 and bounds.shape[1] == int(lengths.max()) and len(lengths) == 4
+    assert torch.equal(positions[0], torch.cat([torch.arange(int(n)) for n in lengths]))
+
+
+def test_lora_reads_bfloat16_as_it_is_under_autocast():
+    """peft would cast it to float32, and autocast back; the products are the same."""
+    model, batch = model_of(lora_rank=2), batch_of(*BATCHES["mixture"])
+    for part in (model.audio_tower, model.language_model):
+        for name, parameter in part.named_parameters():
+            if "lora_" not in name:
+                parameter.data = parameter.data.bfloat16()
+    seen = set()
+    for name, module in model.language_model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype))
+    losses, gradients = losses_and_gradients(model, batch)
+    assert seen == {torch.bfloat16}
+    model.language_model.gradient_checkpointing_enable({"use_reentrant": False})  # backward computes outside of it
+    again, others = losses_and_gradients(model, batch)
+    assert seen == {torch.bfloat16, torch.float32}
+    assert losses == again and all(torch.equal(gradients[name], others[name]) for name in gradients)
+
+
 def test_the_last_mlp_computes_the_rows_of_answers_alone():
     model, (recordings, prompts, answers) = model_of(), BATCHES["mixture"]
     shapes = []
