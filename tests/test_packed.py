@@ -36,6 +36,11 @@ PACKED = {
     "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": 5}, "smollm3": {"no_rope_layer_interval": 2},
     "olmo2": {}, "phi3": {}, "granite": {}, "gemma": {},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "deepseek_v3": {  # its heads of values are smaller than those of keys
+        "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1,
+    },
     "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen2-window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
 }  # fmt: skip
