@@ -568,6 +568,8 @@ def _load_model(folder: Path) -> "LoadedModel":
         folder = QUICK_DEMO / "model"
         errors.print(f"there is no {DEMO_MODEL}; using {folder}, the quick demonstration's", soft_wrap=True)
     if not (folder / "config.json").is_file():
+        if (folder / "model" / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no model; give --model {folder / 'model'}")
         hint = "train one with `soundwave demo`" if folder == DEMO_MODEL else "give the folder that training printed"
         raise FileNotFoundError(f"{folder} holds no model; {hint}, or name another with --model")
     _quiet_transformers()

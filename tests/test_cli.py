@@ -461,6 +461,11 @@ def test_a_text_file_called_wav_is_named(fault, model_folders, spoken):
 def test_a_missing_model_says_what_to_do(fault, spoken, tmp_path, monkeypatch):
     line = fault("ask", spoken / "words.wav", "What?", "--model", tmp_path / "none")
     assert f"{tmp_path / 'none'} holds no model; give the folder that training printed" in line
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_text("{}")
+    line = fault("ask", spoken / "words.wav", "What?", "--model", run)
+    assert f"{run} holds no model; give --model {run / 'model'}" in line
     monkeypatch.chdir(tmp_path)
     assert "runs/demo/model holds no model; train one with `soundwave demo`" in fault(
         "ask", spoken / "words.wav", "What?"

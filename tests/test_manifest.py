@@ -197,6 +197,33 @@ def test_latin1_manifest(folder):
     assert "m.jsonl:2: byte 0xf6 is not UTF-8; save" in fault(write(folder, ROW, raw))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("m.csv", b"audio_filepath,text\na.wav,one\n", "a table (CSV)"),
+        ("m.jsonl", b'\xef\xbb\xbf"path";"sentence"\n"a.wav";"one"\n', "a table (CSV)"),
+        ("m.txt", b"sentence\tspeaker\none\tanna\n", "a table (CSV)"),
+        ("metadata.CSV", b"LJ001|one|one\n", "a table (CSV)"),  # LJ Speech has no header
+        ("m.jsonl", b"PAR1\0\0", "a Parquet file"),
+        ("m.xlsx", b"PK\x03\x04\0", "a spreadsheet"),
+    ],
+)
+def test_files_of_other_kinds_are_named(folder, name, text, wanted):
+    (folder / name).write_bytes(text)
+    message = fault(folder / name)
+    assert f"{name}: is {wanted}" in message and "one JSON object on each line" in message and "(audio?)" not in message
+
+
+@pytest.mark.parametrize("line", ["oops", "one, two", "key: text, more"])
+def test_text_without_a_header_is_no_table(folder, line):
+    assert "m.jsonl:1: is not JSON" in fault(write(folder, line))
+
+
+def test_json_lines_may_be_called_csv(folder):
+    (folder / "m.csv").write_bytes(write(folder, ROW).read_bytes())
+    assert len(read_manifest(folder / "m.csv")) == 1
+
+
 # --- lines that are no samples
 
 

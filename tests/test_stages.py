@@ -1,6 +1,7 @@
 """The three stages run end to end on a few real recordings: what they train, write, log, resume and refuse."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -341,6 +342,10 @@ def test_stage_two_may_choose_what_is_kept_and_attended_to(chain):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no model; name the folder that the stage before printed"):
+        build_model(make_config(2, train="t", out="o", model=tmp_path), CPU)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"holds no model; write model={re.escape(str(tmp_path / 'model'))}$"):
         build_model(make_config(2, train="t", out="o", model=tmp_path), CPU)
 
 

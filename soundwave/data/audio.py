@@ -181,7 +181,7 @@ def _mono(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     if left < CANCELLED * energy:
         raise Fault(
             "has channels of opposite phase, whose mean is next to silent; keep one of them: "
-            "ffmpeg -i FILE -af pan=mono|c0=c0 FILE.wav"
+            "ffmpeg -i FILE -af 'pan=mono|c0=c0' FILE.wav"
         )
 
 

@@ -17,6 +17,7 @@ absent.
 import difflib
 import json
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +47,7 @@ KEYS = (
 )
 ONE_OBJECT_A_LINE = "a manifest is UTF-8 text with one JSON object on each line, or one JSON array of objects"
 NO_ARRAY = "write its objects one a line, without brackets"
+OTHER_FILES = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"PK\x03\x04": "a spreadsheet or another archive"}
 WANTED = {
     "offset": "give seconds from 0 up, or leave it out",
     "duration": "give seconds above 0, or leave it out",
@@ -188,6 +190,7 @@ def _entries(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
         with open(path, "rb") as file:
             head = file.read(65_536)
             _refuse_binary(path, head)
+            _refuse_table(path, head)
             file.seek(0)
             if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 yield from _array(path, file)
@@ -251,8 +254,24 @@ def _array(path: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
 def _refuse_binary(path: Path, head: bytes) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ManifestError(f"{shown(path)}: is UTF-16 text; save it as UTF-8")
+    for beginning, name in OTHER_FILES.items():
+        if head.startswith(beginning):
+            raise ManifestError(f"{shown(path)}: is {name}; {ONE_OBJECT_A_LINE}")
     if b"\0" in head:
         raise ManifestError(f"{shown(path)}: is a binary file (audio?); {ONE_OBJECT_A_LINE}")
+
+
+def _refuse_table(path: Path, head: bytes) -> None:
+    """Refuse CSV by its name: its ending says so, or its first line is a header that names a column of ours."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not text or text.startswith((b"{", b"[")):
+        return
+    first = text.splitlines()[0].decode("utf-8", "replace")
+    fields = [field.strip(" \"'").lower() for field in re.split(r"[,;|\t]", first)]
+    header = len(fields) > 1 and any(field in KEYS or field in MEANS or field in CALLED for field in fields)
+    if header or path.suffix.lower() in (".csv", ".tsv"):
+        hint = 'write each row as a JSON object, {"audio_filepath": "…", "text": "…"}'
+        raise ManifestError(f"{shown(path)}: is a table (CSV); {ONE_OBJECT_A_LINE}: {hint}")
 
 
 def _read_row(

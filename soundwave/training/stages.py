@@ -278,7 +278,10 @@ def _config_changes(config: StageConfig, model: Path) -> dict[str, Any]:
         ConfigError: the model is missing or of another stage, or a setting contradicts what it has decided.
     """
     if not (model / "config.json").is_file():
-        raise ConfigError(f"model = {str(model)!r} holds no model; name the folder that the stage before printed")
+        inside = model / "model"
+        found = (inside / "config.json").is_file()
+        hint = f"write model={inside}" if found else "name the folder that the stage before printed"
+        raise ConfigError(f"model = {str(model)!r} holds no model; {hint}")
     try:
         saved = SoundwaveConfig.from_pretrained(model)
     except ValueError as error:
