@@ -326,6 +326,9 @@ def _cross_entropy_options() -> Iterator[Case]:
     yield Case("linear_cross_entropy", "large logits under a softcap", "fp32", run, FEW)
     run = partial(t.test_classes_that_a_bias_forbids, *HERE)
     yield Case("linear_cross_entropy", "a bias of -inf", "fp32", run, FEW)
+    for gap in (17.0, 60.0):
+        run = partial(t.test_the_loss_of_a_target_that_is_sure_is_not_lost_in_the_rounding_of_1, *HERE, gap)
+        yield Case("linear_cross_entropy", f"with a bias, sure by {gap:.0f}", "fp32", run, FEW)
     for scale in (1.0, 2.0**16):
         run = partial(t.test_gradients_that_fp16_cannot_hold, *HERE, scale)
         yield Case("linear_cross_entropy", f"gradients up to 400, scaled by {scale:.0f}", "fp16", run, ONE)
