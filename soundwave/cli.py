@@ -279,6 +279,8 @@ def transcribe(
                 continue
             if number in cut_off:
                 _warn(f"{shown(file)}: a text was cut off after {max_new_tokens} tokens; raise --max-new-tokens")
+            if not transcript.text:
+                _warn(f"{shown(file)}: no words were found in {transcript.seconds:.1f} s")
             if as_json:
                 row = {"file": str(file), "seconds": transcript.seconds, "text": transcript.text}
                 line = json.dumps(row, ensure_ascii=not str(file).isprintable())

@@ -261,6 +261,14 @@ def test_transcribe_reads_the_whole_of_a_long_recording(soundwave, model_folders
     assert len(row["text"]) > 5 * len(json.loads(short)["text"])
 
 
+def test_transcribe_says_where_no_words_were_found(soundwave, model_folders, spoken, tmp_path):
+    soundfile.write(tmp_path / "silent.wav", np.zeros(24_000), 16_000)
+    out = tmp_path / "out.jsonl"
+    words = ("transcribe", spoken / "words.wav", tmp_path / "silent.wav", "--out", out, "--model", model_folders[1])
+    assert soundwave(*words)[::2] == (0, f"note: {tmp_path}/silent.wav: no words were found in 1.5 s\n")
+    assert [bool(json.loads(line)["text"]) for line in out.read_text().splitlines()] == [True, False]
+
+
 def test_transcribe_takes_folders_and_patterns_and_names_what_it_passes_over(
     soundwave, model_folders, spoken, tmp_path
 ):

@@ -140,7 +140,15 @@ def test_a_file_brings_its_own_rate(models, recordings, tmp_path):
 
 
 def test_one_sample_is_padded_with_silence(models):
-    assert transcribe(np.zeros(1, np.float32), models[1]).seconds == 0.0
+    assert transcribe(np.full(1, 0.1, np.float32), models[1]).seconds == 0.0
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_silence_has_no_words(models, stage):
+    clip = np.full(16_000, 2**-15, np.float32)  # one step of 16 bits, as dithering leaves it
+    assert transcribe(clip, models[stage], **SHORT) == ("", 1.0)
+    loud = np.concatenate([clip, np.full(1, 0.1, np.float32)])
+    assert transcribe(loud, models[stage], **SHORT).text  # else this test would show nothing
 
 
 # ---------------------------------------------------------------- what is refused

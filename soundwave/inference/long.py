@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from soundwave.data.audio import LONGEST_SECONDS, RATES, SAMPLING_RATE, load_audio, read_blocks, seconds_of
-from soundwave.data.collate import TRANSCRIBE_PROMPT
+from soundwave.data.collate import SILENCE, TRANSCRIBE_PROMPT
 from soundwave.inference.answer import LoadedModel, answer, load_model, read_ctc
 
 FRAME = 0.02  # seconds of a frame among which `windows` chooses the place of a cut
@@ -231,6 +231,8 @@ def _transcripts(
             if piece is None:
                 break
             recording.samples += len(piece)
+            if np.abs(piece).max(initial=0) <= SILENCE:  # nothing was said, and a language model would invent words
+                continue
             recording.waiting += 1
             batch.append((recording, loaded.processor.features(piece)))
             if len(batch) == batch_size:
