@@ -257,7 +257,7 @@ def _check_peaks(peaks: eager.Peaks, lengths: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"peaks.cu_seqlens = {bounds}, but it must rise from 0 to {len(index)}, the kept frames")
     if batch and int(counts.max()) > longest:
         raise ValueError(f"peaks.max_seqlen = {longest}, but an utterance has {int(counts.max())} kept frames")
-    firsts = lengths.cumsum(0) - lengths if hidden.dim() == 2 else torch.arange(batch) * hidden.shape[1]
+    firsts = lengths.cumsum(0) - lengths if hidden.dim() == 2 else torch.arange(batch, device="cpu") * hidden.shape[1]
     utterance = torch.arange(batch, device=counts.device).repeat_interleave(counts)
     first = firsts[utterance]
     outside = (index < first) | (index >= first + lengths[utterance])

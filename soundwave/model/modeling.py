@@ -460,7 +460,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """The shrunk kept frames [K, D] that stand beside `embeddings`, and their bounds int32 [A + 1]."""
         if hidden is None or lengths is None or ctc is None:
-            return embeddings.new_zeros(0, embeddings.shape[-1]), torch.zeros(1, dtype=torch.int32)
+            return embeddings.new_zeros(0, embeddings.shape[-1]), torch.zeros(1, dtype=torch.int32, device="cpu")
         peaks = self.kept_frames(ctc, lengths)
         return self.shrinking(hidden, lengths, peaks), peaks.cu_seqlens
 
