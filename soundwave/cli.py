@@ -5,7 +5,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
@@ -236,14 +236,16 @@ def transcribe(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum length of the text of a window, in tokens.")
     ] = 256,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Write down what is said in recordings.
 
     A recording of more than 30 s is cut into pieces where it is quietest. CTC writes the text if the model has seen
     stage 1 only, else the language model does. A file that cannot be used is named and left out.
     """
-    from soundwave.data.audio import AudioError, shown
+    from soundwave.data.audio import LONGEST_SECONDS, AudioError, seconds_of, shown
     from soundwave.data.files import find_recordings
+    from soundwave.evaluation.progress import Progress, aside
     from soundwave.inference.long import transcribe_each
 
     files, passed_over = find_recordings(recordings)
@@ -262,31 +264,39 @@ def transcribe(
     loaded = _load_model(model)
     faults: dict[int, ValueError] = {}
     cut_off: list[int] = []
-    transcripts = transcribe_each(
-        files,
-        loaded,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        leave_out=faults.__setitem__,
-        cut_off=cut_off,
-    )
+    seconds = 0.0
+    for file in () if quiet else files:
+        with suppress(AudioError):  # it is named when its turn comes
+            seconds += seconds_of(file)
     with ExitStack() as stack:
         target = None if out is None else stack.enter_context(_new_file(out))
+        title = "transcribing" if seconds > LONGEST_SECONDS else None  # one window has no progress to show
+        progress = stack.enter_context(Progress(title, round(seconds), unit="second"))
+        transcripts = transcribe_each(
+            files,
+            loaded,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            leave_out=faults.__setitem__,
+            cut_off=cut_off,
+            heard=lambda now: progress.go_to(min(round(now), progress.total)),
+        )
         for number, (file, transcript) in enumerate(zip(files, transcripts, strict=True)):
-            if number in faults:
-                fault = faults[number]
-                _warn(f"{'' if isinstance(fault, AudioError) else f'{shown(file)}: '}{fault}", "error")
-                continue
-            if number in cut_off:
-                _warn(f"{shown(file)}: a text was cut off after {max_new_tokens} tokens; raise --max-new-tokens")
-            if not transcript.text:
-                _warn(f"{shown(file)}: no words were found in {transcript.seconds:.1f} s")
-            if as_json:
-                row = {"file": str(file), "seconds": transcript.seconds, "text": transcript.text}
-                line = json.dumps(row, ensure_ascii=not str(file).isprintable())
-            else:
-                line = f"{shown(file)}: {transcript}" if len(files) > 1 else str(transcript)
-            print(line, file=target, flush=True)
+            with aside():
+                if number in faults:
+                    fault = faults[number]
+                    _warn(f"{'' if isinstance(fault, AudioError) else f'{shown(file)}: '}{fault}", "error")
+                    continue
+                if number in cut_off:
+                    _warn(f"{shown(file)}: a text was cut off after {max_new_tokens} tokens; raise --max-new-tokens")
+                if not transcript.text:
+                    _warn(f"{shown(file)}: no words were found in {transcript.seconds:.1f} s")
+                if as_json:
+                    row = {"file": str(file), "seconds": transcript.seconds, "text": transcript.text}
+                    line = json.dumps(row, ensure_ascii=not str(file).isprintable())
+                else:
+                    line = f"{shown(file)}: {transcript}" if len(files) > 1 else str(transcript)
+                print(line, file=target, flush=True)
     if faults:
         if len(files) > 1:
             _warn(f"{len(faults)} of {len(files)} files could not be used", "error")

@@ -23,6 +23,7 @@ from soundwave.cli import main
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.demo.ablation import VARIANTS
 from soundwave.demo.espeak import Espeak
+from soundwave.evaluation import progress
 from soundwave.evaluation.scores import Scores
 from soundwave.training.settings import StageConfig
 
@@ -259,6 +260,17 @@ def test_transcribe_reads_the_whole_of_a_long_recording(soundwave, model_folders
     # Two windows hold the same sentence over and over, so its tokens come many times.
     _, short, _ = soundwave("transcribe", spoken / "words.wav", "--json", "--model", model_folders[1])
     assert len(row["text"]) > 5 * len(json.loads(short)["text"])
+
+
+def test_transcribe_says_how_far_it_is_in_a_long_recording(soundwave, model_folders, spoken, monkeypatch):
+    monkeypatch.setattr(progress, "LINES_APART", 0.0)
+    words = ("transcribe", spoken / "long.wav", "--model", model_folders[1])
+    status, out, err = soundwave(*words)
+    first, last = err.splitlines()
+    assert status == 0 and re.fullmatch(r"transcribing \| second (2\d|30)/32 \| [\d:]+ left", first)
+    assert last == "transcribing | second 32/32 | 0:00:00 left"
+    assert soundwave(*words, "--quiet") == (0, out, "")
+    assert soundwave("transcribe", spoken / "words.wav", "--model", model_folders[1])[::2] == (0, "")  # one window
 
 
 def test_transcribe_says_where_no_words_were_found(soundwave, model_folders, spoken, tmp_path):

@@ -387,6 +387,19 @@ def test_progress_is_a_bar_on_a_terminal():
         assert ("scoring: 100%" in said and "2/2" in said) is shown and "a\r\n" in said
 
 
+def test_what_is_printed_aside_is_not_on_the_line_of_the_bar():
+    code = "from soundwave.evaluation.progress import *\nwith Progress('reading', 60, unit='second') as p:"
+    code += "\n    p.go_to(30)\n    with aside(): print('words', flush=True)\n    p.go_to(60)"
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    subprocess.run([sys.executable, "-c", code], stdout=follower, stderr=follower, check=True)
+    os.close(follower)
+    said = os.read(leader, 10_000).decode()
+    os.close(leader)
+    before, _, after = said.partition("words\r\n")
+    assert "reading:   0%" in before and before.endswith(" \r") and "60/60" in after and "second/s" in after
+
+
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINES_APART", 0.0)
     with progress.Progress("scoring", 3) as shown:

@@ -337,6 +337,14 @@ def test_a_batch_takes_as_many_recordings_as_it_has_windows(models, recordings):
     assert taken == [0, 1, 2]
 
 
+def test_how_much_is_read_is_told_after_every_batch(models, recordings):
+    seconds = [len(samples) / 16_000 for samples in recordings[:3]]
+    silent = np.zeros(16_000, np.float32)
+    told: list[float] = []
+    list(transcribe_each([*recordings[:2], silent, recordings[2]], models[1], batch_size=2, heard=told.append))
+    assert told == pytest.approx([sum(seconds[:2]), sum(seconds[:2]) + 1, sum(seconds) + 1])
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_transcripts_before_a_wrong_recording_are_given_first(models, files, recordings, texts, batch_size):
     transcripts = transcribe_each(

@@ -1,8 +1,9 @@
-"""What an evaluation says on stderr while it runs: how far it is, and what it leaves out."""
+"""What evaluation and transcription say on stderr while they run: how far they are, and what is left out."""
 
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 
 from tqdm import tqdm
@@ -17,6 +18,11 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+def aside() -> AbstractContextManager[None]:
+    """Within its `with` block there is no progress bar in the way of what is printed."""
+    return tqdm.external_write_mode()
+
+
 def named(ids: Sequence[str]) -> str:
     """Ids of samples on one line, the first `NAMED` of them."""
     rest = len(ids) - NAMED
@@ -24,18 +30,19 @@ def named(ids: Sequence[str]) -> str:
 
 
 class Progress:
-    """How many of the samples are done: a bar on a terminal, and elsewhere a line every 10 s.
+    """How much is done, for example of the samples: a bar on a terminal, and elsewhere a line every 10 s.
 
     Args:
         title: what is being done; None shows nothing.
-        total: number of samples.
+        total: how much there is to do, in units.
+        unit: what is counted.
     """
 
-    def __init__(self, title: str | None, total: int):
-        self.title, self.total, self.done = title, total, 0
+    def __init__(self, title: str | None, total: int, unit: str = "sample"):
+        self.title, self.total, self.unit, self.done = title, total, unit, 0
         self.start = self.shown = time.monotonic()
         show = title is not None and sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=title, unit="sample", dynamic_ncols=True) if show else None
+        self.bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True) if show else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -45,14 +52,20 @@ class Progress:
             self.bar.close()
 
     def step(self) -> None:
-        """One more sample is done."""
-        self.done += 1
+        """One more unit is done."""
+        self.go_to(self.done + 1)
+
+    def go_to(self, done: int) -> None:
+        """So many units are done now, in all."""
+        before, self.done = self.done, done
         now = time.monotonic()
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(done - before)
         elif self.title is not None and now - self.shown >= LINES_APART:
             self.shown = now
-            left = timedelta(seconds=round((now - self.start) / self.done * (self.total - self.done)))
+            known = ""
             # The samples of a batch are done one after the other, when the time of all of them is over.
-            known = f" | {left} left" if self.done >= SURE * self.total else ""
-            say(f"{self.title} | sample {self.done}/{self.total}{known}")
+            if done >= max(1, SURE * self.total):
+                left = timedelta(seconds=round((now - self.start) / done * (self.total - done)))
+                known = f" | {left} left"
+            say(f"{self.title} | {self.unit} {done}/{self.total}{known}")

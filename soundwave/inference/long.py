@@ -150,6 +150,7 @@ def transcribe_each(
     max_new_tokens: int = 256,
     leave_out: Callable[[int, ValueError], None] | None = None,
     cut_off: list[int] | None = None,
+    heard: Callable[[float], None] | None = None,
 ) -> Iterator[Transcript]:
     """Transcribe any number of recordings of any length, read and given one after the other, in order.
 
@@ -162,6 +163,8 @@ def transcribe_each(
             empty and 0 s long. Without it the fault is raised when its turn comes, after the transcripts before it.
         cut_off: the number of each recording with a window whose text `max_new_tokens` has cut off is added to it
             before its transcript is given. Without it a warning says so.
+        heard: called after each batch of windows with how many seconds have been transcribed so far, of all recordings
+            together.
 
     Raises:
         AudioError, ValueError, FileNotFoundError, TypeError: as in `transcribe`.
@@ -171,7 +174,7 @@ def transcribe_each(
     if (path := _path(recordings)) is not None:
         raise TypeError(f"recordings = {path!r}, but it must be an iterable; use transcribe for one file")
     return _transcripts(
-        recordings, _loaded(model), sampling_rate, batch_size, max_new_tokens, leave_out or _raise, cut_off
+        recordings, _loaded(model), sampling_rate, batch_size, max_new_tokens, leave_out or _raise, cut_off, heard
     )
 
 
@@ -187,7 +190,9 @@ def _transcripts(
     max_new_tokens: int,
     leave_out: Callable[[int, ValueError], None],
     cut_off: list[int] | None,
+    heard: Callable[[float], None] | None,
 ) -> Iterator[Transcript]:
+    samples = 0  # of all recordings, as far as they are read
     started: deque[_Recording] = deque()
     batch: list[tuple[_Recording, Tensor]] = []
 
@@ -203,6 +208,11 @@ def _transcripts(
             recording.waiting -= 1
             recording.cut_off |= place in cut
         batch.clear()
+        tell()
+
+    def tell() -> None:
+        if heard is not None and not batch:  # all that is read has its text
+            heard(samples / SAMPLING_RATE)
 
     def finished() -> Iterator[Transcript]:
         while started and started[0].read and not started[0].waiting:
@@ -231,7 +241,9 @@ def _transcripts(
             if piece is None:
                 break
             recording.samples += len(piece)
+            samples += len(piece)
             if np.abs(piece).max(initial=0) <= SILENCE:  # nothing was said, and a language model would invent words
+                tell()
                 continue
             recording.waiting += 1
             batch.append((recording, loaded.processor.features(piece)))
