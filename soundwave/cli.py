@@ -246,7 +246,6 @@ def transcribe(
     from soundwave.data.audio import LONGEST_SECONDS, AudioError, seconds_of, shown
     from soundwave.data.files import find_recordings
     from soundwave.evaluation.progress import Progress, aside
-    from soundwave.inference.long import transcribe_each
 
     files, passed_over = find_recordings(recordings)
     if not any(file.exists() for file in files):
@@ -261,6 +260,9 @@ def transcribe(
     if out is not None and out.exists() and any(file.exists() and file.samefile(out) for file in files):
         raise ValueError(f"--out {out} is one of the recordings, which it would overwrite; name another file")
     as_json = as_json or (out is not None and out.suffix in (".jsonl", ".json"))
+    model = _model_folder(model)
+    from soundwave.inference.long import transcribe_each
+
     loaded = _load_model(model)
     faults: dict[int, ValueError] = {}
     cut_off: list[int] = []
@@ -312,9 +314,11 @@ def ask(
 ) -> None:
     """Ask a question about a recording. The model hears at most its first 30 s."""
     from soundwave.data.audio import seconds_of, shown
-    from soundwave.inference.long import ask as ask_about
 
     seconds_of(file)  # raises for a file that cannot be used, before the model is loaded
+    model = _model_folder(model)
+    from soundwave.inference.long import ask as ask_about
+
     loaded = _load_model(model)
     if loaded.model.config.stage == 1:
         raise ValueError(f"{model} has seen stage 1 only and cannot answer; train stage 2, or use soundwave transcribe")
@@ -575,7 +579,8 @@ def doctor() -> None:
     console.print(table)
 
 
-def _load_model(folder: Path) -> "LoadedModel":
+def _model_folder(folder: Path) -> Path:
+    """The folder from which the model is loaded; it is looked at before the import of torch, which takes seconds."""
     if folder == DEMO_MODEL and not folder.is_dir() and (QUICK_DEMO / "model" / "config.json").is_file():
         folder = QUICK_DEMO / "model"
         errors.print(f"there is no {DEMO_MODEL}; using {folder}, the quick demonstration's", soft_wrap=True)
@@ -584,6 +589,11 @@ def _load_model(folder: Path) -> "LoadedModel":
             raise FileNotFoundError(f"{folder} holds no model; give --model {folder / 'model'}")
         hint = "train one with `soundwave demo`" if folder == DEMO_MODEL else "give the folder that training printed"
         raise FileNotFoundError(f"{folder} holds no model; {hint}, or name another with --model")
+    return folder
+
+
+def _load_model(folder: Path) -> "LoadedModel":
+    folder = _model_folder(folder)
     _quiet_transformers()
     from soundwave.inference.answer import load_model
 

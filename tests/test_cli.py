@@ -492,6 +492,15 @@ def test_a_missing_model_says_what_to_do(fault, spoken, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("command", ["transcribe", "ask"])
+def test_a_missing_model_is_named_before_torch_is_imported(spoken, tmp_path, command):
+    words = [command, spoken / "words.wav", *(["What?"] if command == "ask" else []), "--model", "none"]
+    done = start(sys.executable, "-X", "importtime", SCRIPT, *words, cwd=tmp_path)
+    assert done.returncode == 1 and "error: none holds no model; " in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "soundwave.data.audio" in imported and not imported & {"torch", "transformers"}
+
+
 def test_a_damaged_configuration_is_one_line(fault, spoken, tmp_path):
     (tmp_path / "config.json").write_text("{broken")
     assert str(tmp_path / "config.json") in fault("ask", spoken / "words.wav", "What?", "--model", tmp_path)
