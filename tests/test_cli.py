@@ -478,6 +478,16 @@ def test_a_text_file_called_wav_is_named(fault, model_folders, spoken):
     assert f"{spoken / 'text.wav'}: cannot be decoded" in line and "convert it" in line
 
 
+@pytest.mark.parametrize("command", ["transcribe", "ask"])
+def test_a_manifest_in_place_of_a_recording_is_named(fault, model_folders, spoken, command):
+    manifest = spoken / "words.jsonl"
+    words = [command, manifest, *(["What?"] if command == "ask" else []), "--model", model_folders[3]]
+    assert fault(*words) == (
+        f"error: {manifest}: is JSON, but not audio; name an audio file, or score a model on a manifest with "
+        "`soundwave evaluate MANIFEST --model FOLDER`\n"
+    )
+
+
 def test_a_missing_model_says_what_to_do(fault, spoken, tmp_path, monkeypatch):
     line = fault("ask", spoken / "words.wav", "What?", "--model", tmp_path / "none")
     assert f"{tmp_path / 'none'} holds no model; give the folder that training printed" in line

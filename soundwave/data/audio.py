@@ -129,7 +129,13 @@ def _opened(path: str | Path) -> Iterator[Source]:
         if Path(path).suffix.lower() == ".raw":  # soundfile would need its rate and format
             raise Fault("is raw samples without a header; convert it to WAV")
         with ExitStack() as stack:
-            source = open_source(path, stack.enter_context(open(path, "rb")), stack)
+            file = stack.enter_context(open(path, "rb"))
+            if Path(path).suffix.lower() in (".jsonl", ".json") and file.peek(1)[:1] in (b"{", b"["):
+                raise Fault(
+                    "is JSON, but not audio; name an audio file, or score a model on a manifest with "
+                    "`soundwave evaluate MANIFEST --model FOLDER`"
+                )
+            source = open_source(path, file, stack)
             if not RATES[0] <= source.rate <= RATES[1]:
                 raise Fault(f"its header says {source.rate} samples a second; {CONVERT}")
             yield source
