@@ -491,5 +491,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(manifest, start):
         train(1, Path("/sys/soundwave"), manifest, **start)
 
 
+def test_a_file_in_place_of_the_folder_is_named_and_stays(manifest, start, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(WriteError, match=r"^out = '.*run' is a file; name a folder$"):
+        train(1, tmp_path / "run", manifest, **start)
+    assert (tmp_path / "run").read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_lines_of_the_run_are_there_as_json(whole):
     assert [lines(whole.out / name) for name in ("left_out", "skipped_steps")] == [[], []]

@@ -42,7 +42,7 @@ def alone_in(out: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another training uses the folder.
-        WriteError: the folder cannot be written.
+        WriteError: the folder cannot be written, or is a file.
     """
     lock = FileLock(out / LOCK, timeout=0)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -59,6 +59,8 @@ def alone_in(out: Path) -> Iterator[None]:
             f"out = {str(out)!r} is in use by a training that still runs; wait for its end, or name another folder"
         ) from None
     except OSError as error:
+        if isinstance(error, FileExistsError) and out.is_file():
+            raise WriteError(f"out = {str(out)!r} is a file; name a folder") from None
         raise WriteError(f"{out} cannot be written ({error.strerror}); name another folder") from None
     try:
         yield
