@@ -315,6 +315,8 @@ def ask(
     """Ask a question about a recording. The model hears at most its first 30 s."""
     from soundwave.data.audio import seconds_of, shown
 
+    if not question.strip():
+        raise ValueError("the question is empty; ask something about the recording")
     seconds_of(file)  # raises for a file that cannot be used, before the model is loaded
     model = _model_folder(model)
     from soundwave.inference.long import ask as ask_about

@@ -516,6 +516,12 @@ def test_a_damaged_configuration_is_one_line(fault, spoken, tmp_path):
     assert str(tmp_path / "config.json") in fault("ask", spoken / "words.wav", "What?", "--model", tmp_path)
 
 
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_ask_wants_a_question(fault, spoken, tmp_path, question):
+    line = fault("ask", spoken / "words.wav", question, "--model", tmp_path / "none")
+    assert line == "error: the question is empty; ask something about the recording\n"
+
+
 def test_ask_wants_a_model_that_can_answer(fault, model_folders, spoken):
     line = fault("ask", spoken / "words.wav", "What?", "--model", model_folders[1])
     assert "has seen stage 1 only and cannot answer" in line

@@ -210,6 +210,12 @@ def test_a_file_that_is_no_recording_is_an_audio_error(models, tmp_path):
         ask(tmp_path / "text.wav", QUESTION, models[3])
 
 
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_an_empty_question_is_refused_before_the_model_is_loaded(recordings, question):
+    with pytest.raises(ValueError, match=r"^the question is empty; ask something about the recording$"):
+        ask(recordings[0], question, "no model")
+
+
 def test_several_recordings_cannot_be_asked_at_once(models, files, recordings):
     for several in (files, recordings, recordings[:1]):
         with pytest.raises(ValueError, match=r"audio (is of type list|has shape \[1, \d+\])"):

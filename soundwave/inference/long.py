@@ -288,9 +288,11 @@ def ask(
         An `Answer` (`text`, `seconds`, `heard`).
 
     Raises:
-        ValueError: the model has seen stage I only and cannot answer.
+        ValueError: the question is empty, or the model has seen stage I only and cannot answer.
         AudioError, ValueError, FileNotFoundError, TypeError: as in `transcribe`.
     """
+    if not question.strip():
+        raise ValueError("the question is empty; ask something about the recording")
     if (path := _path(audio)) is not None:
         seconds, pieces = seconds_of(path), stream_windows(read_blocks(path))  # an hour need not be read
     else:
