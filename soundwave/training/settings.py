@@ -226,7 +226,9 @@ def make_config(stage: int, /, **values: Any) -> StageConfig:
             elif fault["type"] == "path_type":
                 faults.append(f"{key} = {fault['input']!r}, but a path is wanted; quote it if it is one")
             else:
-                faults.append(f"{key} = {fault['input']!r}: {fault['msg'].lower()}")
+                unread = fault["type"].endswith(("_type", "_parsing", "_from_float"))
+                allowed = f"; allowed: {allowed_values(str(fault['loc'][0]))}" if unread else ""
+                faults.append(f"{key} = {fault['input']!r}: {fault['msg'].lower()}{allowed}")
         raise ConfigError("; ".join(faults)) from None
 
 
