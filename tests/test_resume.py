@@ -248,6 +248,13 @@ def test_what_does_not_fit_the_checkpoint_is_refused_whatever_is_asked_for(until
     assert (out / "run.json").read_bytes() == before
 
 
+def test_another_stage_is_refused_without_advice_that_would_be_refused_too(until, whole, manifest, start):
+    out = until(3)
+    with pytest.raises(ConfigError, match=r"a run with stage = 1 \(now 2\); .*'\)?; name another folder$") as refused:
+        train(2, out, manifest, **start | {"model": str(whole.folder)})
+    assert "resume=true" not in str(refused.value)
+
+
 def test_weight_decay_that_is_changed_holds(until, manifest, start):
     changed = train(1, out := until(3), manifest, **start, weight_decay=0.5, resume=True)
     groups = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)["param_groups"]

@@ -168,7 +168,8 @@ def note_of(
         changed = [name for name in new if name not in FREE and old.get(name, new[name]) != new[name]]
         if config.resume:  # where these differ the checkpoint does not fit
             changed = [name for name in changed if name in BOUND]
-        _refuse(config, {name: (old[name], new[name]) for name in changed})
+        advised = not config.resume and not any(name in BOUND for name in changed)
+        _refuse(config, {name: (old[name], new[name]) for name in changed}, resume_advised=advised)
     return {
         "stage": config.stage,
         "config": settings,
@@ -188,13 +189,13 @@ def refuse_misfit(config: StageConfig, checkpoint: Path, model: SoundwaveConfig)
     """
     saved = SoundwaveConfig.from_pretrained(checkpoint)
     found = {name: (getattr(saved, name), getattr(model, name)) for name in SHAPING}
-    _refuse(config, {name: pair for name, pair in found.items() if pair[0] != pair[1]})
+    _refuse(config, {name: pair for name, pair in found.items() if pair[0] != pair[1]}, resume_advised=False)
 
 
-def _refuse(config: StageConfig, changed: dict[str, tuple[Any, Any]]) -> None:
+def _refuse(config: StageConfig, changed: dict[str, tuple[Any, Any]], *, resume_advised: bool) -> None:
     if changed:
         found = "; ".join(f"{name} = {old!r} (now {new!r})" for name, (old, new) in changed.items())
-        anyway = "" if config.resume else "continue anyway with resume=true, or "
+        anyway = "continue anyway with resume=true, or " if resume_advised else ""
         raise ConfigError(
             f"out = {str(config.out)!r} holds checkpoints of a run with {found}; {anyway}name another folder"
         )
