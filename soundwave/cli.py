@@ -215,7 +215,8 @@ def train(
         return
     _quiet_transformers()
     folder, log, seconds = train_stage(values)
-    last = {name: log[-1][name] for name in ("ctc_loss", "lm_loss", "blank_share", "compression") if name in log[-1]}
+    names = ("ctc_loss", "lm_loss", "blank_share", "kept_per_label", "compression")
+    last = {name: log[-1][name] for name in names if log[-1].get(name) is not None}
     shown = " · ".join(f"{name} {value:.3g}" for name, value in last.items())
     _say(f"stage {stage}: {values.steps} steps in {seconds:.0f} s · {shown} · model {folder}")
 

@@ -106,6 +106,7 @@ def test_script_trains_a_stage_and_tells_where_the_model_is(spoken, small_llm, t
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert line.startswith("stage 1: 1 steps in ") and "ctc_loss " in line and line.endswith("model run/model")
+    assert re.search(r" · blank_share [\d.e-]+ · kept_per_label [\d.e-]+ · compression [\d.e+]+ · ", line)
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     # stderr holds what is done before the first step, and the progress.
     begun = ("loading ", "setting the blank's bias ", "step 1 of 1 begins", "stage 1 | step 1/1 | ")
