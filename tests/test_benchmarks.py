@@ -102,7 +102,7 @@ def test_columns_can_be_skipped_in_peaky_logits_only(head, logits, least, most):
         blank=len(head),
         blank_weight=made.blank_weight,
         blank_bias=made.blank_bias,
-            exact=False,
+        exact=False,
     )
     assert least <= float(out.active_share) <= most
 
