@@ -648,7 +648,11 @@ BAD = {
     "blank past the head": (lambda c: {"blank": 21}, "blank = 21"),
     "negative blank": (lambda c: {"blank": -1}, "blank = -1"),
     "bias for a row of the head": (lambda c: {"blank": 0, "blank_weight": None}, "blank_bias"),
-    "hidden of rank 2": (lambda c: {"hidden": c["hidden"][0]}, r"hidden has shape \[7, 6\]"),
+    "hidden of rank 1": (lambda c: {"hidden": c["hidden"][0, 0]}, r"hidden has shape \[6\]"),
+    "packed hidden of other rows": (
+        lambda c: {"hidden": c["hidden"][0]},
+        r"hidden has 7 packed rows, but lengths = \[7, 7\]: they must add up",
+    ),
     "integer hidden": (lambda c: {"hidden": c["hidden"].detach().long()}, "hidden is torch.int64"),
     "quantized weight": (lambda c: {"weight": c["weight"].detach().to(torch.uint8)}, "weight is torch.uint8"),
     "another width": (lambda c: {"weight": c["weight"][:, :5]}, r"weight has shape \[20, 5\]"),
