@@ -153,7 +153,7 @@ cvt.rn.relu.bf16.f32 %rs1, %r1;
 cvt.bf16.f32 %rs1, %r1;
 cvt.rn.f64.f32 %rd1, %r1;
 cvt.sat.s16.s32 %rs1, %r1;
-cvt.rn.bf16.s32 %rs1, %r1;
+cvt.rn.bf16.s64 %rs1, %rd1;
 setp.lt.and.s32 %p1, %r1, %r2, %p2;
 setp.hs.u32 %p1, %r1, %r2;
 setp.foo.f32 %p1, %r1, %r2;
