@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import rich.box
 import rich.table
 
+from soundwave.kernels.active_columns import BLOCK_COLUMNS, LANES, MOST_ACTIVE
 from soundwave.kernels.vocab_rows import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -406,11 +407,16 @@ class _Step:
     def chunk(self, rows: int) -> int:
         """The fused operations' buffer for a chunk of logits, and the product of P with the head in fp32."""
         d = self.dims
-        if not rows:
-            return 0
-        most = max(128, CHUNK_BYTES // (BF16 * d.vocab) // 128 * 128)
-        step = math.ceil(rows / math.ceil(rows / most))
-        return step * (BF16 * -(-d.vocab // 64) * 64 + 2 * FP32 * d.width)
+        return self.chunk_rows(rows) * (BF16 * -(-d.vocab // 64) * 64 + 2 * FP32 * d.width)
+
+    def chunk_rows(self, rows: int) -> int:
+        most = max(128, CHUNK_BYTES // (BF16 * self.dims.vocab) // 128 * 128)
+        return math.ceil(rows / math.ceil(rows / most)) if rows else 0
+
+    def active_columns(self, rows: int) -> int:
+        """What the choice of columns in a chunk takes: P of the active ones, and each row's mass by block and bin."""
+        vocab = self.dims.vocab
+        return self.chunk_rows(rows) * (BF16 * vocab // MOST_ACTIVE + FP32 * LANES.value * -(-vocab // BLOCK_COLUMNS))
 
     def blank_chunk(self) -> int:
         """Logits of a chunk in bf16 and fp32, and their exponentials, as `initialise_blank` sums them."""
@@ -424,6 +430,7 @@ class _Step:
             work = BF16 * rows * d.width + self.chunk(rows)  # packed rows in bf16, a chunk of logits
             work += 2 * FP32 * rows * self.columns  # logits and log-probabilities of the labels
             gradient = 0 if self.stage == 3 else FP32 * rows * d.width
+            work += self.active_columns(rows) if gradient else 0
             return {"CTC: a chunk of logits": work, "CTC: gradient of its input, fp32": gradient}
         # Logits and log-softmax in fp32, with a column for the blank.
         return {"CTC: logits and log-softmax, fp32": 2 * FP32 * rows * (d.vocab + 1)}
