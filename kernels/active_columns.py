@@ -5,12 +5,13 @@ GPU of a few rows, because few rows have few active columns in common; on the CP
 
     bin[v]        = the j with 2^-(j + 1) <= max_r P[r, v] < 2^-j
     skipped[r, j] = sum of P[r, v] over the columns with bin[v] >= j
-    j             = the lowest with ‖skipped[:, j]‖₂ <= SKIPPED_MASS·‖off-label mass‖₂, from which on all hold
+    j             = the lowest from 1 on where ‖skipped[:, j]‖₂ <= SKIPPED_MASS·‖off-label mass‖₂, for all higher j, too
 
 The columns with bin[v] >= j are left out, but none is where more than a quarter of them would remain. A row's error is
-at most max ‖W_v‖ times its skipped mass, which is returned. A limit on P itself would be wrong: the tails of rows that
-are sure are flat, and they are all of these rows' gradient. In the norms each row has the factor that its gradient will
-have. Where that is not known yet, the rule holds for each group of rows that share one.
+at most max ‖W_v‖ times its skipped mass, which is returned (in bf16 on the CPU as rounded as its products are). A limit
+on P itself would be wrong: the tails of rows that are sure are flat, and they are all of these rows' gradient. In the
+norms each row has the factor that its gradient will have. Where that is not known yet, the rule holds for each group of
+rows that share one.
 
 In Triton four kernels do this for each chunk, and the host learns nothing of what they decide:
 
@@ -40,7 +41,7 @@ from soundwave.kernels.dispatch import architecture, input_precision
 from soundwave.kernels.vocab_rows import BLOCK_BYTES_CPU, divided, p_factor, tile_of, wide
 
 SKIPPED_MASS = 0.025  # of a tile's off-label mass: the net gradient stays within 1.2 times eager's error in bf16
-MOST_ACTIVE = 4  # above a V-th / 4 of active columns, gathering costs more than the shorter product saves
+MOST_ACTIVE = 4  # above V / 4 active columns, gathering costs more than the shorter product saves
 BINS = 48  # columns are told apart down to 2^-48, because 128 k columns of a sure row lie near 2^-40
 LEAST_COLUMNS = 16384  # of a head: in fewer the choice of columns costs more than the shorter product saves
 LANES = tl.constexpr(64)  # bins in a program, a power of two
@@ -50,10 +51,8 @@ VARYING = ["N"]  # from chunk to chunk; a kernel for each kind of value would be
 
 
 def skipping_pays(dtype: torch.dtype, columns: int) -> bool:
-    """Whether columns are skipped unless the caller says: products in a half type, whose error is as large, and of a
-    head in which enough is saved.
-    """
-    return dtype.itemsize == 2 and columns >= LEAST_COLUMNS
+    """Whether columns are skipped unless the caller says: in bfloat16, whose own error is as large, and if it pays."""
+    return dtype == torch.bfloat16 and columns >= LEAST_COLUMNS
 
 
 class Skipped(NamedTuple):
@@ -129,9 +128,10 @@ def _choose_columns_kernel(
         mass += tl.load(MASS + (at * ROWS + tl.arange(0, ROWS))[:, None] * LANES + lane[None, :])
         count += tl.load(COUNT + at * LANES + lane)
     skipped = tl.cumsum(mass, 1, reverse=True) * UNIT
-    whole, square = tl.load(OFF_LABEL + row, mask=row < N, other=0.0), skipped
+    # In float64, because the squares of a row that is very sure are 0 in float32.
+    whole, square = tl.load(OFF_LABEL + row, mask=row < N, other=0.0).to(tl.float64), skipped.to(tl.float64)
     if WEIGHED:
-        factor = tl.load(FACTOR + row, mask=row < N, other=0.0)
+        factor = tl.load(FACTOR + row, mask=row < N, other=0.0).to(tl.float64)
         whole, square = whole * factor, square * factor[:, None]
     whole, square = whole * whole * SHARE_OF_MASS * SHARE_OF_MASS, square * square
     within = tl.full([LANES], 1, tl.int32)
@@ -266,8 +266,14 @@ def _torch(
     bins = torch.where(maximum > 0, -maximum.frexp().exponent, BINS - 1).clamp_(0, BINS - 1)
     below = torch.ones(BINS, BINS, dtype=p.dtype, device=p.device).tril_()  # [bin, j]: bin >= j
     mass = _product(p, torch.nn.functional.embedding(bins, below), None, dtype)  # [n, j]: what is lost from bin j on
-    weighed, whole = (mass, off_label) if factor is None else (mass * factor[:, None], off_label * factor)
-    groups = mass.new_ones(1, len(p)) if group is None else (group[:, None] == group).to(dtype)
+    # In float64, because the squares of a row that is very sure are 0 in float32.
+    weighed, whole = mass.double(), off_label.double()
+    if factor is not None:
+        weighed, whole = weighed * factor[:, None], whole * factor
+    groups = weighed.new_ones(1, len(p))
+    if group is not None:
+        known = torch.arange(int(group[0]), int(group[-1]) + 1, device=p.device)
+        groups = (known[:, None] == group).to(weighed.dtype)
     within = groups @ weighed.square() <= SKIPPED_MASS**2 * (groups @ whole.square())[:, None]  # False for NaN
     last = torch.where(within.all(0), 0, torch.arange(BINS, device=p.device)).amax()
     limit = max(int(last) + 1, 1)

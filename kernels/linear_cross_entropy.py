@@ -51,8 +51,12 @@ def _run(
     impl: str,
     validate: bool,
     upstream: Tensor | None = None,
+    each: bool = False,
 ) -> Results:
-    """Without options. The gradients are those of each row's loss; with `upstream` [N] dW alone, weighted by it."""
+    """Without options. The gradients are those of each row's loss; with `upstream` [N] dW alone, weighted by it.
+
+    `each`: what is skipped must be small for each row alone, because the losses will be weighed later.
+    """
     dtype = sum_dtype(hidden, weight)
     valid = rows_that_count(hidden, target, ignore_index, weight.shape[0], validate)
     place, rows, ids = valid.place, valid.hidden, valid.target[:, None]
@@ -73,7 +77,8 @@ def _run(
         off_label = stats.off_label_mass[start:stop, None]
         if need.hidden:
             skipped = None if exact else Skipped.empty(stop - start, off_label)
-            product = probabilities_times_weight(p, product_weight, off_label[:, 0], skipped, impl=impl)
+            alone = torch.arange(stop - start, device=hidden.device) if each and skipped is not None else None
+            product = probabilities_times_weight(p, product_weight, off_label[:, 0], skipped, None, alone, impl)
             product.addcmul_(off_label, weight[ids[start:stop, 0]].to(dtype), value=-1)
             dhidden[place[start:stop]] = product.to(dhidden.dtype)
         if need.weight:
@@ -117,7 +122,10 @@ def _linear_cross_entropy_fwd(
     options = Options(bias, class_weight, label_smoothing, softcap, z_loss)
     need = Needed(need_hidden, need_weight and reduction != "none", need_bias and reduction != "none")
     if options.none:
-        found = _run(hidden, weight, target, ignore_index, product_dtype, exact, return_lse, need, impl, validate)
+        found = _run(
+            hidden, weight, target, ignore_index, product_dtype, exact, return_lse, need, impl, validate, None,
+            reduction == "none",
+        )  # fmt: skip
     else:
         found = run_with_options(
             hidden, weight, target, options, ignore_index, product_dtype, reduction == "mean", return_lse, need, impl,

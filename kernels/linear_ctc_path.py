@@ -141,12 +141,12 @@ def bmm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def logits_of_labels(
-    hidden: Tensor, head: Head, places: Tensor, unused: Tensor, packed: Packed, lowest: Tensor | None = None
+    hidden: Tensor, head: Head, places: Tensor, unused: Tensor, packed: Packed, impossible: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Logits of the head's rows `places` int64 [B, C]: [N, C], -inf where `unused` bool [B, C].
 
-    Returns also these rows [B, C, D], where all fit into one product. `lowest` [B] takes the lowest logit of each
-    utterance, and may be lower where there is padding.
+    Returns also these rows [B, C, D], where all fit into one product. `impossible` bool [B] takes whether
+    an utterance has a logit of -inf, perhaps in its padding.
     """
     dtype = sum_dtype(hidden, head.weight)
     extra = hidden if head.blank_weight is None else head.blank_weight
@@ -159,8 +159,8 @@ def logits_of_labels(
         product = bmm(hidden[group.utterances, : group.frames], rows.mT, dtype)
         if head.blank_bias is not None:
             product[..., 0].add_(head.blank_bias)
-        if lowest is not None:
-            lowest[group.utterances] = product.amin((1, 2)) if group.frames else 0.0
+        if impossible is not None:
+            torch.any((product == -torch.inf).flatten(1), 1, out=impossible[group.utterances])
         product = product.masked_fill_(unused[group.utterances, None], -torch.inf).flatten(0, 1)
         if group.padded:
             place = packed.place[group.rows]

@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     rank: Tensor  # int64 [B, U], `column` in that order
     label_logits: Tensor  # [N, C], -inf in unused columns
     rows: Tensor | None  # [B, C, D], the labels' rows of the head, where all fit into one product
-    lowest: Tensor | None  # [B], the lowest of each utterance's label logits or below, if columns may be skipped
+    impossible: Tensor | None  # bool [B], utterances with a label logit of -inf, if columns may be skipped
     factor: Tensor  # [B], of each utterance's loss in the reduction, 0 where it does not fit; perhaps on the CPU
     divisor: Tensor  # int64 [B], of the reduction "mean"
 
@@ -119,13 +119,13 @@ def label_columns(
         [labels, head.places(labels), labels < 0, column, order, rank, input_lengths, target_lengths, divisor, fits],
         hidden.device,
     )
-    lowest = None
+    impossible = None
     if settings.need.hidden and not settings.exact and not settings.need.weight:
-        lowest = hidden.new_empty(len(fits), dtype=sum_dtype(hidden, head.weight))
-    logits, rows = logits_of_labels(hidden, head, places, unused.to(torch.bool), packed, lowest)
+        impossible = torch.empty(len(fits), dtype=torch.bool, device=hidden.device)
+    logits, rows = logits_of_labels(hidden, head, places, unused.to(torch.bool), packed, impossible)
     return Batch(
         hidden, head, input_lengths, target_lengths, wrong, can.to(torch.bool), packed, labels, places, column, order,
-        rank, logits, rows, lowest, factor, divisor,
+        rank, logits, rows, impossible, factor, divisor,
     )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def loss_weights(scale: Tensor, batch: Batch, settings: Settings) -> Weights:
         if skips:
             # Without an alignment an utterance has no gradient, and must have no say. Whether it is without one is not
             # known yet where a logit is -inf: then nothing is skipped in its rows, nor in others of their tiles.
-            row = factor.masked_fill(batch.lowest == -torch.inf, torch.nan)[utterance]
+            row = factor.masked_fill(batch.impossible, torch.nan)[utterance]
         return Weights(greatest, weight, p[utterance], None, row, None, group, factor)
     p = weight.abs()
     p, inverse = to_device(torch.stack([p, torch.where(p > 0, 1 / p, 0.0)]), device)[:, utterance]
@@ -273,11 +273,14 @@ def skipping(batch: Batch, sums: Sums, scale: Tensor, settings: Settings) -> Ten
     share = skipped.share.mean()
     if device.type == "cpu" and not skipped.mass.any():
         return torch.stack([share, torch.zeros_like(share)])
-    norm = torch.linalg.vector_norm(sums.dhidden, dim=(1, 2), dtype=dtype)
+    # In float64, because squares of what a row that is very sure loses are 0 in float32.
+    wide, scale = torch.float64, scale.double()
+    norm = torch.linalg.vector_norm(sums.dhidden, dim=(1, 2), dtype=wide)
     if settings.reduction == "none":
-        lost = torch.linalg.vector_norm(batch.packed.pad(skipped.mass, batch.hidden), dim=1) * (scale != 0)
+        mass = batch.packed.pad(skipped.mass, batch.hidden)
+        lost = torch.linalg.vector_norm(mass, dim=1, dtype=wide) * (scale != 0)
     else:
         lost = torch.linalg.vector_norm(skipped.mass * scale[batch.packed.utterance])
         norm = torch.linalg.vector_norm(norm * scale)
-    bound = longest_row(batch.head.weight, dtype) * lost / norm.clamp(min=torch.finfo(dtype).tiny)
+    bound = (longest_row(batch.head.weight, dtype) * lost / norm.clamp(min=torch.finfo(wide).tiny)).to(dtype)
     return torch.stack([share, bound.amax() if bound.dim() else bound])

@@ -279,7 +279,7 @@ def peaky(frames=200, rows=4000, width=256, labels=7):
 
 
 @everywhere
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["float32", "bfloat16", "float16"])
 def test_the_error_of_skipping_is_within_its_certificate(device, impl, dtype):
     skip_unless_runnable(device, impl, dtype)
     case = peaky(frames=40 if impl == "triton" and device == "cpu" else 200)
@@ -335,6 +335,7 @@ def test_without_a_reduction_the_certificate_holds_however_the_losses_are_weighe
             gradients.append(leaf.grad)
         whole, found = gradients
         assert (found - whole).norm() <= (float(out.error_bound) + 1e-5) * whole.norm()
+        assert (found - whole).norm() <= 0.05 * whole.norm()  # where one bound holds for all it is nearly 1
 
 
 def test_flat_rows_skip_nothing():
@@ -344,11 +345,11 @@ def test_flat_rows_skip_nothing():
 
 
 @pytest.mark.parametrize(("dtype", "large"), [(FP64, True), (FP32, True), (BF16, True), (BF16, False), (FP16, True)])
-def test_by_default_columns_are_skipped_in_half_types_and_large_heads_only(monkeypatch, dtype, large):
+def test_by_default_columns_are_skipped_in_bfloat16_and_large_heads_only(monkeypatch, dtype, large):
     monkeypatch.setattr(active_columns, "LEAST_COLUMNS", 4000 if large else 4001)
     case = peaky(frames=60)
     out, found = run(linear_ctc_loss, to(case, dtype, trained=("hidden",)))
-    skips = large and dtype.itemsize == 2
+    skips = large and dtype == BF16
     assert (out.active_share < 1) == skips and (out.error_bound > 0) == skips
     _, expected = run(linear_ctc_loss, to(case, dtype, trained=("hidden",)), exact=not skips)
     assert torch.equal(found["hidden"], expected["hidden"])

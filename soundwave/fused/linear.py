@@ -85,8 +85,7 @@ def linear_ctc_loss(
         exact: True computes the gradient of hidden from all columns of the head. False leaves out those that carry
             next to nothing, tile by tile of rows: half the time once the model is sure, and an error in the gradient of
             up to 1.2 times that of bfloat16, 0.5 to 1.5 % of it, see `LinearCTCOutput.error_bound`. None leaves them
-            out where products run in a half type, whose own rounding costs as much, and the head has at least 16 384
-            rows.
+            out where products run in bfloat16, whose own rounding costs as much, and the head has at least 16 384 rows.
         impl: "auto", "triton" or "torch".
         validate: if tensors are on CUDA, wait for the check of lengths and labels.
 
