@@ -42,9 +42,9 @@ VERSIONS_OF = ("torch", "transformers", "peft", "numpy")
 # minutes; 405 GFLOP/s in bfloat16 with both cores).
 FULL_MINUTES, QUICK_MINUTES, REFERENCE_PRODUCT = 19.5, 4.0, 1.4e-3
 REFERENCE_THREADS, MOST_THREADS = 2, 4  # More threads than 4 were not timed; the small products gain little from them.
-# Share of the time that grows with the product's. Two cores of a Xeon with AMX need 12 minutes in bfloat16 (product
-# 0.37 ms) and 17 in float32 (2.4 ms), by the CPU time of a few steps of each pass; machines without bfloat16
-# instructions took 39 to 53 minutes (4.6 ms). One half fits all of these best (docs/log.md).
+# Share of the time that grows with the product's, where that is slower than the reference's. Machines without bfloat16
+# instructions (4.6 ms) took 39 to 53 minutes. A faster product gains nothing: two cores of a Xeon with AMX (0.37 ms)
+# took 23.8 minutes beside other programs, and 42 CPU minutes, so some 21 alone (docs/log.md).
 PRODUCTS_SHARE = 0.5
 
 
@@ -114,7 +114,7 @@ def estimate_minutes(product_seconds: float, quick: bool = False, *, threads: in
         quick: whether it is the quick demonstration.
         threads: number of CPU threads.
     """
-    share = 1 - PRODUCTS_SHARE + PRODUCTS_SHARE * product_seconds / REFERENCE_PRODUCT
+    share = 1 + PRODUCTS_SHARE * max(product_seconds / REFERENCE_PRODUCT - 1, 0)
     return (QUICK_MINUTES if quick else FULL_MINUTES) * share * REFERENCE_THREADS / min(threads, MOST_THREADS)
 
 
