@@ -105,7 +105,7 @@ def flash_attention_backward(dout, query, key, value, out, lse, cu_seqlens_q, cu
 
 
 def padded_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    """O [K, H, E] and the log-sum-exp of S [H, K], on any device."""
+    """O [K, H, E] and the log-sum-exp of S [H, K], on any device; 0 where there are no keys."""
     wide, rows = torch.promote_types(query.dtype, torch.float32), query.shape[0]
     if not rows or not key.shape[0]:
         return query.new_zeros(query.shape), query.new_zeros(query.shape[1::-1], dtype=wide)
@@ -114,6 +114,7 @@ def padded_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q
     scores = torch.matmul(q, k.mT).mul_(scale).add_(_bias(cu_seqlens_k, max_seqlen_k, q.dtype))
     lse = scores.logsumexp(-1)
     out = torch.matmul(scores.sub_(lse[..., None]).exp_(), v).to(query.dtype)
+    lse = lse.masked_fill((cu_seqlens_k.diff() == 0)[:, None, None], 0.0)
     return _unpad(out, cu_seqlens_q, rows), _unpad(lse[..., None], cu_seqlens_q, rows).squeeze(2).t().contiguous()
 
 

@@ -141,6 +141,7 @@ def test_a_file_brings_its_own_rate(models, recordings, tmp_path):
 
 def test_one_sample_is_padded_with_silence(models):
     assert transcribe(np.full(1, 0.1, np.float32), models[1]).seconds == 0.0
+    assert transcribe(np.zeros(1, np.float32), models[1]).seconds == 0.0
 
 
 @pytest.mark.parametrize("stage", [1, 3])

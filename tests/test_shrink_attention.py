@@ -196,7 +196,6 @@ def test_the_torch_path_of_other_devices_computes_the_same(keys):
     ):
         out, lse = forward(query, key, value, *place, 0.3)
         gradients = backward(upstream, query, key, value, out, lse, *place, 0.3)
-        lse = lse[:, [0, 1, 2, 5, 6, 7, 8, 9, 10, 11]]  # what it is without keys, nothing depends on
         results.append((out, lse, *gradients))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
