@@ -1,22 +1,25 @@
 """`P W` without the columns of P that carry next to nothing: each tile of rows has its own list of active columns.
 
 P [n, V] holds the probabilities that `vocab_rows` leaves in the place of the logits. Its rows are taken in tiles: on a
-GPU of a few rows, because few rows have few active columns in common; on the CPU all n rows are one. In a tile
+GPU of a few rows, because few rows have few active columns in common; on the CPU all n rows are one.
 
-    bin[v]        = the j with 2^-(j + 1) <= max_r P[r, v] < 2^-j
-    skipped[r, j] = sum of P[r, v] over the columns with bin[v] >= j
+    bin[t, v]     = the j with 2^-(j + 1) <= max_r P[r, v] < 2^-j, over the rows r of tile t
+    skipped[r, j] = sum of P[r, v] over the columns with bin[t, v] >= j
     j             = the lowest from 1 on where ‖skipped[:, j]‖₂ <= SKIPPED_MASS·‖off-label mass‖₂, for all higher j, too
 
-The columns with bin[v] >= j are left out, but none is where more than a quarter of them would remain. A row's error is
-at most max ‖W_v‖ times its skipped mass, which is returned (in bf16 on the CPU as rounded as its products are). A limit
-on P itself would be wrong: the tails of rows that are sure are flat, and they are all of these rows' gradient. In the
-norms each row has the factor that its gradient will have. Where that is not known yet, the rule holds for each group of
-rows that share one.
+In each tile the columns with bin[t, v] >= j are left out, but none is where more than a quarter of them would remain;
+the rows of such a tile are in neither norm. The norms are over all other rows: unsure ones have nearly all of the
+off-label mass and of the gradient, so beside them the sure ones may lose more of theirs. A row's error is at most
+max ‖W_v‖ times its skipped mass, which is returned (in bf16 on the CPU as rounded as its products are). A limit on P
+itself would be wrong: the tails of rows that are sure are flat, and they are all of these rows' gradient. In the norms
+each row has the factor that its gradient will have. Where that is not known yet, each tile has a j of its own, and the
+rule holds there for each group of rows that share a factor.
 
-In Triton four kernels do this for each chunk, and the host learns nothing of what they decide:
+In Triton five kernels do this for each chunk, and the host learns nothing of what they decide:
 
     bins     of each tile and block of columns: every column's bin; of each row the mass in each bin
-    choose   of each tile: j, from the sums over the blocks
+    losses   of each tile and j: what it would lose, from the sums over the blocks
+    choose   j, from the sums over the tiles
     compact  of each tile: the active columns in rising order, and P [rows, active columns] beside each other
     product  of each tile and block of D: the sum over its own list, whose length it reads; over all columns where it
              has none. Rows of W are read in place.
@@ -40,14 +43,14 @@ from torch import Tensor
 from soundwave.kernels.dispatch import architecture, input_precision
 from soundwave.kernels.vocab_rows import BLOCK_BYTES_CPU, divided, p_factor, tile_of, wide
 
-SKIPPED_MASS = 0.025  # of a tile's off-label mass: the net gradient stays within 1.2 times eager's error in bf16
+SKIPPED_MASS = 0.025  # of the rows' off-label mass: the net gradient stays within 1.2 times eager's error in bf16
 MOST_ACTIVE = 4  # above V / 4 active columns, gathering costs more than the shorter product saves
 BINS = 48  # columns are told apart down to 2^-48, because 128 k columns of a sure row lie near 2^-40
 LEAST_COLUMNS = 16384  # of a head: in fewer the choice of columns costs more than the shorter product saves
 LANES = tl.constexpr(64)  # bins in a program, a power of two
 LAST_BIN = tl.constexpr(BINS - 1)
 BLOCK_COLUMNS = 4096  # of one program that looks for active columns: two programs a multiprocessor and chunk
-VARYING = ["N"]  # from chunk to chunk; a kernel for each kind of value would be compiled again and again
+VARYING = ["N", "tiles"]  # from chunk to chunk; a kernel for each kind of value would be compiled again and again
 
 
 def skipping_pays(dtype: torch.dtype, columns: int) -> bool:
@@ -112,14 +115,14 @@ def _column_bins_kernel(
     tl.store(COUNT + at * LANES + lane, count)
 
 
-@triton.jit(
-    do_not_specialize=VARYING, do_not_specialize_on_alignment=["OFF_LABEL", "FACTOR", "GROUP", "SHARE", "SKIPPED"]
-)
-def _choose_columns_kernel(
-    MASS, COUNT, OFF_LABEL, FACTOR, GROUP, LIMIT, KEPT, SHARE, SKIPPED, N, V, blocks, most,
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=["OFF_LABEL", "FACTOR", "GROUP"])
+def _tile_losses_kernel(
+    MASS, COUNT, OFF_LABEL, FACTOR, GROUP, LOSS, BELOW, LOST, BUDGET, N, blocks, most,
     SHARE_OF_MASS: tl.constexpr, UNIT: tl.constexpr, WEIGHED: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One tile: from which bin on columns are skipped (LIMIT; 0 if none is), and what each row loses by it."""
+    """One tile: for each j how many columns remain if they are skipped from bin j on (BELOW), what each row loses then
+    (LOSS), and the squared norms of what the tile loses (LOST) and may lose (BUDGET, NaN if it has NaN); both are 0
+    where too many columns would remain. Where rows have groups, LOST is 0 if every group may lose as much, else 1."""
     tile = tl.program_id(0).to(tl.int64)
     row, lane = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
     mass, count = tl.zeros([ROWS, LANES], tl.float32), tl.zeros([LANES], tl.int32)
@@ -127,31 +130,54 @@ def _choose_columns_kernel(
         at = tile * blocks + block
         mass += tl.load(MASS + (at * ROWS + tl.arange(0, ROWS))[:, None] * LANES + lane[None, :])
         count += tl.load(COUNT + at * LANES + lane)
-    skipped = tl.cumsum(mass, 1, reverse=True) * UNIT
+    skipped, below = tl.cumsum(mass, 1, reverse=True) * UNIT, tl.cumsum(count, 0) - count
+    tl.store(LOSS + row[:, None] * LANES + lane[None, :], skipped, mask=(row < N)[:, None])
+    tl.store(BELOW + tile * LANES + lane, below)
     # In float64, because the squares of a row that is very sure are 0 in float32.
     whole, square = tl.load(OFF_LABEL + row, mask=row < N, other=0.0).to(tl.float64), skipped.to(tl.float64)
     if WEIGHED:
         factor = tl.load(FACTOR + row, mask=row < N, other=0.0).to(tl.float64)
         whole, square = whole * factor, square * factor[:, None]
     whole, square = whole * whole * SHARE_OF_MASS * SHARE_OF_MASS, square * square
-    within = tl.full([LANES], 1, tl.int32)
     if GROUPED:
         of_row = tl.load(GROUP + row, mask=row < N, other=-1)
         last = tl.load(GROUP + tl.minimum(tile * ROWS + ROWS, N) - 1)
+        lost = tl.zeros([LANES], tl.float64)
         for group in range(tl.load(GROUP + tile * ROWS), last + 1):
-            lost = tl.sum(tl.where((of_row == group)[:, None], square, 0.0), 0)
-            within &= (lost <= tl.sum(tl.where(of_row == group, whole, 0.0), 0)).to(tl.int32)
+            of_group = tl.sum(tl.where((of_row == group)[:, None], square, 0.0), 0)
+            within = of_group <= tl.sum(tl.where(of_row == group, whole, 0.0), 0)  # False for NaN
+            lost = tl.where(within, lost, 1.0)
+        budget = lost * 0 + tl.sum(whole, 0) * 0  # NaN stays
     else:
-        within = (tl.sum(square, 0) <= tl.sum(whole, 0)).to(tl.int32)
-    limit = tl.max(tl.where(within == 0, lane + 1, 1), 0)
-    kept = tl.sum(tl.where(lane < limit, count, 0), 0)
-    gathered = kept <= most
+        lost = tl.sum(square, 0)
+        budget = tl.where(tl.sum(lost, 0) >= 0, tl.sum(whole, 0) + lost * 0, float("nan"))
+    exact = (below > most) & (budget == budget)
+    tl.store(LOST + tile * LANES + lane, tl.where(exact, 0.0, lost))
+    tl.store(BUDGET + tile * LANES + lane, tl.where(exact, 0.0, budget))
+
+
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=["SHARE", "SKIPPED"])
+def _choose_columns_kernel(
+    LOSS, BELOW, LOST, BUDGET, LIMIT, KEPT, SHARE, SKIPPED, N, V, tiles, most,
+    GROUPED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One tile: from which bin on columns are skipped (LIMIT; 0 if none is), how many remain, what each row loses."""
+    tile = tl.program_id(0).to(tl.int64)
+    row, lane = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
+    lost, budget = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
+    for other in range(tile if GROUPED else 0, tile + 1 if GROUPED else tiles):
+        of_tile = tl.load(BUDGET + other * LANES + lane)
+        known = of_tile == of_tile  # a tile with NaN is exact, and has no say
+        lost += tl.where(known, tl.load(LOST + other * LANES + lane), 0.0)
+        budget += tl.where(known, of_tile, 0.0)
+    limit = tl.minimum(tl.max(tl.where(lost <= budget, 1, lane + 1), 0), LAST_BIN + 1)  # from there on nothing is lost
+    kept, own = tl.load(BELOW + tile * LANES + limit), tl.load(BUDGET + tile * LANES)
+    gathered = (kept <= most) & (own == own)
     tl.store(LIMIT + tile, tl.where(gathered, limit, 0))
     tl.store(KEPT + tile, tl.where(gathered, kept, V))
     share = tl.where(gathered, kept.to(tl.float32) / V, 1.0)  # division is not exact
     tl.store(SHARE + row, tl.zeros([ROWS], tl.float32) + share, mask=row < N)
-    lost_of_row = tl.sum(tl.where((lane == limit)[None, :] & gathered, skipped, 0.0), 1)
-    tl.store(SKIPPED + row, lost_of_row, mask=row < N)
+    tl.store(SKIPPED + row, tl.load(LOSS + row * LANES + limit, mask=(row < N) & gathered, other=0.0), mask=row < N)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -220,7 +246,7 @@ def _active_product_kernel(
 def _triton(
     p: Tensor, weight: Tensor, off_label: Tensor, skipped: Skipped, factor: Tensor | None, group: Tensor | None
 ) -> Tensor:
-    """`probabilities_times_weight` by the four kernels."""
+    """`probabilities_times_weight` by the five kernels."""
     (n, columns), width = p.shape, weight.shape[1]
     config, most = _config(p.dtype, architecture(p.device)), columns // MOST_ACTIVE
     room = -(-most // 64) * 64  # rows of COMPACT begin at a multiple of 128 bytes
@@ -228,9 +254,14 @@ def _triton(
     bigger = p_factor(p.dtype)
     bins = torch.empty(tiles, columns, dtype=torch.int8, device=p.device)
     mass = torch.empty(tiles * blocks * config.rows, LANES.value, dtype=torch.float32, device=p.device)
-    # One tensor of integers: each part begins at a multiple of 128 bytes, as every kernel expects of it.
-    sizes = [-(-size // 32) * 32 for size in (tiles * blocks * LANES.value, tiles, tiles, tiles * room)]
-    count, limit, kept, columns_of = torch.empty(sum(sizes), dtype=torch.int32, device=p.device).split(sizes)
+    # One tensor of each kind: each part begins at a multiple of 128 bytes, as every kernel expects of it.
+    sizes = [
+        -(-size // 32) * 32 for size in (tiles * blocks * LANES.value, tiles * LANES.value, tiles, tiles, tiles * room)
+    ]
+    integers = torch.empty(sum(sizes), dtype=torch.int32, device=p.device)
+    count, below, limit, kept, columns_of = integers.split(sizes)
+    loss = torch.empty(n, LANES.value, dtype=torch.float32, device=p.device)
+    lost, budget = torch.empty(2, tiles, LANES.value, dtype=torch.float64, device=p.device)
     compact = p.new_empty(n, room)
     out = off_label.new_empty(n, width)
     common = {"ROWS": config.rows, "num_warps": config.num_warps}
@@ -239,10 +270,14 @@ def _triton(
         _column_bins_kernel[(tiles, blocks)](
             p, bins, mass, count, n, columns, p.stride(0), LOG_FACTOR=int(math.log2(bigger)), **each_block, **common
         )
+        _tile_losses_kernel[(tiles,)](
+            mass, count, off_label, mass if factor is None else factor, limit if group is None else group, loss, below,
+            lost, budget, n, blocks, most, SHARE_OF_MASS=SKIPPED_MASS, UNIT=1 / bigger, WEIGHED=factor is not None,
+            GROUPED=group is not None, **common,
+        )  # fmt: skip
         _choose_columns_kernel[(tiles,)](
-            mass, count, off_label, mass if factor is None else factor, limit if group is None else group, limit, kept,
-            skipped.share, skipped.mass, n, columns, blocks, most, SHARE_OF_MASS=SKIPPED_MASS, UNIT=1 / bigger,
-            WEIGHED=factor is not None, GROUPED=group is not None, **common,
+            loss, below, lost, budget, limit, kept, skipped.share, skipped.mass, n, columns, tiles, most,
+            GROUPED=group is not None, **common,
         )  # fmt: skip
         _compact_columns_kernel[(tiles, blocks)](
             p, bins, count, limit, columns_of, compact, n, columns, p.stride(0), room,
@@ -333,7 +368,8 @@ def probabilities_times_weight(
         off_label: [n], the sums of its rows.
         skipped: [n], where to write what was left out; None leaves out nothing.
         factor: [n], of each row's gradient, in the dtype of `off_label`; None for 1. NaN makes its tile exact.
-        group: int64 [n], rising, the group of each row; None makes one group of all rows.
+        group: int64 [n], rising, the group of each row, which loses no more than its own share; None makes one group
+            of all rows.
         impl: "triton" or "torch".
     """
     if skipped is None or not len(p):

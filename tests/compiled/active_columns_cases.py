@@ -10,6 +10,7 @@ from soundwave.kernels.active_columns import (
     _column_bins_kernel,
     _compact_columns_kernel,
     _config,
+    _tile_losses_kernel,
 )
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -56,11 +57,20 @@ def cases(arch, Case):
                 )  # fmt: skip
     for rows in sorted({_config(of, arch).rows for of in DTYPES.values()}):
         for grouped in (False, True):
+            label = f"{rows} rows{', grouped' * grouped}"
             yield Case(
-                f"{rows} rows{', grouped' * grouped}", _choose_columns_kernel,
+                label, _tile_losses_kernel,
                 {"MASS": "*fp32", "COUNT": "*i32", "OFF_LABEL": "*fp32", "FACTOR": "*fp32", "GROUP": "*i64"}
-                | {"LIMIT": "*i32", "KEPT": "*i32", "SHARE": "*fp32", "SKIPPED": "*fp32"}
-                | {name: "i32" for name in ("N", "V", "blocks", "most")},
+                | {"LOSS": "*fp32", "BELOW": "*i32", "LOST": "*fp64", "BUDGET": "*fp64"}
+                | {name: "i32" for name in ("N", "blocks", "most")},
                 {"SHARE_OF_MASS": SKIPPED_MASS, "UNIT": 1.0, "WEIGHED": True, "GROUPED": grouped, "ROWS": rows}, 8,
-                divisible_by_16=("MASS", "COUNT", "LIMIT", "KEPT", "V", "blocks", "most"),
+                divisible_by_16=("MASS", "COUNT", "LOSS", "BELOW", "LOST", "BUDGET", "blocks", "most"),
+            )  # fmt: skip
+            yield Case(
+                label, _choose_columns_kernel,
+                {"LOSS": "*fp32", "BELOW": "*i32", "LOST": "*fp64", "BUDGET": "*fp64"}
+                | {"LIMIT": "*i32", "KEPT": "*i32", "SHARE": "*fp32", "SKIPPED": "*fp32"}
+                | {name: "i32" for name in ("N", "V", "tiles", "most")},
+                {"GROUPED": grouped, "ROWS": rows}, 8,
+                divisible_by_16=("LOSS", "BELOW", "LOST", "BUDGET", "LIMIT", "KEPT", "V", "most"),
             )  # fmt: skip
