@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
@@ -38,6 +39,22 @@ ModelOption = Annotated[
         "--model",
         help=f"Folder of a trained model. Without {DEMO_MODEL} that of {QUICK_DEMO} is used.",
         metavar="FOLDER",
+    ),
+]
+
+
+class Draft(str, Enum):
+    """Where the draft of a transcript comes from that the language model checks."""
+
+    ctc = "ctc"
+    none = "none"
+
+
+DraftOption = Annotated[
+    Draft,
+    typer.Option(
+        help="ctc: the LLM checks the transcript that CTC reads, which is the same text several times faster; "
+        "none: it writes every token."
     ),
 ]
 
@@ -237,6 +254,7 @@ def transcribe(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum length of the text of a window, in tokens.")
     ] = 256,
+    draft: DraftOption = Draft.ctc,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Write down what is said in recordings.
@@ -280,6 +298,7 @@ def transcribe(
             loaded,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            draft=draft.value,
             leave_out=faults.__setitem__,
             cut_off=cut_off,
             heard=lambda now: progress.go_to(min(round(now), progress.total)),
@@ -346,6 +365,7 @@ def evaluate(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
+    draft: DraftOption = Draft.ctc,
     language: Annotated[
         str | None,
         typer.Option(
@@ -402,7 +422,9 @@ def evaluate(
         if ctc or network.config.stage == 1:
             scores = run.evaluate_ctc(network, processor, samples, **settings)
         else:
-            scores = run.evaluate(network, processor, samples, max_new_tokens=max_new_tokens, **settings)
+            scores = run.evaluate(
+                network, processor, samples, max_new_tokens=max_new_tokens, draft=draft.value, **settings
+            )
     scores.left_out[:0] = missing
     if as_json:
         print(json.dumps(scores.as_dict(), ensure_ascii=False))

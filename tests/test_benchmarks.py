@@ -15,11 +15,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import history, race, shapes
+from bench import history, race, shapes, skipping
 from bench.history import BenchRun, Entry
 from soundwave import eager
 from soundwave.fused import functional
+from soundwave.kernels.active_columns import Skipped
 from soundwave.provenance import device_name, slug
+from tests import test_active_columns
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -108,6 +110,20 @@ def test_columns_can_be_skipped_in_peaky_logits_only(head, logits, least, most):
 
 
 # ---------------------------------------------------------------- contenders
+
+
+def test_what_the_bench_measures_is_the_rule(monkeypatch):
+    """`bench/skipping.py` stands in for a GPU, whose kernels are held to the same definition."""
+    monkeypatch.setattr(skipping, "TILE_ROWS", 64)
+    p, weight, off_label = test_active_columns.make(150, 1500, strength=11.0)
+    p[:64], off_label[:64] = 1e-3 * p[:64], 1e-3 * off_label[:64]
+    skipped = Skipped.empty(len(p), off_label)
+    product = skipping.product_in_tiles(p, weight, off_label, skipped, None, None, "triton")
+    expected, share, lost = test_active_columns.definition(p, weight, off_label, 64)
+    torch.testing.assert_close(skipped.share.double(), share)
+    torch.testing.assert_close(skipped.mass.double(), lost)
+    torch.testing.assert_close(product.double(), expected, rtol=1e-4, atol=1e-5)
+    assert share[0] < share[-1] < 0.25 and share.unique().numel() == 3
 
 
 @pytest.fixture

@@ -238,7 +238,8 @@ def test_rows_come_with_their_batches_and_say_what_became_of_the_answer(monkeypa
     said = iter([["A", "B."], ["perhaps", ""], ["It is male."]])
     rows, batches = [], []
 
-    def answer(model, processor, prompts, audio, *, max_new_tokens, cut_off):
+    def answer(model, processor, prompts, audio, *, max_new_tokens, cut_off, draft):
+        assert draft == "none"  # CTC reads no answers
         batches.append(len(rows))
         cut_off += [1] if len(batches) == 1 else []
         return next(said)

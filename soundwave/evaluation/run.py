@@ -18,7 +18,7 @@ from soundwave.evaluation.listening import alike as alike
 from soundwave.evaluation.progress import named, say
 from soundwave.evaluation.scores import ANSWER_RULES, Scores, Verdict, has_words, judge, names_of, rate, word_errors
 from soundwave.evaluation.words import Rules, check_language, is_language, rules_for
-from soundwave.inference.answer import answer, read_ctc
+from soundwave.inference.answer import answer, check_draft, read_ctc
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
 
@@ -98,6 +98,7 @@ def evaluate(
     *,
     batch_size: int = 16,
     max_new_tokens: int | Mapping[str, int] = 256,
+    draft: str = "ctc",
     language: str | None = None,
     strict: bool = False,
     each: EachRow | None = None,
@@ -112,6 +113,7 @@ def evaluate(
     Args:
         max_new_tokens: longest answer, in tokens, or the longest answer of each task. Of a recording that is
             transcribed in pieces it is the longest text of a piece.
+        draft: "ctc" or "none", how transcripts are written; see `soundwave.inference.answer.answer`.
         language: language of the references: a code such as "en", or "und" for the rules of no language. By default
             that of each sample (`target_lang`, `lang`, `language`, `source_lang`), or else the script decides; see
             `soundwave.evaluation.words`.
@@ -128,6 +130,7 @@ def evaluate(
     if not samples:
         raise ValueError("samples is empty: there is nothing to evaluate")
     check_batch_size(batch_size)
+    check_draft(draft)
     wanted = [answer_of(sample) for sample in samples]
     rules = _rules(samples, wanted, language, ("target_lang", "lang", "language", "source_lang"))
     left = Omissions()
@@ -148,7 +151,8 @@ def evaluate(
     def reply(asked: Sequence[Sample], clips: Sequence[Tensor | None]) -> list[tuple[str, bool]]:
         limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[asked[0].task]
         prompts, cut = [prompt_of(sample) for sample in asked], []
-        texts = answer(model, processor, prompts, list(clips), max_new_tokens=limit, cut_off=cut)
+        drafted = draft if asked[0].task == "transcribe" else "none"
+        texts = answer(model, processor, prompts, list(clips), max_new_tokens=limit, cut_off=cut, draft=drafted)
         return [(text, place in cut) for place, text in enumerate(texts)]
 
     model.eval()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from soundwave.backbones.load import token_ids
 from soundwave.hardware import pick_device, pick_dtype
+from soundwave.inference.drafts import DraftCounts, decode_drafts, reason_against_drafts
 from soundwave.model.chat import Prompt
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.model.processing import SoundwaveProcessor
 from soundwave.model.sizes import fits, refuse_what_does_not_fit, sizes_of
+
+DRAFTS = ("ctc", "none")
 
 
 class LoadedModel(NamedTuple):
@@ -103,6 +107,8 @@ def answer(
     *,
     max_new_tokens: int = 256,
     cut_off: list[int] | None = None,
+    draft: str = "none",
+    counts: DraftCounts | None = None,
 ) -> list[str]:
     """Let the language model answer prompts by greedy decoding.
 
@@ -111,25 +117,53 @@ def answer(
         audio: for each prompt the log-mel features float32 [n_mels, T_mel] of its recording, or None for text only.
         max_new_tokens: longest answer, in tokens.
         cut_off: the numbers of the answers that this limit has cut off are added to it.
+        draft: "ctc" lets the language model check what CTC reads instead of writing it token by token, for answers
+            that are transcripts: the same text, several times faster. A language model that cannot do this writes
+            without drafts, and a warning says why. "none" does without.
+        counts: what the drafts have saved is added to it.
 
     Returns:
         The answers, without special tokens and outer white space.
     """
+    check_draft(draft)
     batch = batch_to(dict(processor(prompts, audio)), model.device)
     ends = end_tokens(model, processor)
-    tokens = model.generate(
-        **batch,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=processor.pad_token_id,
-    )
-    rows = tokens.tolist()
-    if cut_off is not None and tokens.shape[1] >= max_new_tokens:
-        cut_off += [number for number, row in enumerate(rows) if ends.isdisjoint(row)]
+    if draft == "ctc" and (reason := reason_against_drafts(model.language_model)):
+        warnings.warn(f"the language model writes without drafts, because {reason}", stacklevel=2)
+        draft = "none"
+    if draft == "ctc":
+        embeddings, mask, path = model.embed_prompts(**batch)
+        read = iter(() if path is None else path.cpu())
+        drafts = [[] if clip is None else draft_ids(model, processor, next(read)) for clip in audio]
+        with model._autocast():
+            rows = decode_drafts(model, embeddings, mask, drafts, ends, max_new_tokens, counts)
+    else:
+        rows = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=processor.pad_token_id,
+        ).tolist()
+    if cut_off is not None:
+        cut_off += [number for number, row in enumerate(rows) if len(row) >= max_new_tokens and ends.isdisjoint(row)]
     # What follows an end token is padding, and not every end token is a special one, which decoding leaves out.
     rows = [list(takewhile(lambda token: token not in ends, row)) for row in rows]
     return [text.strip() for text in processor.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def check_draft(draft: str) -> None:
+    """ValueError: `draft` is neither "ctc" nor "none"."""
+    if draft not in DRAFTS:
+        raise ValueError(f"draft = {draft!r}, but it must be {' or '.join(map(repr, DRAFTS))}")
+
+
+def draft_ids(model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, path: Tensor) -> list[int]:
+    """Tokens of the answer that a CTC path int64 [T] reads.
+
+    They are those of its text, because CTC writes a space before the first word, and an answer does not.
+    """
+    return processor.answer_ids(processor.ctc_text(path, model.blank))[:-1]
 
 
 def end_tokens(model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor) -> set[int]:

@@ -643,16 +643,38 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         Raises:
             ValueError: the model was loaded without its language model.
         """
+        embeddings, mask, _ = self.embed_prompts(input_ids, attention_mask, input_features, feature_lengths)
+        with self._autocast():
+            return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)
+
+    @torch.no_grad()
+    def embed_prompts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the language model answers: prompts with the shrunk frames of their recordings; inputs as in `forward`.
+
+        Returns:
+            Embeddings [B, L', D] and mask [B, L'], padded on the left; and the CTC path of the recordings int64 [A, T],
+            -1 in the padding, or None without any.
+
+        Raises:
+            ValueError: the model was loaded without its language model.
+        """
         if self.language_model is None:
             raise ValueError("generate needs the language model, but this model was loaded without it")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         with self._autocast():
-            hidden = lengths = ctc = None
+            hidden = lengths = ctc = path = None
             if input_features is not None:
                 hidden, lengths, ctc = self.align(input_features, feature_lengths, None, self.packed)
+                path = _padded(ctc.path, lengths, int(lengths.max()), -1) if self.packed else ctc.path
             embeddings, mask, _, _ = self._splice(input_ids, attention_mask, hidden, lengths, ctc, None, "left")
-            return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)
+            return embeddings, mask, path
 
 
 def _padded(rows: Tensor, lengths: Tensor, size: int, value: float = 0.0) -> Tensor:

@@ -1,0 +1,149 @@
+"""Greedy answers from drafts: the tokens are those of plain greedy decoding, whatever the draft is."""
+
+import json
+import random
+
+import pytest
+import soundfile
+import torch
+
+from soundwave.inference.answer import DRAFTS, answer, draft_ids, end_tokens, read_ctc
+from soundwave.inference.drafts import DraftCounts, _rest, decode_drafts, reason_against_drafts
+from soundwave.inference.long import transcribe
+from soundwave.model.modeling import SoundwaveForConditionalGeneration
+from soundwave.model.processing import SoundwaveProcessor
+
+NEW = 14
+PROMPTS = ["Write down every word.", "What is said?", "Transcribe the speech, word for word, please.", "Again:", "Hm"]
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folders):
+    """The untrained model in float32, where no two tokens are equally probable up to rounding."""
+    model = SoundwaveForConditionalGeneration.from_pretrained(model_folders[3], dtype=torch.float32)
+    return model.eval(), SoundwaveProcessor.from_pretrained(model_folders[3])
+
+
+@pytest.fixture(scope="module")
+def clips(loaded, tiny_corpus):
+    rows = [json.loads(line) for line in (tiny_corpus / "stage1.jsonl").read_text().splitlines()[: len(PROMPTS)]]
+    return [loaded[1].features(soundfile.read(tiny_corpus / row["audio_filepath"], dtype="float32")[0]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def prompts(loaded, clips):
+    """Embeddings and mask of prompts of several lengths, one of them without a recording."""
+    model, processor = loaded
+    batch = processor(PROMPTS, [*clips[:-1], None])
+    return model.embed_prompts(**batch)[:2]
+
+
+@pytest.fixture(scope="module")
+def greedy(loaded, prompts):
+    """What transformers' own greedy decoding writes, one prompt at a time: no batch, no padding."""
+    model, processor = loaded
+    embeddings, mask = prompts
+    ends = sorted(end_tokens(*loaded))
+    return [
+        model.language_model.generate(
+            inputs_embeds=row[seen.bool()][None], attention_mask=seen[seen.bool()][None], max_new_tokens=NEW,
+            do_sample=False, eos_token_id=ends, pad_token_id=processor.pad_token_id,
+        )[0].tolist()
+        for row, seen in zip(embeddings, mask, strict=True)
+    ]  # fmt: skip
+
+
+def damaged(tokens, rng):
+    """Tokens of which some are replaced, left out or doubled."""
+    out = []
+    for token in tokens:
+        kind = rng.choice(["kept"] * 5 + ["replaced", "left out", "doubled"])
+        out += {"kept": [token], "replaced": [rng.randrange(5, 40_000)], "left out": [], "doubled": [token] * 2}[kind]
+    return out
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_draft_gives_the_tokens_of_greedy_decoding(loaded, prompts, greedy, seed):
+    rng = random.Random(seed)
+    drafts = [damaged(tokens, rng)[: rng.choice([3, 9, 99])] for tokens in greedy]
+    drafts[seed % len(drafts)] = rng.choice([[], [7] * 40, greedy[0]])
+    counts = DraftCounts()
+    assert decode_drafts(loaded[0], *prompts, drafts, end_tokens(*loaded), NEW, counts) == greedy
+    assert counts.clips == len(greedy) and counts.tokens == sum(map(len, greedy))
+    assert 0 < counts.accepted <= counts.tokens - counts.clips and counts.forwards + counts.accepted >= counts.tokens
+
+
+def test_a_right_draft_takes_one_forward_and_none_takes_one_a_token(loaded, prompts, greedy):
+    right, none = DraftCounts(), DraftCounts()
+    assert decode_drafts(loaded[0], *prompts, greedy, end_tokens(*loaded), NEW, right) == greedy
+    assert decode_drafts(loaded[0], *prompts, [[]] * len(greedy), end_tokens(*loaded), NEW, none) == greedy
+    assert right.forwards == len(greedy) and none.forwards == none.tokens and none.accepted == 0
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_an_answer_ends_at_its_limit(loaded, prompts, greedy, most):
+    found = decode_drafts(loaded[0], *prompts, greedy, end_tokens(*loaded), most)
+    assert found == [tokens[:most] for tokens in greedy]
+
+
+def test_an_answer_ends_at_its_first_end_token(loaded, prompts, greedy):
+    """In the draft, or as the token that follows what is accepted."""
+    ends = {greedy[0][4], greedy[1][7]}
+    expected = [tokens[: next((i + 1 for i, t in enumerate(tokens) if t in ends), NEW)] for tokens in greedy]
+    for drafts in (greedy, [tokens[:4] for tokens in greedy], [[]] * len(greedy)):
+        assert decode_drafts(loaded[0], *prompts, drafts, ends, NEW) == expected
+
+
+@pytest.mark.parametrize(
+    ("draft", "written", "rest"),
+    [([1, 2, 3], 9, [2, 3]), ([1, 2, 3], 2, [3]), ([1, 2, 3], 3, []), ([1], 9, []), ([], 9, []), ([1, 1, 2], 1, [2])],
+    ids=["replaced", "one too much", "two too much", "at the end", "no draft left", "doubled"],
+)
+def test_where_a_draft_goes_on(draft, written, rest):
+    assert _rest(draft, written) == rest
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_transcripts_are_the_same_with_drafts(loaded, clips, size):
+    texts = {}
+    for draft in DRAFTS:
+        texts[draft] = []
+        for start in range(0, len(clips), size):
+            some = clips[start : start + size]
+            texts[draft] += answer(*loaded, PROMPTS[: len(some)], some, max_new_tokens=NEW, draft=draft)
+    assert texts["ctc"] == texts["none"] and all(texts["ctc"])
+
+
+def test_the_draft_is_what_ctc_reads_as_an_answer_would_write_it(loaded, clips):
+    model, processor = loaded
+    texts, path = read_ctc(model, processor, clips[:2])
+    for text, row in zip(texts, path, strict=True):
+        assert processor.tokenizer.decode(draft_ids(model, processor, row)) == text
+
+
+def test_prompts_without_a_recording_may_stand_among_others(loaded, clips):
+    audio = [None, clips[0], None]
+    with_drafts = answer(*loaded, PROMPTS[:3], audio, max_new_tokens=6, draft="ctc")
+    assert with_drafts == answer(*loaded, PROMPTS[:3], audio, max_new_tokens=6)
+    assert answer(*loaded, PROMPTS[:1], [None], max_new_tokens=6, draft="ctc") == with_drafts[:1]
+
+
+def test_cut_off_answers_are_named(loaded, clips):
+    cut_off: list[int] = []
+    answer(*loaded, PROMPTS[:2], clips[:2], max_new_tokens=2, draft="ctc", cut_off=cut_off)
+    assert cut_off == [0, 1]
+
+
+def test_another_draft_is_refused_before_the_model_is_loaded():
+    for draft in ("CTC", "", None):
+        with pytest.raises(ValueError, match="draft = .* must be 'ctc' or 'none'"):
+            transcribe([0.0] * 16_000, "no-such-folder", draft=draft)
+
+
+def test_a_language_model_that_cannot_check_drafts_says_so(loaded, clips, monkeypatch):
+    model, processor = loaded
+    assert reason_against_drafts(model.language_model) == ""
+    monkeypatch.setattr(model.language_model.config, "sliding_window", 8, raising=False)
+    expected = answer(*loaded, PROMPTS[:1], clips[:1], max_new_tokens=4)
+    with pytest.warns(UserWarning, match="writes without drafts, because its attention has a sliding window"):
+        assert answer(*loaded, PROMPTS[:1], clips[:1], max_new_tokens=4, draft="ctc") == expected
