@@ -75,8 +75,16 @@ REDUNDANT = [
         "_column_bins_kernel",
         "p = tl.load(",
         6,
-        "at the beginning of a round: the last round has read this memory in its product, and the sums over columns and "
-        "the store of the bins that follow there have barriers of their own.",
+        "at the beginning of a round: the last round has read this memory in its product, and the sums and the store "
+        "behind that have barriers of their own.",
+    ),
+    Redundant(
+        "_active_product_kernel",
+        "TERMS,",
+        8,
+        "of the pipelined loop: one between the copies for its first rounds, which go into different buffers; one at "
+        "its end, after which other memory is used; and on sm_90 two between the products of a round and the stores of "
+        "the next, either of which is enough.",
     ),
     Redundant(
         "_cross_entropy_rows_kernel",
@@ -247,13 +255,13 @@ def _statistics(columns: int, count: int, dtype: torch.dtype = FP32, scaled: boo
 def _active_columns() -> Iterator[Case]:
     t = test_active_columns
     for dtype in (FP32, BF16, FP16):
-        for rows, columns, strength in ((150, 600, 9.0), (130, 400, 0.0), (20, 300, 12.0)):
+        for rows, columns, strength in ((150, 600, 9.0), (130, 992, 0.0), (20, 300, 12.0)):
             run = partial(_blocks_of_columns, t.test_each_tile_skips_by_the_rule, *HERE, dtype, rows, columns, strength)
             small = (86, 90) if (dtype, rows) == (BF16, 20) else ()
             orders = MOST if rows == 20 else FEW
             yield Case("active_columns", f"N{rows} V{columns}", NAMES[dtype], run, orders, small)
-        for columns in (400, 600):  # a multiple of 16 and none: both kinds of kernels, with lists and without
-            run = partial(_blocks_of_columns, t.test_tiles_have_lists_of_their_own, *HERE, dtype, columns)
+        for columns in (992, 1000):  # a multiple of 16 and none: both kinds of kernels, with lists and without
+            run = partial(_blocks_of_columns, t.test_tiles_have_lists_of_their_own, *HERE, dtype, columns, 9.4)
             yield Case("active_columns", f"lists of their own, V{columns}", NAMES[dtype], run, FEW)
     for test in (t.test_no_group_of_rows_loses_more_than_its_share, t.test_rows_without_mass_have_no_say):
         name = test.__name__.removeprefix("test_").replace("_", " ")
