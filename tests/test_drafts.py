@@ -7,8 +7,9 @@ import pytest
 import soundfile
 import torch
 
+from soundwave.inference import drafts
 from soundwave.inference.answer import DRAFTS, answer, draft_ids, end_tokens, read_ctc
-from soundwave.inference.drafts import DraftCounts, _rest, decode_drafts, reason_against_drafts
+from soundwave.inference.drafts import FEWEST, MISSES, DraftCounts, _rest, decode_drafts, reason_against_drafts
 from soundwave.inference.long import transcribe
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
@@ -65,10 +66,10 @@ def damaged(tokens, rng):
 @pytest.mark.parametrize("seed", range(6))
 def test_any_draft_gives_the_tokens_of_greedy_decoding(loaded, prompts, greedy, seed):
     rng = random.Random(seed)
-    drafts = [damaged(tokens, rng)[: rng.choice([3, 9, 99])] for tokens in greedy]
-    drafts[seed % len(drafts)] = rng.choice([[], [7] * 40, greedy[0]])
+    given = [damaged(tokens, rng)[: rng.choice([3, 9, 99])] for tokens in greedy]
+    given[seed % len(given)] = rng.choice([[], [7] * 40, greedy[0]])
     counts = DraftCounts()
-    assert decode_drafts(loaded[0], *prompts, drafts, end_tokens(*loaded), NEW, counts) == greedy
+    assert decode_drafts(loaded[0], *prompts, given, end_tokens(*loaded), NEW, counts) == greedy
     assert counts.clips == len(greedy) and counts.tokens == sum(map(len, greedy))
     assert 0 < counts.accepted <= counts.tokens - counts.clips and counts.forwards + counts.accepted >= counts.tokens
 
@@ -78,6 +79,39 @@ def test_a_right_draft_takes_one_forward_and_none_takes_one_a_token(loaded, prom
     assert decode_drafts(loaded[0], *prompts, greedy, end_tokens(*loaded), NEW, right) == greedy
     assert decode_drafts(loaded[0], *prompts, [[]] * len(greedy), end_tokens(*loaded), NEW, none) == greedy
     assert right.forwards == len(greedy) and none.forwards == none.tokens and none.accepted == 0
+
+
+def test_a_useless_draft_costs_little(loaded, prompts, greedy, monkeypatch):
+    """In every forward after the first one few tokens are tried, soon none; what is refused leaves the cache."""
+    rows, cached = [], []
+    decoder = loaded[0].language_model.base_model
+
+    def forward(**given):
+        rows.append(given["inputs_embeds"].shape[1])
+        cached.append(given["past_key_values"].get_seq_length())
+        return type(decoder).forward(decoder, **given)
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    useless = [[7] * 200 for _ in greedy]
+    assert decode_drafts(loaded[0], *prompts, useless, end_tokens(*loaded), NEW) == greedy
+    size = prompts[1].shape[1]
+    assert rows == [size + NEW - 1, 1 + FEWEST, 1 + FEWEST, *[1] * (NEW - MISSES)]
+    assert cached == [0, *range(size, size + NEW - 1)]
+
+
+def test_what_follows_a_mistake_is_tried_to_its_end(loaded, prompts, greedy):
+    """With one wrong token in each draft: its beginning, the rest as far as it is trusted, and what is left of that."""
+    given, counts = [[7, *tokens] for tokens in greedy], DraftCounts()
+    assert decode_drafts(loaded[0], *prompts, given, end_tokens(*loaded), NEW, counts) == greedy
+    assert counts.forwards <= 3 * len(greedy)
+
+
+def test_logits_are_made_piece_by_piece(loaded, prompts, greedy, monkeypatch):
+    monkeypatch.setattr(drafts, "LOGITS", 3 * 49_152 * len(greedy))
+    head, sizes = loaded[0].language_model.get_output_embeddings(), []
+    monkeypatch.setattr(head, "forward", lambda x: sizes.append(x.shape[1]) or type(head).forward(head, x))
+    assert decode_drafts(loaded[0], *prompts, greedy, end_tokens(*loaded), NEW) == greedy
+    assert sum(sizes) == NEW and max(sizes) <= 3
 
 
 @pytest.mark.parametrize("most", [1, 2, 5])
@@ -90,14 +124,21 @@ def test_an_answer_ends_at_its_first_end_token(loaded, prompts, greedy):
     """In the draft, or as the token that follows what is accepted."""
     ends = {greedy[0][4], greedy[1][7]}
     expected = [tokens[: next((i + 1 for i, t in enumerate(tokens) if t in ends), NEW)] for tokens in greedy]
-    for drafts in (greedy, [tokens[:4] for tokens in greedy], [[]] * len(greedy)):
-        assert decode_drafts(loaded[0], *prompts, drafts, ends, NEW) == expected
+    for given in (greedy, [tokens[:4] for tokens in greedy], [[]] * len(greedy)):
+        assert decode_drafts(loaded[0], *prompts, given, ends, NEW) == expected
 
 
 @pytest.mark.parametrize(
     ("draft", "written", "rest"),
-    [([1, 2, 3], 9, [2, 3]), ([1, 2, 3], 2, [3]), ([1, 2, 3], 3, []), ([1], 9, []), ([], 9, []), ([1, 1, 2], 1, [2])],
-    ids=["replaced", "one too much", "two too much", "at the end", "no draft left", "doubled"],
+    [
+        ([1, 2, 3], 9, [2, 3]),
+        ([1, 2, 3], 2, [3]),
+        ([1, 2, 3], 3, []),
+        ([1], 9, []),
+        ([], 9, []),
+        ([1, 1, 2], 1, [1, 2]),
+    ],
+    ids=["replaced", "one too much", "two too much", "at the end", "no draft left", "as drafted"],
 )
 def test_where_a_draft_goes_on(draft, written, rest):
     assert _rest(draft, written) == rest
@@ -147,3 +188,12 @@ def test_a_language_model_that_cannot_check_drafts_says_so(loaded, clips, monkey
     expected = answer(*loaded, PROMPTS[:1], clips[:1], max_new_tokens=4)
     with pytest.warns(UserWarning, match="writes without drafts, because its attention has a sliding window"):
         assert answer(*loaded, PROMPTS[:1], clips[:1], max_new_tokens=4, draft="ctc") == expected
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_rotary_embeddings_that_change_with_the_length_are_refused(loaded, monkeypatch, kind, nested):
+    rope = {"rope_type": kind, "rope_theta": 1e4}
+    config = loaded[0].language_model.config
+    monkeypatch.setattr(config, "rope_parameters", {"full_attention": rope} if nested else rope)
+    assert reason_against_drafts(loaded[0].language_model) == f"its rotary embeddings are of the type {kind!r}"

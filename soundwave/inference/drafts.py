@@ -3,8 +3,9 @@
 Our CTC path is written in the language model's own tokens, so what it reads is a draft of the transcript for nothing.
 The draft stands behind the prompt; one forward tells for each of its tokens which one greedy decoding would have
 written in its place. The longest prefix on which both agree is accepted, and one token more, which the same forward
-has told. From there the rest of the draft is tried again, if it can be found where it goes on. Each forward thus writes
-at least one token: with a useless draft this is plain greedy decoding.
+has told. From there the rest of the draft is tried again, if it can be found where it goes on: `GROWTH` times as many
+tokens as were accepted last and `FEWEST` more, and none after `MISSES` tries in a row without any, so that a useless
+draft costs little more than plain greedy decoding. Each forward writes at least one token.
 
 Exact: the tokens are those of greedy decoding. In half precision two tokens that are equally probable up to rounding
 may change places, as they may between two batch sizes. What is verified at once, and how (speculative decoding with
@@ -17,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import pad
 
+GROWTH, FEWEST, MISSES = 4, 8, 3
+LOGITS = 1 << 26  # that are held at once
 LOOK_AHEAD = 4  # tokens of the draft among which the language model's own word is looked for after a disagreement
 
 
@@ -55,7 +58,17 @@ def reason_against_drafts(language_model: Any) -> str:
         return "its layers carry a state from token to token"
     if not hasattr(language_model.base_model, "rotary_emb"):
         return "it has no rotary embeddings"
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
+        if (kind := rope.get("rope_type")) in ("dynamic", "longrope"):  # the draft's length would change them
+            return f"its rotary embeddings are of the type {kind!r}"
     return ""
+
+
+def _best(head: nn.Module, states: Tensor) -> list[list[int]]:
+    """The most probable token after each of `states` [B, n, D]; few logits are held at once."""
+    step = max(1, LOGITS // (len(states) * head.weight.shape[0]))
+    return torch.cat([head(part).argmax(-1) for part in states.split(step, 1)], 1).tolist()
 
 
 @torch.no_grad()
@@ -83,8 +96,9 @@ def decode_drafts(
     language_model, device = model.language_model, embeddings.device
     embed, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
     answers: list[list[int]] = [[] for _ in drafts]
-    active = list(range(len(drafts)))
-    tried = [list(draft[: max_new_tokens - 1]) for draft in drafts]
+    active, misses = list(range(len(drafts))), [0] * len(drafts)
+    left = [list(draft) for draft in drafts]
+    tried = [draft[: max_new_tokens - 1] for draft in left]
     cache = DynamicCache(config=language_model.config)
     known = embeddings.new_zeros(len(drafts), 0, dtype=torch.int64)  # tokens that are written, but not yet in the cache
     seen = mask.to(torch.int64)
@@ -104,8 +118,8 @@ def decode_drafts(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        best = head(states[:, -width - 1 :]).argmax(-1).tolist()
-        goes_on, start = [], seen.shape[1] - width
+        best = _best(head, states[:, -width - 1 :])
+        goes_on, tries, start, longest = [], [], seen.shape[1] - width, 0
         for place, number in enumerate(active):
             draft, room = tried[place], max_new_tokens - len(answers[number])
             agreed = next((i for i, (a, b) in enumerate(zip(draft, best[place], strict=False)) if a != b), len(draft))
@@ -117,14 +131,21 @@ def decode_drafts(
                 counts.forwards += 1
                 counts.tokens += len(new)
                 counts.accepted += min(agreed, len(new))
-            seen[place, start + agreed :] = 0  # what was not accepted stays in the cache, and is never looked at
+            seen[place, start + agreed :] = 0  # what was not accepted is never looked at
             if end is None and len(new) < room:
                 goes_on.append(place)
-                tried[place] = _rest(draft[agreed:], new[-1])[: max_new_tokens - len(answers[number]) - 1]
+                longest = max(longest, agreed)
+                misses[number] = 0 if agreed else misses[number] + 1
+                left[number] = _rest(left[number][agreed:], new[-1]) if misses[number] < MISSES else []
+                most = min(GROWTH * agreed + FEWEST, max_new_tokens - len(answers[number]) - 1)
+                tries.append(left[number][:most])
+        if longest < width:  # what nobody has accepted leaves the cache
+            cache.crop(longest - width)
+            seen = seen[:, : start + longest]
         if len(goes_on) < len(active):
             cache.batch_select_indices(torch.tensor(goes_on, dtype=torch.int64, device=device))
             seen = seen[goes_on]
-        active, tried = [active[place] for place in goes_on], [tried[place] for place in goes_on]
+        active, tried = [active[place] for place in goes_on], tries
         known = torch.tensor([answers[number][-1:] for number in active], dtype=torch.int64, device=device)
     if counts is not None:
         counts.clips += len(drafts)
@@ -132,9 +153,9 @@ def decode_drafts(
 
 
 def _rest(draft: list[int], written: int) -> list[int]:
-    """How a draft may go on after `written` took the place of its first token.
+    """How the rest of a draft may go on behind `written`, its own first token or one that stands in its place.
 
     If the token comes a little later in the draft, what is before it was too much; else it replaced one.
     """
-    ahead = draft[1 : 1 + LOOK_AHEAD]
-    return draft[ahead.index(written) + 2 :] if written in ahead else draft[1:]
+    ahead = draft[: 1 + LOOK_AHEAD]
+    return draft[ahead.index(written) + 1 :] if written in ahead else draft[1:]
