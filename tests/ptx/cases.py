@@ -81,16 +81,17 @@ REDUNDANT = [
     Redundant(
         "_active_product_kernel",
         "TERMS,",
-        8,
+        12,
         "of the pipelined loop: one between the copies for its first rounds, which go into different buffers; one at "
         "its end, after which other memory is used; and on sm_90 two between the products of a round and the stores of "
-        "the next, either of which is enough.",
+        "the next, either of which is enough. In one kernel no tile of the cases is multiplied by all columns, so that "
+        "none runs.",
     ),
     Redundant(
         "_cross_entropy_rows_kernel",
         "tl.store(ROW + column, q.to(given))",
-        22,
-        "in the loop over whole blocks, which heads of less than 2 048 rows have only if they fill one block exactly.",
+        26,
+        "in the loop over whole blocks, which heads of less than 4 096 rows have only if they fill one block exactly.",
     ),
     Redundant(
         "_shrink_attention_dkv_kernel",
