@@ -53,7 +53,7 @@ class Draft(str, Enum):
 DraftOption = Annotated[
     Draft,
     typer.Option(
-        help="ctc: the LLM checks the transcript that CTC reads, which is the same text several times faster; "
+        help="ctc: the LLM checks the transcript that CTC reads, which is the same text, sooner; "
         "none: it writes every token."
     ),
 ]

@@ -1,1 +1,1 @@
-"""Using a trained model: `answer` reads and asks it, `long` cuts recordings of any length and transcribes them."""
+"""Using a trained model: `answer` reads and asks it, `drafts` checks drafts, `long` cuts and transcribes recordings."""

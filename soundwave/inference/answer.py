@@ -118,7 +118,7 @@ def answer(
         max_new_tokens: longest answer, in tokens.
         cut_off: the numbers of the answers that this limit has cut off are added to it.
         draft: "ctc" lets the language model check what CTC reads instead of writing it token by token, for answers
-            that are transcripts: the same text, several times faster. A language model that cannot do this writes
+            that are transcripts: the same text, sooner. A language model that cannot do this writes
             without drafts, and a warning says why. "none" does without.
         counts: what the drafts have saved is added to it.
 

@@ -119,7 +119,7 @@ def transcribe(
             and lengths change the order in which a product is summed.
         max_new_tokens: longest text of a window, in tokens of the language model.
         draft: "ctc" lets the language model check the text that CTC reads, and write only what it would have written
-            otherwise: the same text in a fraction of the time. "none" lets it write every token.
+            otherwise: the same text, sooner. "none" lets it write every token.
 
     Returns:
         A `Transcript` (`text`, `seconds`), or a list of them in the order of `audio`.
