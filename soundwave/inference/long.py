@@ -17,6 +17,7 @@ from torch import Tensor
 from soundwave.data.audio import LONGEST_SECONDS, RATES, SAMPLING_RATE, load_audio, read_blocks, seconds_of
 from soundwave.data.collate import SILENCE, TRANSCRIBE_PROMPT
 from soundwave.inference.answer import LoadedModel, answer, check_draft, load_model, read_ctc
+from soundwave.inference.transcript import Transcript
 
 FRAME = 0.02  # seconds of a frame among which `windows` chooses the place of a cut
 SEARCH = 5.0  # seconds before the limit in which `windows` looks for a pause
@@ -24,21 +25,6 @@ MEL_FRAME = 160  # samples of a mel frame
 LOUDEST = 100.0  # Larger samples are integers that were cast to floating point without being scaled.
 
 Audio = str | os.PathLike[str] | ArrayLike
-
-
-class Transcript(NamedTuple):
-    """What was said in a recording.
-
-    Attributes:
-        text: the words, on one line.
-        seconds: length of the recording.
-    """
-
-    text: str
-    seconds: float
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Answer(NamedTuple):
