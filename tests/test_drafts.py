@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from soundwave.inference import drafts
-from soundwave.inference.answer import DRAFTS, answer, draft_ids, end_tokens, read_ctc
+from soundwave.inference.answer import DRAFTS, answer, certainty, check_draft, draft_ids, end_tokens, read_ctc
 from soundwave.inference.drafts import FEWEST, MISSES, DraftCounts, _rest, decode_drafts, reason_against_drafts
 from soundwave.inference.long import transcribe
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
@@ -173,6 +173,58 @@ def test_cut_off_answers_are_named(loaded, clips):
     cut_off: list[int] = []
     answer(*loaded, PROMPTS[:2], clips[:2], max_new_tokens=2, draft="ctc", cut_off=cut_off)
     assert cut_off == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("path", "probability", "expected"),
+    [
+        ([9, 9, 3, 3, 9, 4], [0.9, 0.2, 0.5, 0.8, 0.9, 0.7], 0.7),  # of a token its most probable frame; blanks no say
+        ([3, 9, 3, 4], [0.6, 0.1, 0.9, 0.9], 0.6),  # the same token twice
+        ([3, 4, 4, -1, -1], [0.9, 0.3, 0.4, 1.0, 1.0], 0.4),  # no frame of the padding
+        ([9, 9, -1], [0.1, 0.2, 1.0], 1.0),  # nothing is read
+        ([], [], 1.0),
+    ],
+)
+def test_a_draft_is_as_certain_as_its_least_sure_token(path, probability, expected):
+    found = certainty(torch.tensor(path, dtype=torch.int64), torch.tensor(probability).log(), blank=9)
+    assert found == pytest.approx(expected)
+
+
+def test_sure_drafts_are_accepted_unread_and_the_others_checked(loaded, clips):
+    """With a threshold between the clips' certainties: CTC's text above it, greedy decoding's below."""
+    model, processor = loaded
+    given, prompts = [clips[0], None, *clips[1:3]], ["Hm", *PROMPTS[:3]]
+    plain = answer(*loaded, prompts, given, max_new_tokens=NEW)
+    batch = processor(prompts, given)
+    path, scores = model.embed_prompts(**batch)[2]
+    sure = [certainty(*clip, model.blank) for clip in zip(path, scores, strict=True)]
+    assert len(set(sure)) == 3
+    counts = DraftCounts()
+    found = answer(*loaded, prompts, given, max_new_tokens=99, draft="ctc", accept=sorted(sure)[1], counts=counts)
+    assert (counts.unread, counts.clips) == (2, 2)
+    read = iter(read_ctc(*loaded, [clip for clip in given if clip is not None])[0])
+    certain = iter(sure)
+    for clip, text, without, alone in zip(given, found, plain, range(4), strict=True):
+        if clip is not None and (reading := next(read)) is not None and next(certain) >= sorted(sure)[1]:
+            assert text == reading.strip(), alone
+        else:
+            assert text.startswith(without[:10]), alone
+    every = DraftCounts()
+    answer(*loaded, prompts[:1], given[:1], draft="ctc", accept=0.0, counts=every)
+    assert (every.unread, every.clips, every.forwards) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("draft", "accept", "message"),
+    [
+        ("none", 0.9, "accept = 0.9, but without drafts there is nothing to accept"),
+        ("ctc", 1.5, "accept = 1.5, but it is a probability"),
+        ("ctc", float("nan"), "accept = nan, but it is a probability"),
+    ],
+)
+def test_a_threshold_that_means_nothing_is_refused(draft, accept, message):
+    with pytest.raises(ValueError, match=message):
+        check_draft(draft, accept)
 
 
 def test_another_draft_is_refused_before_the_model_is_loaded():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from soundwave.backbones.load import token_ids
+from soundwave.backbones.released import MODEL_TYPE as RELEASED
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.inference.drafts import DraftCounts, decode_drafts, reason_against_drafts
 from soundwave.model.chat import Prompt
@@ -35,11 +36,12 @@ def load_model(folder: str | Path) -> LoadedModel:
 
     A model of stage I is loaded without the layers of its language model, which it does not need. A model that was
     trained on 4-bit weights runs unquantised on a CPU, where that is faster; if the memory does not suffice for that it
-    runs in 4 bits, which is said.
+    runs in 4 bits, which is said. So does a model without LoRA, such as the released checkpoint.
 
     Args:
         folder: the folder that training wrote, for example `runs/demo/model`. Its configuration names the backbones;
-            they are fetched if they are not on this machine yet.
+            they are fetched if they are not on this machine yet. It may be a checkpoint in the layout of the released
+            one, too, which holds them.
 
     Raises:
         FileNotFoundError: `folder` holds no model.
@@ -58,26 +60,28 @@ def load_model(folder: str | Path) -> LoadedModel:
     if not isinstance(saved, dict):
         raise ValueError(f"{folder / 'config.json'} is damaged (not a JSON object); copy it again")
     kind = saved.get("model_type")
-    if kind != SoundwaveConfig.model_type:
+    if kind not in (SoundwaveConfig.model_type, RELEASED):
         raise ValueError(f"{folder} holds a model of type {kind!r}, but not a Soundwave model")
     device, _ = pick_device()
     dtype, config = pick_dtype(device.type)[0], SoundwaveConfig.from_pretrained(folder)
     whole, trained = config.stage != 1, config.quantization
     config.quantization = trained if device.type == "cuda" else None
     parts = sizes_of(config, dtype, language_model=whole)
-    if whole and trained and not config.quantization and not fits(parts, device):
-        config.quantization = trained
+    shrinks = trained or (None if config.lora_rank else "nf4")
+    if whole and shrinks and not config.quantization and not fits(parts, device):
+        config.quantization = shrinks
         print(
-            f"{folder}: the language model is used in 4 bits, as it was trained: {parts[1].text} does not fit "
-            f"into the free memory",
+            f"{folder}: the language model is used in 4 bits{', as it was trained' if trained else ''}: "
+            f"{parts[1].text} does not fit into the free memory",
             file=sys.stderr,
         )
         parts = sizes_of(config, dtype, language_model=whole)
     refuse_what_does_not_fit(parts, device)
+    processor = SoundwaveProcessor.for_config(config)  # a tokenizer that cannot be used is refused before the rest
     model = SoundwaveForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, language_model=whole, quantization=config.quantization
     )
-    return LoadedModel(model.to(device).eval(), SoundwaveProcessor.from_pretrained(folder))
+    return LoadedModel(model.to(device).eval(), processor)
 
 
 @torch.no_grad()
@@ -108,6 +112,7 @@ def answer(
     max_new_tokens: int = 256,
     cut_off: list[int] | None = None,
     draft: str = "none",
+    accept: float | None = None,
     counts: DraftCounts | None = None,
 ) -> list[str]:
     """Let the language model answer prompts by greedy decoding.
@@ -120,23 +125,35 @@ def answer(
         draft: "ctc" lets the language model check what CTC reads instead of writing it token by token, for answers
             that are transcripts: the same text, sooner. A language model that cannot do this writes
             without drafts, and a warning says why. "none" does without.
+        accept: with drafts, a probability from which on a draft is the answer, unread by the language model: that of
+            its least sure token. Faster, but not the same text. None lets the language model check every draft.
         counts: what the drafts have saved is added to it.
 
     Returns:
         The answers, without special tokens and outer white space.
     """
-    check_draft(draft)
+    check_draft(draft, accept)
     batch = batch_to(dict(processor(prompts, audio)), model.device)
     ends = end_tokens(model, processor)
     if draft == "ctc" and (reason := reason_against_drafts(model.language_model)):
         warnings.warn(f"the language model writes without drafts, because {reason}", stacklevel=2)
         draft = "none"
     if draft == "ctc":
-        embeddings, mask, path = model.embed_prompts(**batch)
-        read = iter(() if path is None else path.cpu())
-        drafts = [[] if clip is None else draft_ids(model, processor, next(read)) for clip in audio]
-        with model._autocast():
-            rows = decode_drafts(model, embeddings, mask, drafts, ends, max_new_tokens, counts)
+        embeddings, mask, read = model.embed_prompts(**batch)
+        clips = iter(() if read is None else zip(*(x.cpu() for x in read), strict=True))
+        read = [None if clip is None else next(clips) for clip in audio]
+        drafts = [[] if clip is None else draft_ids(model, processor, clip[0]) for clip in read]
+        sure = [clip is not None and accept is not None and certainty(*clip, model.blank) >= accept for clip in read]
+        rest = [number for number, is_sure in enumerate(sure) if not is_sure]
+        rows = [draft[:max_new_tokens] for draft in drafts]
+        if counts is not None:
+            counts.unread += sum(sure)
+        if rest:
+            chosen = [drafts[number] for number in rest]
+            with model._autocast():
+                written = decode_drafts(model, embeddings[rest], mask[rest], chosen, ends, max_new_tokens, counts)
+            for number, row in zip(rest, written, strict=True):
+                rows[number] = row
     else:
         rows = model.generate(
             **batch,
@@ -152,10 +169,29 @@ def answer(
     return [text.strip() for text in processor.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
-def check_draft(draft: str) -> None:
-    """ValueError: `draft` is neither "ctc" nor "none"."""
+def check_draft(draft: str, accept: float | None = None) -> None:
+    """ValueError: `draft` is neither "ctc" nor "none"; `accept` is no probability, or given without drafts."""
     if draft not in DRAFTS:
         raise ValueError(f"draft = {draft!r}, but it must be {' or '.join(map(repr, DRAFTS))}")
+    if accept is None:
+        return
+    if draft == "none":
+        raise ValueError(f"accept = {accept}, but without drafts there is nothing to accept; leave it out")
+    if not 0 <= accept <= 1:
+        raise ValueError(f"accept = {accept}, but it is a probability, 0 to 1")
+
+
+def certainty(path: Tensor, log_prob: Tensor, blank: int) -> float:
+    """The probability of the least sure token that a CTC path int64 [T] reads, 1 if it reads none.
+
+    That of a token is the highest among its frames, `log_prob` [T].
+    """
+    change = torch.cat([path.new_ones(1, dtype=torch.bool), path[1:] != path[:-1]])
+    run, of_token = change.cumsum(0) - 1, (path != blank) & (path >= 0)
+    if not of_token.any():
+        return 1.0
+    highest = log_prob.new_full((len(path),), -torch.inf).scatter_reduce(0, run, log_prob, "amax")
+    return float(highest[run[of_token]].min().exp())
 
 
 def draft_ids(model: SoundwaveForConditionalGeneration, processor: SoundwaveProcessor, path: Tensor) -> list[int]:

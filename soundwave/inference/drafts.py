@@ -34,16 +34,18 @@ class DraftCounts:
     """What drafts have saved, over all clips that were answered with it.
 
     Attributes:
-        clips: answered clips.
+        clips: clips that the language model has answered.
         tokens: tokens of the answers, with the end token.
         accepted: those of them that were a draft's.
         forwards: forwards of the language model, summed over the clips of each batch.
+        unread: further clips whose draft was accepted without it.
     """
 
     clips: int = 0
     tokens: int = 0
     accepted: int = 0
     forwards: int = 0
+    unread: int = 0
 
 
 def reason_against_drafts(language_model: Any) -> str:

@@ -654,12 +654,12 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         attention_mask: Tensor | None = None,
         input_features: Tensor | None = None,
         feature_lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """What the language model answers: prompts with the shrunk frames of their recordings; inputs as in `forward`.
 
         Returns:
-            Embeddings [B, L', D] and mask [B, L'], padded on the left; and the CTC path of the recordings int64 [A, T],
-            -1 in the padding, or None without any.
+            Embeddings [B, L', D] and mask [B, L'], padded on the left; and of the recordings the CTC path int64 [A, T],
+            -1 in the padding, with its log-probabilities [A, T], 0 there, or None without any recording.
 
         Raises:
             ValueError: the model was loaded without its language model.
@@ -672,7 +672,9 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             hidden = lengths = ctc = path = None
             if input_features is not None:
                 hidden, lengths, ctc = self.align(input_features, feature_lengths, None, self.packed)
-                path = _padded(ctc.path, lengths, int(lengths.max()), -1) if self.packed else ctc.path
+                path = ctc.path, ctc.path_log_prob
+                if self.packed:
+                    path = tuple(_padded(x, lengths, int(lengths.max()), v) for x, v in zip(path, (-1, 0), strict=True))
             embeddings, mask, _, _ = self._splice(input_ids, attention_mask, hidden, lengths, ctc, None, "left")
             return embeddings, mask, path
 

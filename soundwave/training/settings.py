@@ -78,6 +78,7 @@ class StageConfig(BaseModel):
     )
     implementation: Literal["fused", "eager"] = Field("fused", description="Fused operations, or eager: plain PyTorch")
     exact: bool = Field(False, description="Whether the fused CTC computes all columns of its gradient")
+    packed: bool = Field(True, description="Whether the fused operations and the LLM train without padding")
     gradient_checkpointing: bool | None = Field(
         None,
         description="Whether the LLM computes each layer again in backward, which takes a tenth of the memory; "

@@ -198,7 +198,7 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
     dtype = pick_dtype(device.type)[0] if config.dtype == "auto" else getattr(torch, config.dtype)
     quantization = {"auto": "nf4" if device.type == "cuda" else None, "nf4": "nf4", "none": None}[config.quantization]
     changes: dict[str, Any] = {"quantization": quantization, "ctc_weight": config.ctc_weight}
-    changes |= {"implementation": config.implementation, "exact": config.exact}
+    changes |= {"implementation": config.implementation, "exact": config.exact, "packed": config.packed}
     if config.adapter_dropout is not None:
         changes["adapter_dropout"] = config.adapter_dropout
     for masks in ("spec_augment_time_masks", "spec_augment_mel_masks"):
