@@ -11,9 +11,11 @@ import os
 import random
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -21,7 +23,7 @@ import soxr
 
 from soundwave.data.audio import SAMPLING_RATE
 from soundwave.data.manifest import write_manifest
-from soundwave.demo.espeak import Espeak
+from soundwave.demo.espeak import Espeak, SpokenWord
 from soundwave.demo.grammar import COMMANDS, Sentence, split_sentences
 from soundwave.demo.tasks import FORMATS, RATES, phrase
 
@@ -43,6 +45,7 @@ MALE = {
     "en+m6": 45,
 }
 HELD_OUT_FEMALE, HELD_OUT_MALE = {"en+f4": 65}, {"en+m4": 55}
+PITCHES = FEMALE | MALE | HELD_OUT_FEMALE | HELD_OUT_MALE
 PITCH_JITTER = 4
 WORDS_PER_MINUTE = {"slow": 90, "normal": 140, "fast": 215}
 RATE_JITTER = 0.04
@@ -212,24 +215,63 @@ def _speak(
     espeak: Espeak, folder: Path, name: str, sentences: list, voices: list, rng: random.Random
 ) -> list[Utterance]:
     """Synthesise each sentence once; all pairs of voice and rate get equally many sentences."""
-    pitches = FEMALE | MALE | HELD_OUT_FEMALE | HELD_OUT_MALE
     speakers = _deal(list(product(voices, RATES)), len(sentences), rng)
     utterances = []
     for index, (sentence, ((voice, sex), rate)) in enumerate(zip(sentences, speakers, strict=True)):
-        samples, sampling_rate = espeak.synthesize(
-            sentence.written,
-            voice=voice,
-            rate=round(WORDS_PER_MINUTE[rate] * rng.uniform(1 - RATE_JITTER, 1 + RATE_JITTER)),
-            pitch=pitches[voice] + rng.randint(-PITCH_JITTER, PITCH_JITTER),
-        )
-        end = np.flatnonzero(np.abs(samples) > 1e-3)[-1] + round(TAIL * sampling_rate)
-        samples = soxr.resample(samples[:end], sampling_rate, SAMPLING_RATE)
+        samples = _say(espeak, sentence, voice, rate, rng)[0]
         path = f"audio/{name}-{index:04d}.wav"
         wav = io.BytesIO()  # soundfile flushes each file that it writes to the disk, which took half of the time.
         soundfile.write(wav, samples, SAMPLING_RATE, format="WAV", subtype="PCM_16")
         (folder / path).write_bytes(wav.getvalue())
         utterances.append(Utterance(sentence, voice, sex, rate, path, round(len(samples) / SAMPLING_RATE, 4)))
     return utterances
+
+
+def _say(
+    espeak: Espeak, sentence: Sentence, voice: str, rate: str, rng: random.Random
+) -> tuple[np.ndarray, tuple[SpokenWord, ...]]:
+    """The speech of a sentence, float32 [samples] at 16 kHz, and when its words are spoken."""
+    spoken = espeak.speak(
+        sentence.written,
+        voice=voice,
+        rate=round(WORDS_PER_MINUTE[rate] * rng.uniform(1 - RATE_JITTER, 1 + RATE_JITTER)),
+        pitch=PITCHES[voice] + rng.randint(-PITCH_JITTER, PITCH_JITTER),
+    )
+    end = np.flatnonzero(np.abs(spoken.samples) > 1e-3)[-1] + round(TAIL * spoken.sampling_rate)
+    return soxr.resample(spoken.samples[:end], spoken.sampling_rate, SAMPLING_RATE), spoken.words
+
+
+class Timed(NamedTuple):
+    """Speech whose words' times are known.
+
+    Attributes:
+        samples: float32 [samples] at 16 kHz.
+        text: the words of a transcript.
+        words: when they are spoken.
+    """
+
+    samples: np.ndarray
+    text: str
+    words: tuple[SpokenWord, ...]
+
+
+def timed_speech(count: int, *, seed: int = 0, unseen_voices: bool = False) -> Iterator[Timed]:
+    """Speak sentences that a corpus of this seed has in its test only, in its voices and rates, with the true times.
+
+    Args:
+        count: how many.
+        unseen_voices: in the voices that speak in test_voices.jsonl only, instead of those of the training.
+    """
+    rng = random.Random(seed)
+    held = split_sentences(rng)[1]
+    commands, codes = 4 * count // 9, count // 9  # in the proportions of the test
+    sentences = _draw(held, (commands, codes, count - commands - codes), rng)
+    voices = [*HELD_OUT_FEMALE, *HELD_OUT_MALE] if unseen_voices else [*FEMALE, *MALE]
+    speakers = _deal(list(product(voices, RATES)), count, rng)
+    with Espeak() as espeak:
+        for sentence, (voice, rate) in zip(sentences, speakers, strict=True):
+            samples, words = _say(espeak, sentence, voice, rate, rng)
+            yield Timed(samples, sentence.text, words)
 
 
 def _fitting(task: str, utterances: list[Utterance]) -> list[Utterance]:
