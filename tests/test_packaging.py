@@ -170,7 +170,7 @@ def test_the_wheel_of_the_sdist_has_the_same_files(built):
 
 
 def test_sdist_holds_the_checkout(built, sdist):
-    folders = ("soundwave", "kernels", "tests", "bench", "docs", "examples")
+    folders = ("soundwave", "kernels", "tests", "bench", "configs", "docs", "examples")
     files = {path for folder in folders for path in (built.checkout / folder).rglob("*") if path.is_file()}
     top = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"}
     assert {path.relative_to(built.checkout).as_posix() for path in files} | top <= sdist
