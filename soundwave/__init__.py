@@ -6,11 +6,14 @@
     soundwave.fused                                       the operations, losses and adapters, for any model
     soundwave.eager                                       the same in plain PyTorch, their definition
 
-Every name is imported when it is first used, so that `import soundwave` is quick.
+Every name is imported when it is first used, so that `import soundwave` is quick. It also lets transformers'
+`AutoConfig`, `AutoModel` and `AutoProcessor` load Soundwave models (`soundwave.model.auto`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from soundwave.model.auto import announce
 
 if TYPE_CHECKING:
     from soundwave import eager, fused
@@ -66,3 +69,6 @@ if not TYPE_CHECKING:  # a type checker would take any name for a public one
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+announce()
