@@ -98,8 +98,7 @@ def product_in_tiles(p, weight, off_label, skipped, factor, group, impl):
         lost += (mass * factor[at, None]).square().sum(0) * (remain <= most)
         budget += SKIPPED_MASS**2 * (off_label[at].double() * factor[at]).square().sum() * (remain <= most)
         tiles.append((at, bins, mass))
-    within = lost <= budget
-    limit = max(1, int(torch.where(within, 0, torch.arange(1, BINS + 2)).amax()))
+    limit = 1 + int((lost <= budget)[1:].nonzero()[0])
     product = probabilities_times_weight(p, weight, off_label)
     skipped.share.fill_(1.0)
     skipped.mass.zero_()

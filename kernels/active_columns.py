@@ -5,7 +5,7 @@ GPU of a few rows, because few rows have few active columns in common; on the CP
 
     bin[t, v]     = the j with 2^-(j + 1) <= max_r P[r, v] < 2^-j, over the rows r of tile t
     skipped[r, j] = sum of P[r, v] over the columns with bin[t, v] >= j
-    j             = the lowest from 1 on where ‖skipped[:, j]‖₂ <= SKIPPED_MASS·‖off-label mass‖₂, for all higher j, too
+    j             = the lowest from 1 on where ‖skipped[:, j]‖₂ <= SKIPPED_MASS·‖off-label mass‖₂
 
 In each tile the columns with bin[t, v] >= j are left out, but none is where more than a quarter of them would remain;
 the rows of such a tile are in neither norm. The norms are over all other rows: unsure ones have nearly all of the
@@ -170,7 +170,8 @@ def _choose_columns_kernel(
         known = of_tile == of_tile  # a tile with NaN is exact, and has no say
         lost += tl.where(known, tl.load(LOST + other * LANES + lane), 0.0)
         budget += tl.where(known, of_tile, 0.0)
-    limit = tl.minimum(tl.max(tl.where(lost <= budget, 1, lane + 1), 0), LAST_BIN + 1)  # from there on nothing is lost
+    # The lowest that holds: for higher ones tiles of unsure rows may be exact, and take what they may lose with them.
+    limit = tl.min(tl.where((lost <= budget) & (lane > 0), lane, LAST_BIN + 1), 0)
     kept, own = tl.load(BELOW + tile * LANES + limit), tl.load(BUDGET + tile * LANES)
     gathered = (kept <= most) & (own == own)
     tl.store(LIMIT + tile, tl.where(gathered, limit, 0))

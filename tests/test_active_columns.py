@@ -153,6 +153,20 @@ def test_rows_that_lose_nothing_leave_their_share_to_nobody(device, impl):
 
 
 @everywhere
+def test_of_the_limits_that_hold_the_one_with_fewest_columns_is_taken(device, impl):
+    """A lower limit may hold where higher ones do not: from 2^-17 on the first tile, of unsure rows, would be exact,
+    and the sure rows behind it may lose next to nothing alone."""
+    columns = torch.zeros(2, 2000)
+    columns[0, :100], columns[0, 100:1000] = 9e-3, 1.1e-5
+    columns[1, :300], columns[1, 300:600] = 2e-7, 5e-8
+    p = columns.repeat_interleave(torch.tensor([128, 12]), 0).to(device)
+    weight = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    _, skipped = check(p, weight, p.sum(1), impl)
+    assert (skipped.share[:128] == 0.05).all()
+    assert (skipped.share[128:] == (0 if impl == "triton" else 0.05)).all()
+
+
+@everywhere
 def test_no_group_of_rows_loses_more_than_its_share(device, impl):
     """Two rows would lose a small part of a large mass, the third a large part of a small mass.
 
