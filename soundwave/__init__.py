@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from soundwave.inference.answer import LoadedModel
     from soundwave.inference.answer import load_model as load
     from soundwave.inference.long import Answer, Transcript, ask, transcribe
+    from soundwave.inference.pipeline import SpeechPipeline
     from soundwave.model.configuration import SoundwaveConfig
     from soundwave.model.modeling import SoundwaveForConditionalGeneration
     from soundwave.model.processing import SoundwaveProcessor
@@ -31,6 +32,7 @@ __all__ = [
     "SoundwaveConfig",
     "SoundwaveForConditionalGeneration",
     "SoundwaveProcessor",
+    "SpeechPipeline",
     "Transcript",
     "__version__",
     "ask",
@@ -46,6 +48,7 @@ _DEFINED = {
     "SoundwaveConfig": ("soundwave.model.configuration", "SoundwaveConfig"),
     "SoundwaveForConditionalGeneration": ("soundwave.model.modeling", "SoundwaveForConditionalGeneration"),
     "SoundwaveProcessor": ("soundwave.model.processing", "SoundwaveProcessor"),
+    "SpeechPipeline": ("soundwave.inference.pipeline", "SpeechPipeline"),
     "Transcript": ("soundwave.inference.long", "Transcript"),
     "ask": ("soundwave.inference.long", "ask"),
     "load": ("soundwave.inference.answer", "load_model"),
