@@ -594,6 +594,22 @@ def ablate(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint.", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="Folder to write, which must not exist yet.", metavar="OUT")],
+) -> None:
+    """Convert a checkpoint from the layout of the authors' release to ours, or back.
+
+    SRC says which of the two it is. No weight changes: there and back, every tensor has the same bits.
+    """
+    _quiet_transformers()
+    from soundwave.model.released import convert as convert_folder
+
+    layout = convert_folder(source, target, _say)
+    _say(f"{target} is in {'our' if layout == 'soundwave' else 'the released'} layout")
+
+
+@app.command()
 def doctor() -> None:
     """Show what is installed, and which device, dtype, implementation and attention will run, and why."""
     from soundwave.doctor import findings

@@ -34,6 +34,7 @@ from soundwave.demo.espeak import Espeak
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.training.settings import StageConfig, load_config
+from tests.released import random_tensors, write_released
 from tests.short_runs import copy_recordings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ BIN = Path(sys.executable).parent
 APPENDED = {
     "train": "steps=1 batch_size=2 accumulation=1 dtype=float32 lora_rank=4 quantization=none "
     f"audio_tower={backbones.WHISPER} language_model=$SMALL_LLM",
+    "train model=Soundwave": "steps=1 batch_size=2 accumulation=1 dtype=float32 lora_rank=4 quantization=none",
     "splice": "--count 2",
     "demo": "--help",
     "ablate": "--help",
@@ -191,7 +193,9 @@ def run_soundwave(home: Home, words: list[str]) -> None:
     """What the console script calls, in this process: starting torch takes seconds."""
     (script,) = entry_points(group="console_scripts", name="soundwave")
     command = words[1] if len(words) > 1 else ""
-    appended = [part for word in APPENDED.get(command, "").split() for part in expanded(word, home.variables)]
+    # A model that is given, as the released checkpoint, decides the backbones.
+    added = next((APPENDED[key] for key in (f"{command} {words[-1]}", command) if key in APPENDED), "")
+    appended = [part for word in added.split() for part in expanded(word, home.variables)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["soundwave", *words[1:], *appended])
         try:
@@ -288,7 +292,7 @@ RULES: list[tuple[str, Callable[[Home, list[str]], None]]] = [
     (r"python ([\w/]+\.py|-m tests\.ptx)|ruff|tensorboard", check_options),
     ("python -c", convert_table),
     ("nsys profile|ncu", run_wrapped),
-    ("nsys stats|git clone|cd|source|ffmpeg|hf auth login|apt install|python3? -m venv", leave),
+    ("nsys stats|git clone|cd|source|ffmpeg|hf auth login|hf download|apt install|python3? -m venv", leave),
 ]
 
 
@@ -309,7 +313,9 @@ def brief_llm(small_llm, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def furnished(brief_llm, tiny_corpus, tmp_path_factory) -> Path:
-    """What the documentation supposes: recordings, manifests, single words and a trained model in `runs/demo`."""
+    """What the documentation supposes: recordings, manifests, single words, a trained model in `runs/demo`, and a
+    checkpoint as the released one in `Soundwave`.
+    """
     folder = tmp_path_factory.mktemp("home")
     with Espeak() as espeak:
         soundfile.write(folder / "recording.wav", *espeak.synthesize("turn on the light in the kitchen"))
@@ -329,6 +335,7 @@ def furnished(brief_llm, tiny_corpus, tmp_path_factory) -> Path:
     config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(brief_llm), lora_rank=4, stage=3)
     torch.manual_seed(0)
     SoundwaveForConditionalGeneration.from_backbones(config).save_pretrained(folder / "runs" / "demo" / "model")
+    write_released(folder / "Soundwave", random_tensors())
     return folder
 
 

@@ -1,6 +1,7 @@
 """Refuse backbones that cannot be used before their weights are read, by name of the setting and its value."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from soundwave.backbones import wheels
+from soundwave.backbones.released import (
+    TOWER,
+    adapter_shapes,
+    is_released,
+    llama_config,
+    released_values,
+    tower_name,
+)
+from soundwave.backbones.shards import Stored, fault_of_shapes, stored_tensors
 
 # Half a byte; 64 weights share an 8-bit scale, and 256 scales share a 32-bit one (double quantisation).
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 SMALL = 50_000_000  # parameters, in float32 200 MB, of a model that is made only to be checked
+FLOATS = ("F32", "BF16", "F16")  # dtypes of a released checkpoint, as safetensors calls them
 # Settings of a configuration that change the logits of the head: Granite's, Cohere's, Gemma 2's, and the like.
 LOGITS = re.compile(r"logits?_?(scal|soft_?cap|mult)|lm_head_mult")
 
@@ -22,13 +33,16 @@ def read_config(setting: str, name: str) -> PretrainedConfig:
     """The configuration of a backbone, which is a Hub id, a folder or an embedded name.
 
     Args:
-        setting: what the user called it, "audio_tower" or "language_model", for messages.
+        setting: what the user called it, "audio_tower" or "language_model", for messages. It is also the part that is
+            meant where `name` is a checkpoint in the released layout, which has both.
 
     Raises:
         ValueError: there is no such model, or it has a form that is not read.
     """
     folder, what = wheels.resolve(name), f"{setting} = {name!r}"
     path = Path(folder)
+    if is_released(path):
+        return _released_tower(path) if setting == "audio_tower" else llama_config(path)
     if path.is_file():
         raise ValueError(f"{what} is a file, but it must be a folder or a Hub id; name its folder")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -44,12 +58,98 @@ def read_config(setting: str, name: str) -> PretrainedConfig:
         reason = str(error).strip().splitlines()[0]
         if not path.is_dir() and path.is_absolute():
             raise ValueError(f"{what}: there is no such folder; was it moved? Correct the path") from None
+        if not path.is_dir() and "gated" in str(error):
+            raise ValueError(
+                f"{what}: there is no such folder here, and the model of this name is gated on Hugging Face's Hub; ask "
+                "for access on its page there and log in with `hf auth login`"
+            ) from None
+        if not path.is_dir() and re.search("connect|offline|outgoing traffic", str(error)):
+            raise ValueError(
+                f"{what}: there is no such folder here, and Hugging Face's Hub cannot be reached ({reason}); correct "
+                "the path, or try again with a network"
+            ) from None
         if not path.is_dir():
             raise ValueError(
                 f"{what}: there is no such folder here, and Hugging Face's Hub gives no such model ({reason}); correct "
                 "the path or the Hub id"
             ) from None
         raise ValueError(f"{what} cannot be read ({reason})") from None
+
+
+def _released_tower(folder: Path) -> PretrainedConfig:
+    """The configuration of the encoder in a released checkpoint: that of the Whisper which it names.
+
+    Its number of mel bins is that of the weights, because Whisper-large-v2 and -v3 differ in nothing else.
+    """
+    values, name = released_values(folder), tower_name(folder)
+    try:
+        if is_released(name):
+            raise ValueError(f"audio_tower = {name!r} is no Whisper model")
+        config = check_whisper(name)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: {error}. Only that model's config.json is needed: save it in {folder / 'whisper'} and write "
+            '"audio_tower": "whisper" into the checkpoint\'s own config.json'
+        ) from None
+    if config.d_model != values["adapter_size"]:
+        raise ValueError(
+            f"audio_tower = {name!r} is {config.d_model} wide, but {folder / 'config.json'} has adapter_size = "
+            f"{values['adapter_size']}; name the Whisper that the checkpoint was trained with"
+        )
+    with suppress(FileNotFoundError):  # a configuration alone
+        config.num_mel_bins = _mel_bins(stored_tensors(folder), config.num_mel_bins)
+    return config
+
+
+def _mel_bins(stored: dict[str, Stored], default: int) -> int:
+    """The number of mel bins that the encoder in a released checkpoint reads."""
+    first = stored.get(f"{TOWER}conv1.weight")
+    return default if first is None or len(first.shape) != 3 else first.shape[1]
+
+
+def check_released(folder: str | Path, stored: dict[str, Stored] | None = None) -> dict[str, Stored]:
+    """The tensors of a released checkpoint, which are exactly those that its configuration asks for.
+
+    Only the headers of its files are read.
+
+    Args:
+        folder: holds its `config.json` and its weights.
+        stored: the tensors to check in place of those in the folder.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged; tensors are missing, unknown, or have another
+            shape or dtype.
+    """
+    folder = Path(folder)
+    tower, text = read_config("audio_tower", str(folder)), read_config("language_model", str(folder))
+    stored = stored_tensors(folder) if stored is None else stored
+    tower.num_mel_bins = _mel_bins(stored, tower.num_mel_bins)
+    model = skeleton(text)
+    if model is None:
+        raise ValueError(f"{folder / 'config.json'} is no configuration of a Llama that transformers can build")
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        encoder = WhisperEncoder(tower)
+    wanted = adapter_shapes(released_values(folder))
+    wanted |= {f"{TOWER}{name}": tuple(x.shape) for name, x in encoder.state_dict().items()}
+    wanted |= {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    optional = {"lm_head.weight"} if text.tie_word_embeddings else set()
+    if missing := sorted(wanted.keys() - stored.keys() - optional):
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, e.g. {missing[0]}; copy it again")
+    unknown = sorted(name for name in stored.keys() - wanted.keys() if not name.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise ValueError(
+            f"{folder} holds {len(unknown)} tensors that its config.json has no place for, e.g. {unknown[0]}; copy "
+            "both again, from the same checkpoint"
+        )
+    if fault := fault_of_shapes(stored, wanted):
+        raise ValueError(f"{fault}, as of config.json; copy both again, from the same checkpoint")
+    for name, where in stored.items():
+        if where.dtype not in FLOATS:
+            raise ValueError(
+                f"{name} in {folder} is stored as {where.dtype}, but a released checkpoint holds {', '.join(FLOATS)}: "
+                "take the one that is not quantised"
+            )
+    return stored
 
 
 def check_whisper(name: str) -> PretrainedConfig:
@@ -213,8 +313,10 @@ def check_tokenizer(name: str) -> Any:
     """
     what = f"language_model = {name!r}"
     folder = wheels.resolve(name)
+    # Of a released checkpoint, whose type transformers does not know, it gets the configuration of the Llama in it.
+    known = {"config": read_config("language_model", name)} if is_released(folder) else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **known)
     except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
         read_config("language_model", name)  # if the model itself is not there, this tells
         files = ("tokenizer.json", "tokenizer.model", "vocab.json")

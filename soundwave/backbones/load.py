@@ -1,7 +1,8 @@
 """Load the backbones: Whisper's encoder, and a language model (also in 4 bits) or only its output embedding."""
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GenerationConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from soundwave.backbones.check import check_whisper, read_config, stored_in_4_bits
+from soundwave.backbones.check import check_whisper, read_config, skeleton, stored_in_4_bits
+from soundwave.backbones.released import HEAD, NOT_LLAMA, TOWER, is_released
+from soundwave.backbones.shards import WEIGHTS_FILE, Stored, fault_of_shapes, read_tensors, stored_tensors
 from soundwave.backbones.wheels import resolve
 
-WEIGHTS_FILE = "model.safetensors"
+# Families whose files name their weights as transformers' modules do, so that a missing one is known before loading.
+PLAINLY_NAMED = ("llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 
 
 def load_encoder(name: str, dtype: torch.dtype) -> nn.Module:
@@ -29,7 +34,12 @@ def load_encoder(name: str, dtype: torch.dtype) -> nn.Module:
     Raises:
         ValueError: the files are damaged or lack weights of the encoder.
     """
-    check_whisper(name)
+    config = check_whisper(name)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        empty = WhisperEncoder(config)
+    if is_released(name):
+        return _load_released_encoder(name, empty, dtype)
+    _check_encoder_files(name, empty)
     with _damage_named(name):
         encoder, info = _WhisperEncoder.from_pretrained(
             resolve(name),
@@ -40,6 +50,48 @@ def load_encoder(name: str, dtype: torch.dtype) -> nn.Module:
         )
     _refuse_missing(name, [f"encoder.{key}" for key in info["missing_keys"]])
     return encoder.requires_grad_(False)
+
+
+def _load_released_encoder(folder: str, empty: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`empty`, an encoder on the meta device, with the weights in a released checkpoint."""
+    stored = stored_tensors(folder)
+    tensors = read_tensors(stored, [f"{TOWER}{name}" for name in empty.state_dict()])
+    state = {name.removeprefix(TOWER): tensor.to(dtype) for name, tensor in tensors}
+    empty.load_state_dict(state, assign=True)
+    return empty.eval().requires_grad_(False)
+
+
+def _check_encoder_files(name: str, empty: nn.Module) -> None:
+    """Refuse a folder whose files lack weights of the encoder `empty`, or have them in another shape."""
+    if Path(resolve(name)).is_dir():
+        stored = {re.sub(r"^(model\.)?encoder\.", "", key): at for key, at in stored_tensors(resolve(name)).items()}
+        _check_files(name, stored, empty, "encoder.")
+
+
+def check_language_model_files(name: str) -> None:
+    """Refuse a language model with damaged files; in families of plain names, one that lacks weights, too.
+
+    Only the headers of a folder's files are read; what is on the Hub is not looked at.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_language_model` would.
+    """
+    quantised = stored_in_4_bits(name)
+    if not Path(resolve(name)).is_dir():
+        return
+    stored, config = stored_tensors(resolve(name)), read_config("language_model", name)
+    empty = skeleton(config) if config.model_type in PLAINLY_NAMED and not quantised else None
+    if empty is not None:
+        whole = any(key.startswith("model.") for key in stored)  # else it was saved without its head
+        _check_files(name, stored if whole else {f"model.{key}": at for key, at in stored.items()}, empty)
+
+
+def _check_files(name: str, stored: Mapping[str, Stored], empty: Any, prefix: str = "") -> None:
+    wanted = {key: tuple(tensor.shape) for key, tensor in empty.state_dict().items()}
+    tied = {"lm_head.weight"} if getattr(empty.config, "tie_word_embeddings", False) else set()
+    _refuse_missing(name, [f"{prefix}{key}" for key in wanted.keys() - stored.keys() - tied])
+    if fault := fault_of_shapes(stored, wanted):
+        raise ValueError(f"{fault}, as of its config.json; copy both again, from the same model")
 
 
 class _WhisperEncoder(WhisperEncoder):
@@ -59,6 +111,7 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
         ValueError: the model has no output embedding, or the files are damaged or lack weights.
     """
     stored = stored_in_4_bits(name)
+    check_language_model_files(name)
     settings: dict[str, Any] = {}
     if quantization == "nf4" and not stored:
         settings["quantization_config"] = BitsAndBytesConfig(
@@ -67,8 +120,11 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    kind: Any = AutoModelForCausalLM
+    if is_released(name):
+        kind, settings["config"] = _ReleasedLlama, read_config("language_model", name)
     with _damage_named(name):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             resolve(name),
             dtype=dtype,
             use_safetensors=True,
@@ -77,7 +133,9 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
             **settings,
         )
     _refuse_missing(name, info["missing_keys"])
-    if settings or stored:
+    if kind is _ReleasedLlama:
+        model.__class__ = LlamaForCausalLM
+    if "quantization_config" in settings or stored:
         _set_dtype(model, dtype)
     # generate() projects a strided view (each row's last token), for which the CPU copies the head once for every row.
     head = model.get_output_embeddings()
@@ -86,6 +144,12 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
     head.register_forward_pre_hook(_contiguous)
     model.generation_config = _only_special_tokens(model)
     return model.requires_grad_(False)
+
+
+class _ReleasedLlama(LlamaForCausalLM):
+    """The Llama in a released checkpoint. The other tensors of its files are not read."""
+
+    _keys_to_ignore_on_load_unexpected = [rf"^({NOT_LLAMA.pattern})"]
 
 
 def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -179,6 +243,20 @@ def _read_output_embedding(name: str) -> Tensor:
     if tensor is None:
         raise ValueError(f"{single} has none of {list(names)}")
     return _read_tensor(single, tensor)
+
+
+def find_ctc_head(name: str) -> Stored:
+    """Where the CTC head [V, D] is in a folder that holds one: a released checkpoint, or a part of a converted one.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such folder, its files are missing or damaged, or hold no head.
+    """
+    if not Path(name).is_dir():
+        raise FileNotFoundError(f"ctc_head = {name!r}: there is no such folder; was it moved? Correct the path")
+    stored = stored_tensors(name)
+    if HEAD not in stored or len(stored[HEAD].shape) != 2:
+        raise ValueError(f"ctc_head = {name!r} holds no {HEAD}; name the checkpoint that the model was made of")
+    return stored[HEAD]
 
 
 def _checkpoint_file(folder: str, file: str) -> str | None:

@@ -1,22 +1,25 @@
 """Configuration of a Soundwave model: its backbones, the sizes of its adapters, and the stage of its training.
 
 `audio_tower` and `language_model` name the backbones (a Hub id, a local folder, or an `embedded:` name of
-`soundwave.backbones`). Their weights are not saved: a saved model holds only its trained parts.
+`soundwave.backbones`). Their weights are not saved: a saved model holds only its trained parts. In a saved
+configuration a folder may be relative to it, as "./backbones/audio_tower".
 """
 
 import inspect
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from soundwave.backbones import LANGUAGE_MODEL, WHISPER
+from soundwave.backbones import LANGUAGE_MODEL, WHISPER, released
 
 SEMANTICS = {
     "paper": {"attend": "frames", "keep": "peaks", "keys": "all"},
     "released": {"attend": "self", "keep": "runs", "keys": "kept"},
 }
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
+BACKBONES = ("audio_tower", "language_model", "ctc_head")  # settings that may name a folder
 TEMPLATE_DATE = "2024-07-26"  # the date that Llama 3's chat templates write where they are given none
 
 
@@ -31,6 +34,10 @@ class SoundwaveConfig(PretrainedConfig):
         num_attention_heads: attention heads of both adapters; `from_backbones` takes the language model's number.
         vocab_size: rows of the language model's output embedding. The CTC blank is one further row, index `vocab_size`.
         audio_placeholder_id: id of the placeholder token, which the kept frames of a recording replace.
+        ctc_head: folder with a frozen CTC head [vocab_size, hidden_size] of its own, in which row
+            `audio_placeholder_id`, a token of the tokenizer, is the blank (the released checkpoint). None: the head is
+            the language model's output embedding, with a blank row that is trained.
+        whole_window: recordings are padded with silence to the encoder's whole window (30 s), and its frames count.
         frame_stack: number of neighbouring encoder frames that are concatenated (2: 50 Hz -> 25 Hz).
         adapter_dropout: dropout inside the alignment adapter while training.
         layer_norm_eps: epsilon of the adapters' LayerNorms.
@@ -66,6 +73,8 @@ class SoundwaveConfig(PretrainedConfig):
         num_attention_heads: int = 9,
         vocab_size: int = 49_152,
         audio_placeholder_id: int = 49_152,
+        ctc_head: str | None = None,
+        whole_window: bool = False,
         frame_stack: int = 2,
         adapter_dropout: float = 0.1,
         layer_norm_eps: float = 1e-5,
@@ -108,6 +117,11 @@ class SoundwaveConfig(PretrainedConfig):
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}, but it must be a whole number from 1 up")
+        if ctc_head is not None and (not isinstance(audio_placeholder_id, int) or audio_placeholder_id >= vocab_size):
+            raise ValueError(
+                f"audio_placeholder_id = {audio_placeholder_id!r}, but with a ctc_head of its own it must be below "
+                f"vocab_size = {vocab_size}, because its row is the blank"
+            )
         rules = SEMANTICS[_one_of("semantics", semantics, tuple(SEMANTICS))]
         self.audio_tower = audio_tower
         self.language_model = language_model
@@ -116,6 +130,8 @@ class SoundwaveConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.vocab_size = vocab_size
         self.audio_placeholder_id = audio_placeholder_id
+        self.ctc_head = ctc_head
+        self.whole_window = whole_window
         self.frame_stack = frame_stack
         self.adapter_dropout = adapter_dropout
         self.layer_norm_eps = layer_norm_eps
@@ -139,12 +155,28 @@ class SoundwaveConfig(PretrainedConfig):
         self.template_date = _day("template_date", template_date)
         self.ctc_space_label = ctc_space_label
         self.stage = stage
-        self.config_version = config_version
+        self.config_version = CONFIG_VERSION
         super().__init__(**kwargs)
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"hidden_size = {hidden_size}, but it must be a multiple of num_attention_heads = {num_attention_heads}"
             )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """The values of a saved configuration, with the folders that it names relative to itself made absolute.
+
+        Those of a checkpoint in the released layout are turned into ours: it is its own backbones and CTC head.
+        """
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and values.get("model_type") == released.MODEL_TYPE:
+            values = _of_released(released.released_values(folder)) | dict.fromkeys(BACKBONES, str(folder.resolve()))
+        for name in BACKBONES:
+            value = values.get(name)
+            if isinstance(value, str) and value.startswith(("./", "../")) and (folder / value).is_dir():
+                values[name] = str((folder / value).resolve())
+        return values, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -185,6 +217,23 @@ class SoundwaveConfig(PretrainedConfig):
             "audio_placeholder_id": len(check_tokenizer(language_model)),
         }
         return cls(audio_tower=audio_tower, language_model=language_model, **{**sizes, **kwargs})
+
+
+def _of_released(values: dict[str, Any]) -> dict[str, Any]:
+    """Our configuration for the released checkpoint with these values, but for the folders."""
+    return {
+        "model_type": SoundwaveConfig.model_type,
+        "audio_hidden_size": values["adapter_size"],
+        "hidden_size": values["hidden_size"],
+        "num_attention_heads": values["num_attention_heads"],
+        "vocab_size": values["vocab_size"],
+        "audio_placeholder_id": values["audio_patch_token"],
+        "whole_window": True,
+        "semantics": "released",
+        "lora_rank": 0,  # what LoRA has learnt is part of its language model
+        "stage": 3,
+        "ctc_space_label": False,
+    } | SEMANTICS["released"]
 
 
 def _day(name: str, value: Any) -> str:

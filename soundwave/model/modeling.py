@@ -12,14 +12,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from soundwave import eager, fused
-from soundwave.backbones.load import load_encoder, load_language_model, load_output_embedding
+from soundwave.backbones.check import check_released, read_config, skeleton
+from soundwave.backbones.load import (
+    check_language_model_files,
+    find_ctc_head,
+    load_encoder,
+    load_language_model,
+    load_output_embedding,
+)
+from soundwave.backbones.released import is_released, our_name
+from soundwave.backbones.shards import WEIGHTS_FILE, Stored, fault_of_shapes, read_tensors, stored_in
 from soundwave.fused.arguments import expect
 from soundwave.fused.rows import Packed
 from soundwave.fused.sequences import splice_packed
@@ -28,7 +37,6 @@ from soundwave.model.augment import spec_augment
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.packed import ATTENTION, decode_packed, encode_packed, reason_against_packing
 
-WEIGHTS_FILE = "model.safetensors"
 FP32_BYTES = 4
 BLANK_CHUNK_BYTES = 256 << 20  # of the logits in float32 that `initialise_blank` makes at once
 # The modules that hold the operations and the adapters, by `SoundwaveConfig.implementation`.
@@ -68,6 +76,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     audio_tower: Any  # Whisper's encoder; None until it is loaded
     language_model: Any  # a causal language model; None in stage I
     _head: Tensor | None  # its output embedding, in stage I
+    ctc_head: nn.Parameter | None  # the CTC head [V, D], if it has one of its own (`config.ctc_head`)
     main_input_name = "input_ids"
     accepts_loss_kwargs = False  # with True Trainer would not divide the loss by the accumulation steps
     _supports_sdpa = True
@@ -85,8 +94,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         # With a zero projection the adapter at first only normalises the kept frames. The LLM then learns to read them
         # in half the steps (docs/log.md).
         nn.init.zeros_(self.shrinking.out_proj.weight)
-        self.blank_weight = nn.Parameter(torch.zeros(config.hidden_size))
-        self.blank_bias = nn.Parameter(torch.zeros(()))
+        own_head = config.ctc_head is not None  # then one of its rows is the blank
+        self.blank_weight = None if own_head else nn.Parameter(torch.zeros(config.hidden_size))
+        self.blank_bias = None if own_head else nn.Parameter(torch.zeros(()))
+        self.register_parameter("ctc_head", None)
         self.post_init()
         self.audio_tower = audio_tower
         self.language_model = language_model
@@ -106,26 +117,47 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
         Args:
             dtype: dtype of the backbones; the trained parts stay float32.
-            language_model: False loads only the language model's output embedding (stage I).
+            language_model: False loads only the CTC head, which is the language model's output embedding unless
+                `config.ctc_head` is set (stage I).
 
         Raises:
             ValueError: the language model has other sizes than the configuration.
         """
+        for name in dict.fromkeys((config.audio_tower, config.language_model, config.ctc_head)):
+            if name is not None and is_released(name):
+                check_released(name)
+        width = read_config("audio_tower", config.audio_tower).d_model
+        if width != config.audio_hidden_size:
+            raise ValueError(
+                f"audio_hidden_size = {config.audio_hidden_size}, but audio_tower = {config.audio_tower!r} is {width} "
+                "wide; name a Whisper of the size that the adapters were trained with"
+            )
+        if language_model:
+            check_language_model_files(config.language_model)
+        ctc_head = None if config.ctc_head is None else find_ctc_head(config.ctc_head)
+        if ctc_head is not None:
+            cls._expect_sizes(config, f"{config.ctc_head} has a CTC head", ctc_head.shape)
         model = cls(config)
         model.audio_tower = load_encoder(config.audio_tower, dtype)
         if language_model:
             model.language_model = load_language_model(config.language_model, dtype, quantization=config.quantization)
             if config.lora_rank:
                 model.add_lora()
-        else:
+        elif config.ctc_head is None:
             model._head = load_output_embedding(config.language_model).to(dtype)
-        rows, width = model.head_weight.shape
-        if (rows, width) != (config.vocab_size, config.hidden_size):
-            raise ValueError(
-                f"vocab_size, hidden_size = {config.vocab_size}, {config.hidden_size}, "
-                f"but {config.language_model} has an output embedding of {rows} x {width}"
-            )
+        if ctc_head is not None:
+            head = next(tensor for _, tensor in read_tensors({"": ctc_head}, [""]))
+            model.ctc_head = nn.Parameter(head.to(dtype), requires_grad=False)
+        if language_model or config.ctc_head is None:
+            cls._expect_sizes(config, f"{config.language_model} has an output embedding", model.head_weight.shape)
         return model.eval()
+
+    @staticmethod
+    def _expect_sizes(config: SoundwaveConfig, what: str, shape: tuple[int, ...]) -> None:
+        rows, width = shape
+        if (rows, width) != (config.vocab_size, config.hidden_size):
+            sizes = f"vocab_size, hidden_size = {config.vocab_size}, {config.hidden_size}"
+            raise ValueError(f"{sizes}, but {what} of {rows} x {width}")
 
     def add_lora(self) -> None:
         """Add new LoRA matrices in float32 to the language model (peft).
@@ -167,10 +199,14 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     ) -> "SoundwaveForConditionalGeneration":
         """Load the trained parts of `folder` onto the backbones that its configuration names; in evaluation mode.
 
+        Weights are read one after another. What can be told from the headers of the files is checked before.
+
         Args:
-            folder: folder that `save_pretrained` wrote, with `config.json` and `model.safetensors`.
+            folder: folder that `save_pretrained` wrote, with `config.json` and `model.safetensors`; or a checkpoint in
+                the layout of the released one, which holds its backbones, too.
             dtype, language_model: as in `from_backbones`.
-            config_changes: values that replace those of the saved configuration, e.g. `quantization="nf4"`.
+            config_changes: values that replace those of the saved configuration, e.g. `quantization="nf4"`. A model
+                without LoRA gets new matrices by `lora_rank=…`.
 
         Raises:
             FileNotFoundError: the folder holds no Soundwave model.
@@ -178,32 +214,52 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 or `config_changes` has an unknown name.
         """
         folder = Path(folder)
-        for name in ("config.json", WEIGHTS_FILE):
+        released = is_released(folder)
+        for name in ("config.json", *(() if released else (WEIGHTS_FILE,))):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no Soundwave model: {name} is missing")
+                pickle = "; its pytorch_model.bin is a pickle, which is not read"
+                why = pickle if (folder / "pytorch_model.bin").is_file() else ""
+                raise FileNotFoundError(f"{folder} holds no Soundwave model: {name} is missing{why}")
         config, unknown = SoundwaveConfig.from_pretrained(folder, return_unused_kwargs=True, **config_changes)
         if unknown:
             raise ValueError(f"{next(iter(unknown))!r} is no setting of SoundwaveConfig; correct its name")
-        try:
-            state = load_file(folder / WEIGHTS_FILE)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from None
+        if released:
+            stored = {ours: at for name, at in check_released(folder).items() if (ours := our_name(name))}
+        else:
+            try:
+                stored = stored_in(folder / WEIGHTS_FILE)
+            except SafetensorError as error:
+                raise ValueError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from None
+        if not language_model:
+            stored = {name: where for name, where in stored.items() if not name.startswith("language_model.")}
+        new_lora = bool(config.lora_rank) and not SoundwaveConfig.from_pretrained(folder).lora_rank
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            empty = cls(config)
+            if language_model and config.lora_rank and config.stage >= 2:
+                empty.language_model = skeleton(read_config("language_model", config.language_model))
+                if empty.language_model is not None:
+                    empty.add_lora()
+        lora_known = not language_model or empty.language_model is not None or not config.lora_rank
+        _refuse_misfit(
+            folder,
+            {name: where for name, where in stored.items() if lora_known or ".lora_" not in name},
+            empty._saved_shapes(new_lora),
+        )
         model = cls.from_backbones(config, dtype=dtype, language_model=language_model)
-        unwanted = set() if language_model else {name for name in state if name.startswith("language_model.")}
-        expected = set(model.trained_state_dict())
-        if (set(state) - unwanted) != expected:
-            missing, unknown = sorted(expected - set(state)), sorted(set(state) - unwanted - expected)
-            raise ValueError(
-                f"{folder / WEIGHTS_FILE} does not fit its configuration: "
-                f"{len(missing)} parameters missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
-            )
+        _refuse_misfit(folder, stored, model._saved_shapes(new_lora))
         own = dict(model.named_parameters())
         with torch.no_grad():
-            for name in expected:
-                if own[name].shape != state[name].shape:
-                    raise ValueError(f"{name} in {folder} is {list(state[name].shape)}, wanted {list(own[name].shape)}")
-                own[name].copy_(state[name])
+            for name, tensor in read_tensors(stored, stored):
+                own[name].copy_(tensor)
         return model
+
+    def _saved_shapes(self, new_lora: bool = False) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters in a saved model's file, which has no LoRA matrices if these are new."""
+        return {
+            name: tuple(parameter.shape)
+            for name, parameter in self.trained_state_dict().items()
+            if not (new_lora and ".lora_" in name)
+        }
 
     def trained_state_dict(self) -> dict[str, Tensor]:
         """The parameters that training has changed up to `config.stage`, by name. A saved model holds these."""
@@ -221,7 +277,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         Raises:
             ValueError: a model of this stage has LoRA matrices, but it was loaded without its language model.
         """
-        if self.config.stage >= 2 and self.language_model is None:
+        if self.config.stage >= 2 and self.config.lora_rank and self.language_model is None:
             raise ValueError(
                 f"the model has seen stage {self.config.stage}, but was loaded with language_model=False: "
                 "saving it would lose its LoRA matrices; load it whole"
@@ -249,8 +305,19 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
     @property
     def blank(self) -> int:
-        """Index of the CTC blank: one extra row after those of the head."""
-        return self.config.vocab_size
+        """Index of the CTC blank: one extra row after those of the language model's head, or a row of `ctc_head`."""
+        return self.config.vocab_size if self.ctc_head is None else self.config.audio_placeholder_id
+
+    def ctc_logits(self, hidden: Tensor) -> Tensor:
+        """CTC's logits float32 [..., V + 1], or [..., V] with a head of its own, of aligned frames [..., D].
+
+        `forward` never forms them.
+        """
+        if self.ctc_head is not None:
+            return F.linear(hidden.float(), self.ctc_head.float())
+        words = F.linear(hidden.float(), self.head_weight.float())
+        blank = hidden.float() @ self.blank_weight.float() + self.blank_bias.float()
+        return torch.cat([words, blank[..., None]], dim=-1)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -270,7 +337,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         return self.config.packed and self.config.implementation == "fused"
 
     def encode(self, input_features: Tensor, feature_lengths: Tensor, packed: bool = False) -> tuple[Tensor, Tensor]:
-        """Whisper's encoder at the clips' true lengths.
+        """Whisper's encoder at the clips' true lengths, or over its whole window if `config.whole_window`.
 
         Args:
             input_features: [A, n_mels, T_mel], log-mel at 100 Hz; padding may hold any values.
@@ -288,6 +355,14 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             raise ValueError(
                 f"input_features has {input_features.shape[-1]} mel frames, but the encoder takes {limit} "
                 f"({limit / 100:g} s): cut the recording, e.g. with soundwave.inference.long.windows"
+            )
+        if self.config.whole_window and (
+            input_features.shape[-1] != limit or not bool((feature_lengths == limit).all())
+        ):
+            raise ValueError(
+                f"input_features has {input_features.shape[-1]} mel frames and feature_lengths goes down to "
+                f"{int(feature_lengths.min())}, but this model reads whole windows of {limit} ({limit / 100:g} s), "
+                "padded with silence: make the features with its processor"
             )
         if self.packed:
             rows, lengths = encode_packed(tower, input_features, feature_lengths.cpu())
@@ -362,7 +437,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             scores = torch.zeros(hidden.shape[:-1], device=hidden.device)
             # Without any transcript the CTC loss is 0, but it stays connected to the parameters, so each of them still
             # gets a (zero) gradient.
-            loss = torch.cat([x.flatten()[:0] for x in (hidden, self.blank_weight, self.blank_bias)]).sum()
+            of_head = (self.blank_weight, self.blank_bias) if self.ctc_head is None else (self.ctc_head,)
+            loss = torch.cat([x.flatten()[:0] for x in (hidden, *of_head)]).sum()
             for chosen in (transcribed, ~transcribed):
                 if chosen.any():
                     rows = chosen.repeat_interleave(lengths.to(torch.int64)) if self.packed else chosen
@@ -378,16 +454,17 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         self, hidden: Tensor, lengths: Tensor, targets: Tensor | None = None, target_lengths: Tensor | None = None
     ) -> eager.LinearCTCOutput:
         """CTC over the LLM's vocabulary. Without targets only the path is computed."""
+        blank: dict[str, Any] = {"blank": self.blank}
+        if self.ctc_head is None:
+            blank |= {"blank_weight": self.blank_weight, "blank_bias": self.blank_bias}
         with torch.set_grad_enabled(torch.is_grad_enabled() and targets is not None):
             return self._operations.linear_ctc_loss(
                 hidden,
-                self.head_weight,
+                self.head_weight if self.ctc_head is None else self.ctc_head,
                 targets,
                 lengths,
                 target_lengths,
-                blank=self.blank,
-                blank_weight=self.blank_weight,
-                blank_bias=self.blank_bias,
+                **blank,
                 reduction="mean",  # with "none" the skipping bound would have to hold for each utterance alone
                 zero_infinity=True,
                 **({"exact": self.config.exact} if self.config.implementation == "fused" else {}),
@@ -411,7 +488,12 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
         With bias 0 the blank starts some 14 nats below the vocabulary's log-sum-exp and is never used (measured:
         `docs/log.md`).
+
+        Raises:
+            ValueError: the CTC head is one of its own, with a blank that is trained already.
         """
+        if self.ctc_head is not None:
+            raise ValueError("initialise_blank sets the bias of a new blank, but this model's ctc_head has its own")
         with self._autocast():
             frames, lengths = self.encode(input_features, feature_lengths, self.packed)
             hidden, lengths = self.alignment(frames, lengths)
@@ -677,6 +759,18 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                     path = tuple(_padded(x, lengths, int(lengths.max()), v) for x, v in zip(path, (-1, 0), strict=True))
             embeddings, mask, _, _ = self._splice(input_ids, attention_mask, hidden, lengths, ctc, None, "left")
             return embeddings, mask, path
+
+
+def _refuse_misfit(folder: Path, stored: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> None:
+    """ValueError unless the stored parameters are exactly the expected ones."""
+    if set(stored) != set(expected):
+        missing, unknown = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} does not fit its configuration: "
+            f"{len(missing)} parameters missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
+        )
+    if fault := fault_of_shapes(stored, expected):
+        raise ValueError(fault)
 
 
 def _padded(rows: Tensor, lengths: Tensor, size: int, value: float = 0.0) -> Tensor:

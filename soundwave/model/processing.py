@@ -15,6 +15,7 @@ from transformers import BatchFeature, ProcessorMixin, WhisperFeatureExtractor
 
 from soundwave.backbones import wheels
 from soundwave.backbones.check import chat_fault, check_tokenizer, check_whisper
+from soundwave.backbones.released import is_released
 from soundwave.eager import IGNORE_INDEX
 from soundwave.model.chat import ChatError, Prompt, Turn, mark, split_at_marks, turns_of
 from soundwave.model.configuration import TEMPLATE_DATE, SoundwaveConfig
@@ -30,11 +31,13 @@ class SoundwaveProcessor(ProcessorMixin):
 
     Args:
         feature_extractor: gives log-mel features [n_mels, T_mel] at 100 Hz from 16 kHz audio.
-        tokenizer: must have a chat template; `AUDIO_TOKEN` is added to its tokens.
-        template_date, ctc_space_label: as in SoundwaveConfig.
+        tokenizer: must have a chat template; `AUDIO_TOKEN` is added to its tokens, unless `audio_placeholder_id` is
+            given.
+        template_date, ctc_space_label, whole_window: as in SoundwaveConfig.
+        audio_placeholder_id: the token of the tokenizer that is the placeholder (a released checkpoint).
 
     Raises:
-        ValueError: the tokenizer has no end token, or no chat template that writes a user's turn.
+        ValueError: the tokenizer has no end token, no chat template that writes a user's turn, or no such token.
     """
 
     attributes = ["feature_extractor", "tokenizer"]
@@ -48,16 +51,26 @@ class SoundwaveProcessor(ProcessorMixin):
         *,
         template_date: str = TEMPLATE_DATE,
         ctc_space_label: bool = False,
+        whole_window: bool = False,
+        audio_placeholder_id: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(feature_extractor, tokenizer)
         if fault := chat_fault(tokenizer):
             raise ValueError(fault)
-        tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
-        self.audio_placeholder_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        if audio_placeholder_id is None:
+            tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
+            audio_placeholder_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        elif audio_placeholder_id not in tokenizer.get_vocab().values():
+            raise ValueError(
+                f"the tokenizer has no token {audio_placeholder_id}, the placeholder of a recording: copy all of the "
+                "checkpoint's tokenizer files"
+            )
+        self.audio_placeholder_id = audio_placeholder_id
         # A tokenizer without a padding token pads with the end token; the attention mask tells the two apart.
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.template_date, self.ctc_space_label = template_date, ctc_space_label
+        self.whole_window = whole_window
         # Tokenizers of SentencePiece's kind put a space before the first word themselves.
         self._adds_space = self._plain_ids("a a") == 2 * self._plain_ids("a")
 
@@ -69,17 +82,34 @@ class SoundwaveProcessor(ProcessorMixin):
         *,
         template_date: str = TEMPLATE_DATE,
         ctc_space_label: bool = False,
+        whole_window: bool = False,
+        audio_placeholder_id: int | None = None,
     ) -> "SoundwaveProcessor":
         """The processor that fits two backbones (Hub ids, local folders or embedded names)."""
         audio = check_whisper(audio_tower)
-        extractor = WhisperFeatureExtractor.from_pretrained(wheels.resolve(audio_tower))
+        folder = wheels.resolve(audio_tower)
+        if is_released(folder) and not (Path(folder) / "preprocessor_config.json").is_file():
+            window = audio.max_source_positions // 50  # seconds; all other settings are the same for every Whisper
+            extractor = WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=window)
+        else:
+            extractor = WhisperFeatureExtractor.from_pretrained(folder)
         if extractor.feature_size != audio.num_mel_bins:
             raise ValueError(
                 f"audio_tower = {audio_tower!r} reads {audio.num_mel_bins} mel bins, but its preprocessor_config.json "
                 f"makes {extractor.feature_size}; copy the file that belongs to the model"
             )
         tokenizer = check_tokenizer(language_model)
-        return cls(extractor, tokenizer, template_date=template_date, ctc_space_label=ctc_space_label)
+        try:
+            return cls(
+                extractor,
+                tokenizer,
+                template_date=template_date,
+                ctc_space_label=ctc_space_label,
+                whole_window=whole_window,
+                audio_placeholder_id=audio_placeholder_id,
+            )
+        except ValueError as error:
+            raise ValueError(f"language_model = {language_model!r}: {error}") from None
 
     @classmethod
     def for_config(cls, config: SoundwaveConfig) -> "SoundwaveProcessor":
@@ -89,6 +119,8 @@ class SoundwaveProcessor(ProcessorMixin):
             config.language_model,
             template_date=config.template_date,
             ctc_space_label=config.ctc_space_label,
+            whole_window=config.whole_window,
+            audio_placeholder_id=None if config.ctc_head is None else config.audio_placeholder_id,
         )
 
     @classmethod
@@ -98,6 +130,8 @@ class SoundwaveProcessor(ProcessorMixin):
 
     def features(self, audio: np.ndarray, sampling_rate: int = 16_000) -> Tensor:
         """Log-mel features float32 [n_mels, T_mel] of one clip, float32 [samples], at its true length.
+
+        With `whole_window` the clip is padded with silence to the encoder's window.
 
         Raises:
             ValueError: another sampling rate than the feature extractor's, not one clip, or not floating point.
@@ -112,7 +146,8 @@ class SoundwaveProcessor(ProcessorMixin):
                 f"audio is {audio.dtype}, but samples are floating point with a full scale of ±1; divide samples of 16 "
                 "bits by 32768"
             )
-        audio = np.pad(audio, (0, max(0, int(MINIMUM_SECONDS * wanted) - len(audio))))
+        least = self.feature_extractor.n_samples if self.whole_window else int(MINIMUM_SECONDS * wanted)
+        audio = np.pad(audio, (0, max(0, least - len(audio))))
         features = self.feature_extractor(
             audio, sampling_rate=wanted, padding=False, truncation=False, return_tensors="np"
         )

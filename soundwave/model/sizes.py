@@ -26,11 +26,17 @@ def sizes_of(config: SoundwaveConfig, dtype: torch.dtype, *, language_model: boo
     """The parts that `from_backbones` loads with the same arguments, and their sizes."""
     name, shown = config.language_model, str(dtype).removeprefix("torch.")
     encoder = Part(config.audio_tower, f"Whisper's encoder in {shown}", encoder_bytes(config.audio_tower, dtype))
+    head = []
+    if config.ctc_head is not None:
+        size = config.vocab_size * config.hidden_size * dtype.itemsize
+        head = [Part(config.ctc_head, f"CTC head in {shown}", size)]
+    elif not language_model:
+        head = [Part(name, f"output embedding in {shown}", language_model_bytes(name, dtype, whole=False))]
     if not language_model:
-        return [encoder, Part(name, f"output embedding in {shown}", language_model_bytes(name, dtype, whole=False))]
+        return [encoder, *head]
     in_4_bits = config.quantization == "nf4" or stored_in_4_bits(name)
     size = language_model_bytes(name, dtype, quantization=config.quantization)
-    return [encoder, Part(name, f"language model in {'4 bits' if in_4_bits else shown}", size)]
+    return [encoder, Part(name, f"language model in {'4 bits' if in_4_bits else shown}", size), *head]
 
 
 def fits(parts: list[Part], device: torch.device) -> bool:

@@ -176,9 +176,7 @@ def examine(
     with torch.autocast(model.device.type, dtype=model.compute_dtype, enabled=model.compute_dtype != torch.float32):
         hidden, lengths, ctc = model.align(**batch)
     hidden, kept = hidden[0].float(), model.kept_frames(ctc, lengths).index
-    blank = hidden @ model.blank_weight.float() + model.blank_bias.float()
-    words = F.linear(hidden, model.head_weight.float())
-    probability = torch.cat([words, blank[:, None]], dim=1).softmax(-1)
+    probability = model.ctc_logits(hidden).softmax(-1)
     best = probability[kept].topk(1 + ALTERNATIVES)
     text = {}
     for token in {*best.indices.flatten().tolist(), *ctc.path[0, kept].tolist()}:

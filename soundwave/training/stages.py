@@ -17,7 +17,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from soundwave.backbones.check import check_language_model, check_tokenizer
+from soundwave.backbones.check import check_language_model
 from soundwave.data.audio import AudioError
 from soundwave.data.collate import CheckedCollator, LeftOut, tokens_of
 from soundwave.data.manifest import Sample
@@ -226,7 +226,7 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
         changes |= _config_changes(config, config.model)
         saved = SoundwaveConfig.from_pretrained(config.model, **changes)
         check_language_model(saved.language_model, saved.lora_target_modules if saved.lora_rank else ())
-        check_tokenizer(saved.language_model)
+        SoundwaveProcessor.for_config(saved)  # refuses a tokenizer that cannot be used, before the weights are read
         _tell_what_is_loaded(config, saved, dtype, device)
         model = SoundwaveForConditionalGeneration.from_pretrained(
             config.model, dtype=dtype, language_model=config.stage > 1, **changes
@@ -286,13 +286,19 @@ def _config_changes(config: StageConfig, model: Path) -> dict[str, Any]:
         saved = SoundwaveConfig.from_pretrained(model)
     except ValueError as error:
         raise ConfigError(f"model = {str(model)!r}: {error}") from None
-    if config.stage < saved.stage or config.stage > saved.stage + 1:
+    # A model without LoRA, such as the released one, may see stage II again: it gets new matrices.
+    merged = saved.stage >= 2 and not saved.lora_rank
+    if config.stage < (2 if merged else saved.stage) or config.stage > saved.stage + 1:
         raise ConfigError(
             f"model = {str(model)!r} has seen stage {saved.stage}, but stage {config.stage} starts from one "
             f"of stage {max(config.stage - 1, 1)}" + (f" or {config.stage}" if config.stage > 1 else "")
         )
     changes = {}
+    if merged:
+        changes = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha}
     for name in ("audio_tower", "language_model", "semantics", "frame_stack", *OF_STAGE_2):
+        if name in changes:
+            continue
         wanted, found = getattr(config, name), getattr(saved, name)
         if name not in config.model_fields_set or wanted in (None, found):
             continue
