@@ -736,8 +736,12 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         attention_mask: Tensor | None = None,
         input_features: Tensor | None = None,
         feature_lengths: Tensor | None = None,
+        aligned: tuple[Tensor, Tensor, eager.LinearCTCOutput] | None = None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """What the language model answers: prompts with the shrunk frames of their recordings; inputs as in `forward`.
+
+        Args:
+            aligned: what `align(input_features, feature_lengths, packed=model.packed)` returned, if that is known.
 
         Returns:
             Embeddings [B, L', D] and mask [B, L'], padded on the left; and of the recordings the CTC path int64 [A, T],
@@ -753,7 +757,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         with self._autocast():
             hidden = lengths = ctc = path = None
             if input_features is not None:
-                hidden, lengths, ctc = self.align(input_features, feature_lengths, None, self.packed)
+                hidden, lengths, ctc = aligned or self.align(input_features, feature_lengths, None, self.packed)
                 path = ctc.path, ctc.path_log_prob
                 if self.packed:
                     path = tuple(_padded(x, lengths, int(lengths.max()), v) for x, v in zip(path, (-1, 0), strict=True))
