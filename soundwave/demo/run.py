@@ -20,6 +20,7 @@ from soundwave.evaluation.run import evaluate, evaluate_ctc
 from soundwave.evaluation.scores import Scores
 from soundwave.hardware import pick_device, pick_dtype, product_seconds
 from soundwave.inference.answer import load_model
+from soundwave.model.hub import copy_records
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
 from soundwave.provenance import commit, versions
@@ -182,6 +183,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
         else:
             summary |= _score_stage_3(model, processor, tests, out)
             model.save_pretrained(out / "model")
+            copy_records(folder, out / "model")
         del model
         gc.collect()  # The Trainer and its model refer to each other, so only the garbage collector frees them.
     summary["seconds"]["total"] = time.perf_counter() - start

@@ -80,7 +80,8 @@ def evaluate_ctc(
             in_pieces.append(index)
         if each:
             row = {"sample": sample.id, "task": "transcribe", "reference": wanted[index], "answer": texts[index]}
-            each(row | {"normaliser": rules[index].name})
+            errors = word_errors(wanted[index], texts[index], rules[index])
+            each(row | {"normaliser": rules[index].name} | errors._asdict())
     scores.answers = [(samples[i].id, "transcribe", wanted[i], texts[i]) for i in sorted(texts)]
     scores.left_out = left.in_order()
     scores.in_pieces = [samples[i].id for i in sorted(in_pieces)]
@@ -119,7 +120,8 @@ def evaluate(
             `soundwave.evaluation.words`.
         strict: read every recording before the first answer, and raise at the first that cannot be used.
         each: called with each answer as it comes, in the order of the batches: a dict of sample, task, reference,
-            answer, normaliser, cut_off, and for multiple choice the option that the answer names, or None.
+            answer, normaliser, cut_off; of a transcription its errors and of how many words (or characters) they are,
+            else whether the answer is right, and for multiple choice the option that it names, or None.
         progress: title of a progress bar on stderr, or of lines where there is no terminal. By default there is none.
 
     Raises:
@@ -176,7 +178,9 @@ def evaluate(
         if sample.task != "transcribe":
             verdict = judge(wanted[index], texts[index], sample.prompt or "", turkish=rules[index].turkish)
             verdicts[sample.task].append(verdict)
-            row |= {"option": verdict.option} if verdict.choice else {}
+            row |= {"right": verdict.right} | ({"option": verdict.option} if verdict.choice else {})
+        elif each:
+            row |= word_errors(wanted[index], texts[index], rules[index])._asdict()
         if each:
             each(row)
     scores.answers = [(samples[i].id, samples[i].task, wanted[i], texts[i]) for i in sorted(texts)]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from soundwave.fused.sequences import splice_packed
 from soundwave.kernels.dispatch import to_device
 from soundwave.model.augment import spec_augment
 from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.hub import arguments_of_auto, copy_records, push
 from soundwave.model.packed import ATTENTION, decode_packed, encode_packed, reason_against_packing
 
 FP32_BYTES = 4
@@ -193,7 +195,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         cls,
         folder: str | Path,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         language_model: bool = True,
         **config_changes: Any,
     ) -> "SoundwaveForConditionalGeneration":
@@ -203,8 +205,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
         Args:
             folder: folder that `save_pretrained` wrote, with `config.json` and `model.safetensors`; or a checkpoint in
-                the layout of the released one, which holds its backbones, too.
-            dtype, language_model: as in `from_backbones`.
+                the layout of the released one, which holds its backbones, too. A text may be a Hub id, "owner/name".
+            dtype, language_model: as in `from_backbones`. The dtype may be a name, or "auto": the fastest one here.
             config_changes: values that replace those of the saved configuration, e.g. `quantization="nf4"`. A model
                 without LoRA gets new matrices by `lora_rank=…`.
 
@@ -213,7 +215,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             ValueError: the file is damaged, its parameters are not exactly those that the configuration calls trained,
                 or `config_changes` has an unknown name.
         """
-        folder = Path(folder)
+        folder, dtype, config_changes = arguments_of_auto(folder, dtype, config_changes)
         released = is_released(folder)
         for name in ("config.json", *(() if released else (WEIGHTS_FILE,))):
             if not (folder / name).is_file():
@@ -251,6 +253,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         with torch.no_grad():
             for name, tensor in read_tensors(stored, stored):
                 own[name].copy_(tensor)
+        config.name_or_path = folder
         return model
 
     def _saved_shapes(self, new_lora: bool = False) -> dict[str, tuple[int, ...]]:
@@ -282,6 +285,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 f"the model has seen stage {self.config.stage}, but was loaded with language_model=False: "
                 "saving it would lose its LoRA matrices; load it whole"
             )
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub = True, but save_pretrained does not upload; call model.push_to_hub(repo_id)")
         if not kwargs.get("is_main_process", True):
             return
         folder = Path(save_directory)
@@ -291,6 +296,20 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         # safetensors lets only the owner read the file.
         (folder / WEIGHTS_FILE).chmod((folder / "config.json").stat().st_mode)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
+        """Upload the model to the Hub, with the card and the records of the folder that it was loaded from.
+
+        Args:
+            repo_id, settings: as in `soundwave.model.hub.push`.
+
+        Returns:
+            The address of the commit.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            copy_records(self.config.name_or_path or folder, folder)
+            return push(folder, repo_id, **settings)
 
     # ---------------------------------------------------------------- parts
 

@@ -62,6 +62,13 @@ class StageConfig(BaseModel):
     temperature: bool = Field(
         True, description="Whether stage 2 draws tasks at T = 1 + 5·epoch; if not, an epoch has every sample once"
     )
+    text_only: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="Share of text-only answers of the LLM itself that stages 2 and 3 mix in, if the data has none",
+    )
     lora_rank: Positive = Field(64, description="Rank of the LoRA matrices on the LLM's attention")
     lora_alpha: Positive = Field(
         16, description="LoRA alpha: the matrices' product is scaled by lora_alpha / lora_rank"

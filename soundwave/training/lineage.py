@@ -1,0 +1,80 @@
+"""What a trained model's folder tells of its training: `training.json`, one entry for each stage that it has seen.
+
+It stays with the model where the run's folder does not, and its card is written from it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from soundwave.data.manifest import Sample
+from soundwave.model.hub import TRAINING_FILE
+from soundwave.training.settings import StageConfig
+
+LICENCES = ("license", "licence")  # keys of a manifest's lines
+
+
+def write_lineage(
+    folder: Path,
+    config: StageConfig,
+    note: dict[str, Any],
+    samples: Sequence[Sample],
+    losses: dict[str, float],
+    seconds: float,
+) -> None:
+    """Write `training.json`: the entries of the model that the stage started from, and one of the stage.
+
+    Args:
+        note: content of `run.json`.
+        losses: those of the last step that was logged.
+        seconds: of training.
+    """
+    earlier = [] if config.model is None else _entries(config.model / TRAINING_FILE)
+    entry = {
+        "stage": config.stage,
+        "steps": config.steps,
+        "samples_a_step": config.batch_size * config.accumulation * note.get("processes", 1),
+        "learning_rate": config.learning_rate,
+        "losses": {name: losses[name] for name in ("ctc_loss", "lm_loss") if losses.get(name) is not None},
+        "seconds": round(seconds, 1),
+        **{key: note[key] for key in ("device", "commit", "versions")},
+        "data": data_of(samples),
+    }
+    text = json.dumps([*earlier, entry], indent=2, ensure_ascii=False)
+    (folder / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _entries(file: Path) -> list[Any]:
+    """The entries of an earlier record; none if it is missing or damaged, because no weight depends on them."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
+
+
+def data_of(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Samples, hours, tasks and licences of each manifest, of which only the name is told.
+
+    Licences are those of the lines' key `license`, with the number of lines that name it.
+    """
+    manifests: dict[str, list[Sample]] = {}
+    for sample in samples:
+        manifests.setdefault(sample.id.rpartition(":")[0], []).append(sample)
+    return [
+        {
+            "manifest": name,
+            "samples": len(found),
+            "hours": round(sum(sample.duration or 0.0 for sample in found if sample.audio) / 3600, 4),
+            "tasks": dict(Counter(sample.task for sample in found)),
+            "licences": dict(Counter(licence for sample in found if (licence := licence_of(sample)))),
+        }
+        for name, found in manifests.items()
+    ]
+
+
+def licence_of(sample: Sample) -> str | None:
+    """The licence that a manifest's line states."""
+    return next((str(sample.extra[key]) for key in LICENCES if sample.extra.get(key)), None)
