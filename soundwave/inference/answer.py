@@ -19,6 +19,7 @@ from soundwave.model.chat import Prompt
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.model.processing import SoundwaveProcessor
+from soundwave.model.hub import local_folder
 from soundwave.model.sizes import fits, refuse_what_does_not_fit, sizes_of
 
 DRAFTS = ("ctc", "none")
@@ -41,14 +42,14 @@ def load_model(folder: str | Path) -> LoadedModel:
     Args:
         folder: the folder that training wrote, for example `runs/demo/model`. Its configuration names the backbones;
             they are fetched if they are not on this machine yet. It may be a checkpoint in the layout of the released
-            one, too, which holds them.
+            one, too, which holds them. A text may be a Hub id, "owner/name".
 
     Raises:
         FileNotFoundError: `folder` holds no model.
         ValueError: `folder` holds a model of another kind, its configuration or weights are damaged or do not fit, or
             the memory does not suffice.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     if not (folder / "config.json").is_file():
         inside = folder / "model"
         hint = f"give {inside}" if (inside / "config.json").is_file() else "give the folder that training printed"

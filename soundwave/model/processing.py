@@ -19,6 +19,7 @@ from soundwave.backbones.released import is_released
 from soundwave.eager import IGNORE_INDEX
 from soundwave.model.chat import ChatError, Prompt, Turn, mark, split_at_marks, turns_of
 from soundwave.model.configuration import TEMPLATE_DATE, SoundwaveConfig
+from soundwave.model.hub import TAKEN_BY_HUB, local_folder
 
 AUDIO_TOKEN = "<|soundwave_audio|>"
 # Not seen, and no white space in Python's eyes: zero-width space, word joiner, byte-order mark.
@@ -125,7 +126,8 @@ class SoundwaveProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "SoundwaveProcessor":
-        """The processor of a saved model, as of its configuration."""
+        """The processor of a saved model, as of its configuration; a text may be a Hub id, "owner/name"."""
+        folder = local_folder(folder, **{key: kwargs[key] for key in TAKEN_BY_HUB if key in kwargs})
         return cls.for_config(SoundwaveConfig.from_pretrained(folder))
 
     def features(self, audio: np.ndarray, sampling_rate: int = 16_000) -> Tensor:
