@@ -3,8 +3,9 @@
     rich.print(table(predict(2, 16, 30.0)))     a step of stage II on 16 clips of 30 s
     largest_batch(2, 30.0)                      the batch that fits on a card of 24 GiB, with `TOLERANCE` to spare
 
-A step has six phases, each with its own peak, and stage I one more before its first step. The highest peak must fit:
+Loading is a phase, a step has six, and stage I one more before its first step. The highest peak must fit:
 
+    loading              the weights are read, and quantised one after another
     blank                the blank's bias is set: logits of the first batch in chunks (stage I)
     encoder              Whisper without gradient, one layer at a time
     ctc                  the alignment adapter has run, CTC computes its loss and gradient
@@ -16,6 +17,9 @@ A step has six phases, each with its own peak, and stage I one more before its f
 Sizes are bytes, as torch's allocator counts them (`torch.cuda.max_memory_allocated`). Gradients exist from the first
 phase on, as they do while they are accumulated; that of the blank, which has none yet, is overestimated by them. All
 clips are equally long; padding takes as much memory as audio.
+
+A step on a CPU (`device="cpu"`) takes the machine's memory. It is what the process holds, with its libraries; pages of
+files that are only mapped while they are read do not count, because the system takes them back.
 """
 
 import math
@@ -26,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import rich.box
 import rich.table
 
-from soundwave.kernels.active_columns import BLOCK_COLUMNS, LANES, MOST_ACTIVE
+from soundwave.kernels.active_columns import BLOCK_COLUMNS, LANES, MOST_ACTIVE_TRITON
 from soundwave.kernels.vocab_rows import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -49,6 +53,10 @@ MEL_RATE, ENCODER_RATE, STACK = 100, 50, 2
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 BLANK_CHUNK_BYTES = 256 << 20  # of the logits in float32 that the model's `initialise_blank` makes at once
 CUBLAS_WORKSPACE = 32 << 20  # torch's choice for Hopper; 8 MiB on other cards
+# Python with torch, transformers, peft and bitsandbytes, on a CPU: what it holds, and the files of theirs that it maps.
+PROCESS_BYTES, MAPPED_BYTES = 350 << 20, 220 << 20
+# On a CPU bitsandbytes quantises a weight through four copies in float32: itself, two factors and the indices.
+QUANTISING_BYTES = 4 * FP32
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,7 @@ class Prediction:
     implementation: str
     gpu_gib: float
     phases: dict[str, dict[str, int]] = field(repr=False)
+    device: str = "cuda"
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -192,7 +201,7 @@ class Prediction:
 
     @property
     def limit(self) -> int:
-        return int((self.gpu_gib - RESERVED_GIB) * GIB)
+        return int((self.gpu_gib - (RESERVED_GIB if self.device == "cuda" else 0)) * GIB)
 
     @property
     def fits(self) -> bool:
@@ -214,21 +223,25 @@ def predict(
     text_tokens: int = 150,
     answer_tokens: int | None = None,
     checkpointing: bool = True,
+    device: str = "cuda",
+    dtype: str = "bfloat16",
     dims: Dims = LLAMA_8B_WHISPER_LARGE,
 ) -> Prediction:
-    """Memory of one forward and backward pass with AdamW, bfloat16 products under autocast, and the LLM in NF4.
+    """Memory of one forward and backward pass with AdamW, products in `dtype` under autocast, and the LLM in NF4.
 
     Args:
         stage: 1 to 3; stage 3 trains only LoRA.
         batch: clips per forward pass.
         seconds: length of each clip, from one mel frame (0.01 s) to the encoder's limit (30 s).
-        gpu_gib: the card's memory in GiB; torch cannot use `RESERVED_GIB` of it.
+        gpu_gib: the card's memory in GiB; torch cannot use `RESERVED_GIB` of it. On a CPU the machine's memory.
         implementation: "fused" or "eager".
         kept_per_second: frames that the shrinking adapter keeps, at most 25 (nothing is shrunk).
         text_tokens: tokens of a sample's prompt, answer and template.
         answer_tokens: tokens among these that are learned; CTC's transcript has as many. None takes `ANSWER_TOKENS`,
             or `text_tokens` if that is less.
         checkpointing: the LLM keeps only the inputs of its layers and runs each layer again in backward.
+        device: "cuda" or "cpu".
+        dtype: "bfloat16" or "float32", of the products and of the frozen weights that are not quantised.
         dims: sizes of the backbones.
 
     Raises:
@@ -242,6 +255,10 @@ def predict(
         raise ValueError(f"stage = {stage}, but it must be 1, 2 or 3")
     if implementation not in ("fused", "eager"):
         raise ValueError(f"implementation = {implementation!r}, but it must be 'fused' or 'eager'")
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"device = {device!r}, but it must be 'cuda' or 'cpu'")
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype = {dtype!r}, but it must be 'bfloat16' or 'float32'")
     if batch < 1:
         raise ValueError(f"batch = {batch}, but it must be at least 1")
     longest, most_kept = dims.audio_positions / ENCODER_RATE, ENCODER_RATE / STACK
@@ -262,8 +279,11 @@ def predict(
         answer_tokens = min(ANSWER_TOKENS, text_tokens)
     if not 1 <= answer_tokens <= text_tokens:
         raise ValueError(f"answer_tokens = {answer_tokens}, but it must be 1 to text_tokens = {text_tokens}")
-    step = _Step(stage, batch, seconds, implementation == "fused", kept_per_second, text_tokens, answer_tokens, dims)
-    return Prediction(stage, batch, seconds, implementation, gpu_gib, step.phases(checkpointing))
+    step = _Step(
+        stage, batch, seconds, implementation == "fused", kept_per_second, text_tokens, answer_tokens, dims,
+        device=device, item=BF16 if dtype == "bfloat16" else FP32,
+    )  # fmt: skip
+    return Prediction(stage, batch, seconds, implementation, gpu_gib, step.phases(checkpointing), device)
 
 
 def largest_batch(stage: int, seconds: float, *, gpu_gib: float = 24.0, **kwargs) -> int:
@@ -289,9 +309,10 @@ def largest_batch(stage: int, seconds: float, *, gpu_gib: float = 24.0, **kwargs
 def table(prediction: Prediction) -> rich.table.Table:
     """A table for the terminal: the parts at the highest peak and the peak of each phase, in GiB."""
     p = prediction
+    where = "" if p.device == "cuda" else ", on a CPU"
+    what = f"Stage {p.stage}, {p.batch} clips of {p.seconds:g} s, {p.implementation}{where}"
     out = rich.table.Table(
-        title=f"Stage {p.stage}, {p.batch} clips of {p.seconds:g} s, {p.implementation}: predicted, not measured",
-        title_justify="left", box=rich.box.SIMPLE,
+        title=f"{what}: predicted, not measured", title_justify="left", box=rich.box.SIMPLE
     )  # fmt: skip
     out.add_column(f"at the peak: {p.peak_phase}")
     out.add_column("GiB", justify="right")
@@ -315,8 +336,12 @@ def table(prediction: Prediction) -> rich.table.Table:
 class _Step:
     """The sizes of one step. Methods return bytes, apart from `trained`, which returns a number of parameters."""
 
-    def __init__(self, stage, batch, seconds, fused, kept_per_second, text_tokens, answer_tokens, dims):
+    def __init__(
+        self, stage, batch, seconds, fused, kept_per_second, text_tokens, answer_tokens, dims, *,
+        device="cuda", item=BF16,
+    ):  # fmt: skip
         self.stage, self.batch, self.fused, self.dims = stage, batch, fused, dims
+        self.device, self.item, self.dtype = device, item, "bf16" if item == BF16 else "fp32"
         self.mel_frames = round(MEL_RATE * seconds)
         frames = math.ceil(self.mel_frames / 2)
         longest = math.ceil(frames / STACK)
@@ -336,34 +361,49 @@ class _Step:
             3: d.lora_parameters,
         }[self.stage]
 
-    def standing(self) -> dict[str, int]:
-        """Weights, gradients, optimiser states and the batch, which exist in all phases."""
+    def weights(self) -> dict[str, int]:
+        """All weights, and on a CPU what Python itself holds."""
         d, trained = self.dims, self.trained()
         idle = {1: d.shrinking_parameters, 2: 0, 3: d.alignment_parameters + d.shrinking_parameters}[self.stage]
         vocabulary = d.vocab * d.width
-        parts = {"Whisper encoder, bf16": BF16 * d.encoder_parameters}
+        parts = {f"Whisper encoder, {self.dtype}": self.item * d.encoder_parameters}
         if self.stage == 1:
-            parts["output embedding (CTC's head), bf16"] = BF16 * vocabulary
+            parts[f"output embedding (CTC's head), {self.dtype}"] = self.item * vocabulary
         else:
             norms = (2 * d.layers + 1) * d.width
             parts["LLM layers, NF4"] = int(NF4_BYTES * d.linear_parameters)
-            parts["LLM embeddings and norms, bf16"] = BF16 * (2 * vocabulary + norms)
+            parts[f"LLM embeddings and norms, {self.dtype}"] = self.item * (2 * vocabulary + norms)
         if idle:
             parts["adapters that are not trained, fp32"] = FP32 * idle
         parts["trained weights, fp32"] = FP32 * trained
+        if self.device == "cpu":
+            parts["Python"] = PROCESS_BYTES
+        return parts
+
+    def standing(self) -> dict[str, int]:
+        """Weights, gradients, optimiser states and the batch, which exist in all phases of a step."""
+        d, trained, parts = self.dims, self.trained(), self.weights()
         parts["gradients, fp32"] = FP32 * trained
         parts["AdamW's two states, fp32"] = 2 * FP32 * trained
         # Log-mel features. While the encoder and CTC run, SpecAugment's copy of them is there too.
         parts["batch"] = FP32 * self.batch * d.mels * self.mel_frames
-        parts["cuBLAS workspace"] = CUBLAS_WORKSPACE
+        parts |= {"cuBLAS workspace": CUBLAS_WORKSPACE} if self.device == "cuda" else {"libraries": MAPPED_BYTES}
         return parts
+
+    def loading(self) -> dict[str, int]:
+        """All weights, and what it takes to quantise the last large one of the LLM."""
+        if self.stage == 1:
+            return self.weights()
+        copies = QUANTISING_BYTES if self.device == "cpu" else 0  # a GPU's kernel makes none
+        weight = self.dims.width * self.dims.mlp
+        return self.weights() | {"LLM: a weight that is quantised": weight * (self.item + copies)}
 
     # ---------------------------------------------------------------- encoder
 
     def encoder(self) -> int:
         """One layer during its MLP: two residuals in bf16, a LayerNorm in fp32, the MLP before and after GELU."""
         d = self.dims
-        return self.frames * (2 * BF16 * d.audio_width + FP32 * d.audio_width + 2 * BF16 * d.audio_mlp)
+        return self.frames * (2 * self.item * d.audio_width + FP32 * d.audio_width + 2 * self.item * d.audio_mlp)
 
     def encoded(self) -> int:
         """Output of the encoder's last LayerNorm, in fp32 under autocast; it is held until CTC is done."""
@@ -376,13 +416,13 @@ class _Step:
         if self.stage == 3:
             return 0
         d = self.dims.width
-        row = STACK * self.dims.audio_width * BF16  # bytes of a row; input of the projector
-        row += FP32 * d + BF16 * d  # norm1: its input in fp32, its output for the projections
-        row += 3 * BF16 * d + BF16 * d + FP32 * self.dims.heads  # query, key, value; attended rows; log-sum-exp
+        row = STACK * self.dims.audio_width * self.item  # bytes of a row; input of the projector
+        row += FP32 * d + self.item * d  # norm1: its input in fp32, its output for the projections
+        row += 4 * self.item * d + FP32 * self.dims.heads  # query, key, value, attended rows; log-sum-exp
         row += d  # mask of dropout, one byte per element
-        row += BF16 * d if self.fused else FP32 * d  # norm2: the sum; eager keeps an fp32 copy
-        row += BF16 * d  # output of norm2, which the MLP reads
-        row += 2 * (BF16 * 2 * d) + 2 * d  # MLP: output of ReLU, of dropout, and its mask
+        row += self.item * d if self.fused else FP32 * d  # norm2: the sum; eager keeps an fp32 copy
+        row += self.item * d  # output of norm2, which the MLP reads
+        row += 2 * (self.item * 2 * d) + 2 * d  # MLP: output of ReLU, of dropout, and its mask
         row += d  # mask of the MLP's output
         row += FP32 * d  # out_norm: its input in fp32
         return row * self.rows
@@ -400,34 +440,35 @@ class _Step:
             "shrinking": d.shrinking_parameters,
             "lora": d.lora_parameters,
         }
-        return BF16 * sum(sizes[part] for part in parts)
+        return self.item * sum(sizes[part] for part in parts) if self.item == BF16 else 0
 
     # ---------------------------------------------------------------- CTC
 
     def chunk(self, rows: int) -> int:
         """The fused operations' buffer for a chunk of logits, and the product of P with the head in fp32."""
         d = self.dims
-        return self.chunk_rows(rows) * (BF16 * -(-d.vocab // 64) * 64 + 2 * FP32 * d.width)
+        return self.chunk_rows(rows) * (self.item * -(-d.vocab // 64) * 64 + 2 * FP32 * d.width)
 
     def chunk_rows(self, rows: int) -> int:
-        most = max(128, CHUNK_BYTES // (BF16 * self.dims.vocab) // 128 * 128)
+        most = max(128, CHUNK_BYTES // (self.item * self.dims.vocab) // 128 * 128)
         return math.ceil(rows / math.ceil(rows / most)) if rows else 0
 
     def active_columns(self, rows: int) -> int:
         """What the choice of columns in a chunk takes: P of the active ones, and each row's mass by block and bin."""
         vocab = self.dims.vocab
-        return self.chunk_rows(rows) * (BF16 * vocab // MOST_ACTIVE + FP32 * LANES.value * -(-vocab // BLOCK_COLUMNS))
+        masses = FP32 * LANES.value * -(-vocab // BLOCK_COLUMNS)
+        return self.chunk_rows(rows) * (self.item * vocab // MOST_ACTIVE_TRITON + masses)
 
     def blank_chunk(self) -> int:
         """Logits of a chunk in bf16 and fp32, and their exponentials, as `initialise_blank` sums them."""
         rows = min(self.rows, max(1, BLANK_CHUNK_BYTES // (FP32 * self.dims.vocab)))
-        return rows * self.dims.vocab * (BF16 + 2 * FP32)
+        return rows * self.dims.vocab * (self.item + 2 * FP32)
 
     def ctc(self) -> dict[str, int]:
         """The peak of CTC's forward pass. The fused one includes the gradient, which it computes at the same time."""
         d, rows = self.dims, self.rows
         if self.fused:
-            work = BF16 * rows * d.width + self.chunk(rows)  # packed rows in bf16, a chunk of logits
+            work = self.item * rows * d.width + self.chunk(rows)  # packed rows in bf16, a chunk of logits
             work += 2 * FP32 * rows * self.columns  # logits and log-probabilities of the labels
             gradient = 0 if self.stage == 3 else FP32 * rows * d.width
             work += self.active_columns(rows) if gradient else 0
@@ -451,11 +492,11 @@ class _Step:
         if self.stage != 2:
             return 0
         d = self.dims.width
-        kept = 2 * BF16 * d + FP32 * d  # queries, attended rows, input of the norm
-        row = 2 * BF16 * d  # keys, values
+        kept = 2 * self.item * d + FP32 * d  # queries, attended rows, input of the norm
+        row = 2 * self.item * d  # keys, values
         if not self.fused:
-            kept += 2 * BF16 * d  # inputs of the query and of the output product
-            row += 2 * BF16 * d  # copies of the input by autocast, one for keys and one for values
+            kept += 2 * self.item * d  # inputs of the query and of the output product
+            row += 2 * self.item * d  # copies of the input by autocast, one for keys and one for values
         return self.kept * kept + self.rows * row
 
     # ---------------------------------------------------------------- language model
@@ -464,57 +505,57 @@ class _Step:
         """Tensors of one LLM layer for backward."""
         d = self.dims
         token = 2 * FP32 * d.width  # two RMSNorms, each with a copy of its input in fp32
-        token += BF16 * d.width  # output of the first RMSNorm, which LoRA reads
-        token += 2 * BF16 * d.width + 2 * BF16 * d.kv_width + FP32 * d.heads  # attention: q, out, k, v, log-sum-exp
-        token += 3 * BF16 * d.mlp  # gate before and after SiLU, up
-        token += 4 * BF16 * d.lora_rank  # rows between LoRA's two matrices
+        token += self.item * d.width  # output of the first RMSNorm, which LoRA reads
+        token += 2 * self.item * (d.width + d.kv_width) + FP32 * d.heads  # attention: q, out, k, v, log-sum-exp
+        token += 3 * self.item * d.mlp  # gate before and after SiLU, up
+        token += 4 * self.item * d.lora_rank  # rows between LoRA's two matrices
         return token * self.tokens
 
     def layer_forward(self) -> int:
         """One layer in forward, at the product gate · up of its MLP: product, both factors, residual and its norm."""
         d = self.dims
-        return self.tokens * (3 * BF16 * d.mlp + 2 * BF16 * d.width)
+        return self.tokens * (3 * self.item * d.mlp + 2 * self.item * d.width)
 
     def layer_backward(self) -> int:
         """One layer in backward, beside its saved tensors: gradients of the MLP's product, both factors, residual."""
         d = self.dims
-        return self.tokens * (3 * BF16 * d.mlp + BF16 * d.width)
+        return self.tokens * (3 * self.item * d.mlp + self.item * d.width)
 
     def dequantised_weight(self) -> dict[str, int]:
         """An MLP weight in bf16, the largest: bitsandbytes dequantises each weight for its product and then frees it.
 
         The result of the product does not exist at the same time, so the higher of the two moments counts.
         """
-        return {"LLM: a dequantised weight, bf16": BF16 * self.dims.width * self.dims.mlp}
+        return {f"LLM: a dequantised weight, {self.dtype}": self.item * self.dims.width * self.dims.mlp}
 
     def last_layer(self, checkpointing: bool) -> dict[str, int]:
         """The last layer in forward: at gate · up, or one factor earlier, when the weight of `up` is dequantised."""
         name, weight = "LLM: one layer", self.dequantised_weight()
         if not checkpointing:
             return weight  # everything else is kept for backward and counted there
-        factor = BF16 * self.tokens * self.dims.mlp
+        factor = self.item * self.tokens * self.dims.mlp
         return _larger({name: self.layer_forward()}, {name: self.layer_forward() - factor, **weight})
 
     def differentiated_layer(self, checkpointing: bool) -> dict[str, int]:
         """The same layer in backward: at both factors, or two gradients earlier, when that of `down` is dequantised."""
         name, weight = "LLM: one layer, and its gradients", self.dequantised_weight()
         size = self.layer_backward() + (self.layer_saved() if checkpointing else 0)
-        factor = BF16 * self.tokens * self.dims.mlp
+        factor = self.item * self.tokens * self.dims.mlp
         return _larger({name: size}, {name: size - 2 * factor, **weight})
 
     def kept_layers(self, checkpointing: bool) -> dict[str, int]:
         """Tensors that the LLM's layers keep after forward."""
         d = self.dims
         if checkpointing:
-            return {"LLM: inputs of its layers, bf16": d.layers * BF16 * d.width * self.tokens}
+            return {f"LLM: inputs of its layers, {self.dtype}": d.layers * self.item * d.width * self.tokens}
         return {"LLM: activations of all layers": d.layers * self.layer_saved()}
 
     def loss(self) -> int:
         """The last norm in fp32 and bf16, and the loss over the answer tokens."""
         d = self.dims
-        norm = self.tokens * (FP32 + 2 * BF16) * d.width
+        norm = self.tokens * (FP32 + 2 * self.item) * d.width
         if self.fused:  # rows and their gradient, a chunk of logits
-            return norm + 2 * BF16 * self.answers * d.width + self.chunk(self.answers)
+            return norm + 2 * self.item * self.answers * d.width + self.chunk(self.answers)
         return norm + 3 * FP32 * self.answers * d.vocab  # log-softmax, its gradient and that of the logits
 
     # ---------------------------------------------------------------- phases
@@ -522,7 +563,7 @@ class _Step:
     def phases(self, checkpointing: bool) -> dict[str, dict[str, int]]:
         standing = self.standing()
         features = standing["batch"]
-        phases = {}
+        phases = {"loading": self.loading()}
         if self.stage == 1:
             phases["blank"] = standing | {
                 "batch": features,
@@ -562,8 +603,9 @@ class _Step:
             }  # fmt: skip
         if self.stage < 3:
             phases["backward: adapters"] = standing | self.adapters_backward(below)
-        # AdamW computes the root of all second moments at once.
-        phases["optimiser"] = standing | {"AdamW: roots of the second moments, fp32": FP32 * self.trained()}
+        phases["optimiser"] = standing
+        if self.device == "cuda":  # AdamW computes the root of all second moments at once
+            phases["optimiser"] = standing | {"AdamW: roots of the second moments, fp32": FP32 * self.trained()}
         return phases
 
     def adapters_backward(self, below: dict[str, int]) -> dict[str, int]:
