@@ -504,6 +504,12 @@ def memory(
     answer_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a sample's answer; by default 80, but at most --text-tokens.")
     ] = None,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="A step on the CPU, which takes the machine's memory; --gpu is its size.")
+    ] = False,
+    float32: Annotated[
+        bool, typer.Option("--float32", help="Products and frozen weights in float32 instead of bfloat16.")
+    ] = False,
 ) -> None:
     """Predict the GPU memory of a training step, part by part, for Whisper-large-v3 and Llama-3.1-8B in 4 bits.
 
@@ -514,7 +520,8 @@ def memory(
 
     settings = {
         "gpu_gib": gpu, "kept_per_second": kept, "text_tokens": text_tokens, "answer_tokens": answer_tokens,
-        "implementation": "eager" if eager else "fused",
+        "implementation": "eager" if eager else "fused", "device": "cpu" if cpu else "cuda",
+        "dtype": "float32" if float32 else "bfloat16",
     }  # fmt: skip
     try:
         most = largest_batch(stage, seconds, **settings)
