@@ -1,19 +1,30 @@
 """Soundwave through transformers' front door: auto classes, `pipeline`, cards, and the way up to the Hub."""
 
+import base64
+import json
+import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import soundfile
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModel, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
 
 import soundwave
+from soundwave import backbones
 from soundwave.demo.espeak import Espeak
+from soundwave.evaluation.record import record_scores
 from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.hub import push, write_model_card
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
+from tests.short_runs import copy_recordings, manifest_of, save_still_model, train
 
 # ---------------------------------------------------------------- auto classes
 
@@ -118,3 +129,240 @@ def test_a_pipeline_names_what_is_wrong_with_a_recording(given, message, listen)
 def test_a_pipeline_refuses_settings_that_it_does_not_have(listen, recordings):
     with pytest.raises(ValueError, match="'chunk_length_s' is no setting of this pipeline"):
         listen(str(recordings[0]), chunk_length_s=30)
+
+
+# ---------------------------------------------------------------- the card
+
+RECORD = {
+    "stage": 2,
+    "steps": 300,
+    "samples_a_step": 16,
+    "learning_rate": 1e-3,
+    "losses": {"ctc_loss": 0.0213, "lm_loss": 0.4},
+    "seconds": 600.0,
+    "device": "a | card",
+    "commit": "abc1234",
+    "versions": {"torch": "2.13.0"},
+    "data": [
+        {
+            "manifest": "train.jsonl",
+            "samples": 900,
+            "hours": 1.5,
+            "tasks": {"transcribe": 800, "intent": 100},
+            "licences": {"CC-BY-4.0": 900},
+        }
+    ],
+}
+
+
+def answers_file(folder: Path, rows: list[dict]) -> Path:
+    file = folder / "answers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+ANSWERS = [
+    {"sample": "test.jsonl:1", "task": "transcribe", "reference": "turn on the light", "answer": "turn on a light"},
+    {"sample": "test.jsonl:2", "task": "transcribe", "reference": "call my mother", "answer": "call my mother"},
+    # By the rules of the evaluation, which the row tells, the answer is right.
+    {"sample": "test.jsonl:3", "task": "voice", "reference": "female", "answer": "(A) female", "right": True},
+]
+
+
+@pytest.fixture
+def model_folder(model_folders, tmp_path) -> Path:
+    folder = tmp_path / "kitchen" / "model"
+    shutil.copytree(model_folders[3], folder)
+    # As it is for a user who took no folder for a backbone.
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"language_model": backbones.LANGUAGE_MODEL}))
+    return folder
+
+
+def test_a_card_tells_what_is_recorded(model_folder, tmp_path):
+    (model_folder / "training.json").write_text(json.dumps([RECORD]))
+    record_scores(model_folder, [answers_file(tmp_path, ANSWERS)])
+    card = ModelCard.load(write_model_card(model_folder, licence="cc-by-4.0"))
+    assert card.data.license == "cc-by-4.0" and card.data.pipeline_tag == "automatic-speech-recognition"
+    assert card.data.base_model == ["openai/whisper-tiny.en", "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    text = " ".join(card.text.split())
+    for said in (
+        "# kitchen",
+        "| `train.jsonl` | 900 | 1.50 | transcribe 800, intent 100 | CC-BY-4.0 | 2 |",
+        "| 2 | 300 | 16 | 0.001 | ctc_loss 0.0213, lm_loss 0.4 | 10.0 | a \\| card |",
+        "| `answers.jsonl` | transcribe | WER | 14.3% (0.0% to 25.0%) | 2 |",
+        "| `answers.jsonl` | voice | accuracy | 100.0% (100.0% to 100.0%) | 1 |",
+        "| audio encoder (frozen) | `openai/whisper-tiny.en` | MIT | fetched |",
+        "| language model | `HuggingFaceTB/SmolLM2-135M-Instruct` | Apache-2.0 | fetched |",
+        "torch 2.13.0, commit abc1234",
+        "soundwave.ask(",
+    ):
+        assert said in text, said
+
+
+def test_a_card_says_what_is_not_recorded(model_folder):
+    text = write_model_card(model_folder).read_text()
+    assert "Not recorded." in text and "None are recorded." in text and "Nothing else is recorded." in text
+    assert "license:" not in text.partition("# kitchen")[0]
+
+
+def test_a_card_names_no_folder_of_this_machine(model_folders, tmp_path):
+    """The name of a local backbone is told, and where it lies is nobody's business."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folders[3], folder)
+    text = write_model_card(folder).read_text()
+    assert (
+        "`smollm2-2-layers`" in text and str(Path(SoundwaveConfig.from_pretrained(folder).language_model)) not in text
+    )
+
+
+def test_a_trained_run_has_what_its_card_needs(small_vocabulary, tiny_corpus, tmp_path):
+    rows = copy_recordings(tiny_corpus, tmp_path, 3)
+    rows[0]["license"] = rows[1]["licence"] = "CC0-1.0"
+    start = save_still_model(small_vocabulary, tmp_path / "start")
+    (start / "training.json").write_text(json.dumps([RECORD]))
+    run = train(1, tmp_path / "1", manifest_of(tmp_path, rows), model=start, steps=1)
+    first, last = json.loads((run.folder / "training.json").read_text())
+    assert first == RECORD and (last["stage"], last["steps"], last["samples_a_step"]) == (1, 1, 2)
+    assert last["losses"] == {"ctc_loss": pytest.approx(run.log[-1]["ctc_loss"])}
+    (data,) = last["data"]
+    assert data["hours"] == pytest.approx(sum(row["duration"] for row in rows) / 3600, abs=1e-4)
+    assert (data["manifest"], data["samples"], data["licences"]) == ("m.jsonl", 3, {"CC0-1.0": 2})
+    assert str(tmp_path) not in write_model_card(run.folder).read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        pytest.param(lambda f: (f / "README.md").touch(), FileExistsError, "README.md is there already", id="a card"),
+        pytest.param(
+            lambda f: (f / "training.json").write_text("{"), ValueError, "training.json is damaged", id="record"
+        ),
+        pytest.param(lambda f: (f / "scores.json").write_text("{}"), ValueError, "scores.json is damaged", id="scores"),
+        pytest.param(lambda f: (f / "config.json").write_text("[]"), ValueError, "config.json is damaged", id="config"),
+        pytest.param(lambda f: (f / "config.json").unlink(), FileNotFoundError, "holds no model", id="no model"),
+    ],
+)
+def test_a_card_that_cannot_be_written(change, kind, message, model_folder):
+    change(model_folder)
+    with pytest.raises(kind, match=message):
+        write_model_card(model_folder)
+
+
+def test_a_licence_is_one_word(model_folder):
+    with pytest.raises(ValueError, match="licence = 'mine"):
+        write_model_card(model_folder, licence="mine\nbase_model: x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "answers.jsonl: holds no answers"),
+        ("junk\n", "answers.jsonl:1: is no answer"),
+        ('{"sample": "a", "task": "transcribe", "reference": "b"}\n', "answers.jsonl:1: is no answer"),
+    ],
+    ids=["empty", "junk", "incomplete"],
+)
+def test_answers_that_cannot_be_scored_are_named(text, message, model_folder, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        record_scores(model_folder, [file])
+    assert not (model_folder / "scores.json").exists()
+
+
+# ---------------------------------------------------------------- the way up
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as takes an upload: all files come within the commit."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    refuse: ClassVar[int | None] = None
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.refuse:
+            return self.reply({"error": "Invalid username or password."}, self.refuse)
+        where = f"http://127.0.0.1:{self.server.server_port}/anna/kitchen"
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]
+            return self.reply({"files": modes})
+        if "/commit/" in self.path:
+            for row in map(json.loads, body.splitlines()):
+                if row["key"] == "file":
+                    self.files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
+            return self.reply({"commitUrl": f"{where}/commit/0a1b", "commitOid": "0a1b", "success": True})
+        self.reply({"url": where, "name": "anna/kitchen", "id": "anna/kitchen"})
+
+    def do_GET(self) -> None:
+        self.reply({"error": "not here"}, 404)
+
+    def reply(self, value: dict, status: int = 200) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_) -> None: ...
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    monkeypatch.setattr(Hub, "files", {})
+    monkeypatch.setattr(Hub, "refuse", None)
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_folder_is_pushed_with_its_card(hub, model_folder):
+    (model_folder / ".hidden").touch()
+    address = push(model_folder, "anna/kitchen", token="hf_token")
+    assert address.endswith("/anna/kitchen/commit/0a1b")
+    names = {path.name for path in model_folder.iterdir()} - {".hidden"}
+    assert set(hub.files) == names >= {"README.md", "config.json", "model.safetensors"}
+    assert hub.files["model.safetensors"] == (model_folder / "model.safetensors").read_bytes()
+    assert b"# kitchen" in hub.files["README.md"]
+
+
+def test_a_model_is_pushed_with_the_records_of_its_folder(hub, model_folder):
+    (model_folder / "training.json").write_text(json.dumps([RECORD]))
+    model = SoundwaveForConditionalGeneration.from_pretrained(model_folder, language_model=False)
+    model.config.stage = 1  # which needs no language model to be saved
+    assert model.push_to_hub("anna/kitchen", token="hf_token").endswith("0a1b")
+    assert b"`train.jsonl`" in hub.files["README.md"] and json.loads(hub.files["training.json"]) == [RECORD]
+
+
+def test_what_cannot_be_pushed_is_told_before_the_network(model_folders, model_folder, hub):
+    with pytest.raises(ValueError, match="language_model = .* is a folder of this machine"):
+        push(model_folders[3], "anna/kitchen")
+    with pytest.raises(ValueError, match="repo_id = 'kitchen', but it must be 'owner/name'"):
+        push(model_folder, "kitchen")
+    (model_folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
+        push(model_folder, "anna/kitchen")
+    assert not hub.files
+
+
+def test_a_hub_that_refuses_or_is_not_there_is_one_line(model_folder, hub, monkeypatch):
+    monkeypatch.setattr(hub, "refuse", 401)
+    with pytest.raises(ValueError, match="was not uploaded .*; log in with `hf auth login`"):
+        push(model_folder, "anna/kitchen", token="hf_wrong")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="was not uploaded"):
+        push(model_folder, "anna/kitchen", token="hf_wrong")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="was not uploaded .*offline"):
+        push(model_folder, "anna/kitchen", token="hf_wrong")
+    with pytest.raises(ValueError, match="'anna/kitchen': there is no such folder here"):
+        soundwave.load("anna/kitchen")
