@@ -29,7 +29,7 @@ from soundwave.data.manifest import read_manifest
 from soundwave.demo.corpus import build_corpus
 from soundwave.fused import functional
 from soundwave.kernels import linear_ctc_steps, vocab_rows
-from soundwave.kernels.active_columns import BINS, MOST_ACTIVE, SKIPPED_MASS, probabilities_times_weight
+from soundwave.kernels.active_columns import BINS, MOST_ACTIVE_TRITON, SKIPPED_MASS, probabilities_times_weight
 from soundwave.kernels.vocab_rows import p_factor
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
@@ -84,7 +84,7 @@ def product_in_tiles(p, weight, off_label, skipped, factor, group, impl):
     """`probabilities_times_weight` by the rule of its GPU kernels (without groups), on the CPU: it is slow."""
     assert group is None, "one group of rows only"
     factor = torch.ones_like(off_label, dtype=torch.float64) if factor is None else factor.double()
-    most, tiles = p.shape[1] // MOST_ACTIVE, []
+    most, tiles = p.shape[1] // MOST_ACTIVE_TRITON, []
     lost, budget = torch.zeros(2, BINS + 1, dtype=torch.float64)
     for start in range(0, len(p), TILE_ROWS):
         at = slice(start, start + TILE_ROWS)

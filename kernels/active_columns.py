@@ -7,13 +7,13 @@ GPU of a few rows, because few rows have few active columns in common; on the CP
     skipped[r, j] = sum of P[r, v] over the columns with bin[t, v] >= j
     j             = the lowest from 1 on where ‖skipped[:, j]‖₂ <= SKIPPED_MASS·‖off-label mass‖₂
 
-In each tile the columns with bin[t, v] >= j are left out, but none is where more than a quarter of them would remain;
-the rows of such a tile are in neither norm. The norms are over all other rows: unsure ones have nearly all of the
-off-label mass and of the gradient, so beside them the sure ones may lose more of theirs. A row's error is at most
-max ‖W_v‖ times its skipped mass, which is returned (in bf16 on the CPU as rounded as its products are). A limit on P
-itself would be wrong: the tails of rows that are sure are flat, and they are all of these rows' gradient. In the norms
-each row has the factor that its gradient will have. Where that is not known yet, each tile has a j of its own, and the
-rule holds there for each group of rows that share a factor.
+In each tile the columns with bin[t, v] >= j are left out, but none is where more than a third of them would remain (on
+the CPU a quarter); the rows of such a tile are in neither norm. The norms are over all other rows: unsure ones have
+nearly all of the off-label mass and of the gradient, so beside them the sure ones may lose more of theirs. A row's
+error is at most max ‖W_v‖ times its skipped mass, which is returned (in bf16 on the CPU as rounded as its products
+are). A limit on P itself would be wrong: the tails of rows that are sure are flat, and they are all of these rows'
+gradient. In the norms each row has the factor that its gradient will have. Where that is not known yet, each tile has a
+j of its own, and the rule holds there for each group of rows that share a factor.
 
 In Triton five kernels do this for each chunk, and the host learns nothing of what they decide:
 
@@ -28,7 +28,7 @@ Shapes    p [n, V] with any row stride; weight [V, D]; off_label [n]; group int6
 Numerics  products of half types and fp32 are summed in fp32; sums and result in the dtype of off_label. P is
           `p_factor` times as large as in the result. In fp64 the Triton form skips nothing.
 Cost      beside the row pass, P is read once, and the product costs 2·n·D operations for each active column. On a GPU
-          it needs a quarter of a chunk more memory.
+          it needs a third of a chunk more memory.
 Bitwise deterministic: the lists are in order, and nothing is summed by atomics.
 """
 
@@ -44,7 +44,8 @@ from soundwave.kernels.dispatch import architecture, input_precision
 from soundwave.kernels.vocab_rows import BLOCK_BYTES_CPU, divided, p_factor, tile_of, wide
 
 SKIPPED_MASS = 0.0175  # of the rows' off-label mass: the net gradient stays within 1.2 times eager's error in bf16
-MOST_ACTIVE = 4  # above V / 4 active columns, gathering costs more than the shorter product saves
+MOST_ACTIVE = 4  # above V / 4 active columns, gathering costs the CPU more than the shorter product saves
+MOST_ACTIVE_TRITON = 3  # where a column costs as much in either product, but P of the active ones takes memory
 BINS = 48  # columns are told apart down to 2^-48, because 128 k columns of a sure row lie near 2^-40
 LEAST_COLUMNS = 16384  # of a head: in fewer the choice of columns costs more than the shorter product saves
 LANES = tl.constexpr(64)  # bins in a program, a power of two
@@ -249,7 +250,7 @@ def _triton(
 ) -> Tensor:
     """`probabilities_times_weight` by the five kernels."""
     (n, columns), width = p.shape, weight.shape[1]
-    config, most = _config(p.dtype, architecture(p.device)), columns // MOST_ACTIVE
+    config, most = _config(p.dtype, architecture(p.device)), columns // MOST_ACTIVE_TRITON
     room = -(-most // 64) * 64  # rows of COMPACT begin at a multiple of 128 bytes
     tiles, blocks = triton.cdiv(n, config.rows), triton.cdiv(columns, BLOCK_COLUMNS)
     bigger = p_factor(p.dtype)
