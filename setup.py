@@ -44,8 +44,12 @@ REQUIRES = [
     "filelock",
     "psutil",
 ]
+SERVE = ["fastapi", "uvicorn", "python-multipart", "prometheus-client"]  # soundwave serve
 EXTRAS = {
+    "serve": SERVE,
     "dev": [
+        *SERVE,
+        "openai",  # its client talks to the server
         "pytest",
         "pytest-benchmark",
         "pytest-xdist",
@@ -99,7 +103,11 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["soundwave*"]), "soundwave.kernels"],
     package_dir={"soundwave.kernels": "kernels"},
-    package_data={"soundwave": ["py.typed"], "soundwave.report": ["*.html", "*.css", "*.js"]},
+    package_data={
+        "soundwave": ["py.typed"],
+        "soundwave.report": ["*.html", "*.css", "*.js"],
+        "soundwave.serve": ["*.html"],
+    },
     # The wheel's files are named here alone: what MANIFEST.in puts into the source distribution is not added.
     include_package_data=False,
     install_requires=REQUIRES,

@@ -3,13 +3,14 @@
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from soundwave.backbones.load import token_ids
 from soundwave.backbones.released import MODEL_TYPE as RELEASED
@@ -115,6 +116,8 @@ def answer(
     draft: str = "none",
     accept: float | None = None,
     counts: DraftCounts | None = None,
+    watch: Callable[[list[list[int]]], Sequence[bool]] | None = None,
+    prompt_lengths: list[int] | None = None,
 ) -> list[str]:
     """Let the language model answer prompts by greedy decoding.
 
@@ -129,6 +132,9 @@ def answer(
         accept: with drafts, a probability from which on a draft is the answer, unread by the language model: that of
             its least sure token. Faster, but not the same text. None lets the language model check every draft.
         counts: what the drafts have saved is added to it.
+        watch: without drafts, called after each token with the tokens of each answer so far, padding behind the end
+            token included; it tells for each answer whether it ends here.
+        prompt_lengths: the inputs of the language model are added to it, counted for each prompt, speech included.
 
     Returns:
         The answers, without special tokens and outer white space.
@@ -139,8 +145,10 @@ def answer(
     if draft == "ctc" and (reason := reason_against_drafts(model.language_model)):
         warnings.warn(f"the language model writes without drafts, because {reason}", stacklevel=2)
         draft = "none"
+    embeddings, mask, read = model.embed_prompts(**batch)
+    if prompt_lengths is not None:
+        prompt_lengths += mask.sum(1).tolist()
     if draft == "ctc":
-        embeddings, mask, read = model.embed_prompts(**batch)
         clips = iter(() if read is None else zip(*(x.cpu() for x in read), strict=True))
         read = [None if clip is None else next(clips) for clip in audio]
         drafts = [[] if clip is None else draft_ids(model, processor, clip[0]) for clip in read]
@@ -156,18 +164,31 @@ def answer(
             for number, row in zip(rest, written, strict=True):
                 rows[number] = row
     else:
-        rows = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=processor.pad_token_id,
-        ).tolist()
+        with model._autocast():
+            rows = model.language_model.generate(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=processor.pad_token_id,
+                stopping_criteria=None if watch is None else StoppingCriteriaList([_Watched(watch)]),
+            ).tolist()
     if cut_off is not None:
         cut_off += [number for number, row in enumerate(rows) if len(row) >= max_new_tokens and ends.isdisjoint(row)]
     # What follows an end token is padding, and not every end token is a special one, which decoding leaves out.
     rows = [list(takewhile(lambda token: token not in ends, row)) for row in rows]
     return [text.strip() for text in processor.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+class _Watched(StoppingCriteria):
+    """Asks `watch` after each token which answers end."""
+
+    def __init__(self, watch: Callable[[list[list[int]]], Sequence[bool]]):
+        self.watch = watch
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor(self.watch(input_ids.tolist()), dtype=torch.bool, device=input_ids.device)
 
 
 def check_draft(draft: str, accept: float | None = None) -> None:
