@@ -216,6 +216,7 @@ def train(
 
     Example: `soundwave train 1 train=data/train.jsonl out=runs/mine/1 steps=300 batch_size=16 learning_rate=1e-3`
     """
+    from soundwave.training.distributed import is_first
     from soundwave.training.settings import StageConfig, allowed_values, load_config
     from soundwave.training.stages import train_stage
 
@@ -232,6 +233,8 @@ def train(
         return
     _quiet_transformers()
     folder, log, seconds = train_stage(values)
+    if not is_first():
+        return
     names = ("ctc_loss", "lm_loss", "blank_share", "kept_per_label", "compression")
     last = {name: log[-1][name] for name in names if log[-1].get(name) is not None}
     shown = " · ".join(f"{name} {value:.3g}" for name, value in last.items())

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from torch import Tensor
 
-from soundwave.data.audio import AudioError, load_audio, seconds_of, shown
+from soundwave.data.audio import SAMPLING_RATE, AudioError, load_audio, seconds_of, shown
 from soundwave.data.forms import TRANSCRIBE_PROMPT
 from soundwave.data.manifest import Sample
 from soundwave.model.chat import ChatError, Prompt, text_of
@@ -41,6 +41,17 @@ class Collator:
 
     def __call__(self, samples: list[Sample]) -> dict[str, Any]:
         return self.collate(samples, [features(self.processor, sample) for sample in samples])
+
+    def stand_in(self) -> dict[str, Tensor]:
+        """A small batch of nothing worth learning: a second of silence without a text, or a prompt with an answer.
+
+        It stands in where a process has no sample to train on, while others have: all must do the same work, or they
+        wait for each other.
+        """
+        if self.stage == 1:
+            silence = self.processor.features(np.zeros(SAMPLING_RATE, dtype=np.float32))
+            return self.processor.pad_features([silence]) | {"ctc_labels": self.processor.ctc_labels([None])}
+        return dict(self.processor([TRANSCRIBE_PROMPT], [None], ["."], [None] if self.stage == 2 else None))
 
     def collate(self, samples: list[Sample], clips: list[Tensor | None]) -> dict[str, Tensor]:
         """The batch of `samples`; `clips` are their features [n_mels, T_mel], None for text only."""
@@ -79,7 +90,8 @@ class CheckedCollator(Collator):
 
         Returns:
             The tensors of Collator, none if every sample was left out; `samples` and `tasks`, list[str], the ids and
-            tasks in the batch; `left_out`, list[LeftOut].
+            tasks in the batch; `recordings`, list[str], the ids of the samples with a recording; `left_out`,
+            list[LeftOut].
         """
         kept, clips, left_out = [], [], []
         for sample in samples:
@@ -92,6 +104,7 @@ class CheckedCollator(Collator):
                 clips.append(clip)
         batch: dict[str, Any] = self.collate(kept, clips) if kept else {}
         names = {"samples": [sample.id for sample in kept], "tasks": [sample.task for sample in kept]}
+        names["recordings"] = [sample.id for sample, clip in zip(kept, clips, strict=True) if clip is not None]
         return batch | names | {"left_out": left_out}
 
     def clip(self, sample: Sample) -> Tensor | None:

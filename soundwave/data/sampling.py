@@ -50,9 +50,13 @@ class BucketBatchSampler(Sampler[list[int]]):
         batch_size: samples per batch; one batch of an epoch may be smaller.
         seed: seed of the random draws; together with the epoch it decides all batches.
         temperature: epoch -> T. With None an epoch has every sample once.
+        rank, ranks: this process, and the number of processes that train together. They share out the batches of
+            `ranks * batch_size` samples that one process alone would draw: every `ranks`-th sample is this process's,
+            so that all have as many samples, of lengths as similar, and wait little for each other. Of the smaller
+            batch at the end of an epoch some may get one sample less, or none.
 
     Raises:
-        ValueError: no sample, not one group per sample, or a batch size below 1.
+        ValueError: no sample, not one group per sample, a batch size below 1, or a rank that is not below `ranks`.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         *,
         seed: int = 0,
         temperature: Callable[[int], float] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         if not len(lengths):
             raise ValueError("lengths is empty: there is nothing to sample from")
@@ -70,6 +76,9 @@ class BucketBatchSampler(Sampler[list[int]]):
             raise ValueError(f"groups has {len(groups)} entries, but lengths has {len(lengths)}")
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}, but it must be at least 1")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank = {rank}, but it must be 0 to {ranks - 1}, one below ranks")
+        self.rank, self.ranks = rank, ranks
         self.lengths, self.batch_size, self.seed, self.temperature = lengths, batch_size, seed, temperature
         self.members: dict[str, list[int]] = {}
         for i, group in enumerate(groups):
@@ -77,7 +86,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        return -(-len(self.lengths) // (self.batch_size * self.ranks))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch. Trainer calls this at the start of an epoch, and when it resumes in the middle of one."""
@@ -88,13 +97,14 @@ class BucketBatchSampler(Sampler[list[int]]):
         drawn = rng.permutation(self._draw(rng))
         known = [length for length in self.lengths if length is not None] or [0.0]
         keys = [known[rng.integers(len(known))] if self.lengths[i] is None else self.lengths[i] for i in drawn]
-        bucket = BUCKET_BATCHES * self.batch_size
+        size = self.batch_size * self.ranks
+        bucket = BUCKET_BATCHES * size
         batches = []
         for start in range(0, len(drawn), bucket):
             order = start + np.argsort(keys[start : start + bucket], kind="stable")
-            batches += [drawn[order[i : i + self.batch_size]] for i in range(0, len(order), self.batch_size)]
+            batches += [drawn[order[i : i + size]] for i in range(0, len(order), size)]
         for i in rng.permutation(len(batches)):
-            yield batches[i].tolist()
+            yield batches[i][self.rank :: self.ranks].tolist()
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
         """Indices of one epoch, not yet shuffled. A sample comes again only after a whole pass over its group."""

@@ -5,7 +5,7 @@ head.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -406,6 +406,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         feature_lengths: Tensor | None,
         ctc_labels: Tensor | None = None,
         packed: bool = False,
+        augment_seeds: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor, eager.LinearCTCOutput]:
         """Encode the audio, align its frames to the LLM's embeddings, and run CTC over them, in `compute_dtype`.
 
@@ -414,6 +415,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             feature_lengths: int [A], in mel frames; None for T_mel.
             ctc_labels: int [A, U], padded with -100. Recordings whose labels are all -100 have no transcript and are
                 left out of the loss. Without labels there is no loss.
+            augment_seeds: as in `forward`.
 
         Lengths and labels may be on the CPU, where the host can read them without waiting for a GPU.
 
@@ -421,7 +423,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             Aligned frames [A, T, D], their lengths int [A] (on the CPU, with the eager implementation on the device),
             and the result of CTC; with `packed`, if the model computes on packed rows, frames [N, D] and a path [N].
         """
-        hidden, lengths, ctc = self._align(input_features, feature_lengths, ctc_labels)
+        hidden, lengths, ctc = self._align(input_features, feature_lengths, ctc_labels, augment_seeds)
         if self.packed and not packed:
             size = -(-input_features.shape[-1] // (2 * self.config.frame_stack))
             path, scores = (_padded(x, lengths, size, value) for x, value in ((ctc.path, -1), (ctc.path_log_prob, 0)))
@@ -429,7 +431,11 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         return hidden, lengths, ctc
 
     def _align(
-        self, input_features: Tensor, feature_lengths: Tensor | None, ctc_labels: Tensor | None
+        self,
+        input_features: Tensor,
+        feature_lengths: Tensor | None,
+        ctc_labels: Tensor | None,
+        augment_seeds: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor, eager.LinearCTCOutput]:
         """`align`, packed if the model computes on packed rows."""
         if feature_lengths is None:
@@ -440,7 +446,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         with self._autocast():
             if self.training:
                 on_device = to_device(feature_lengths, input_features.device)
-                input_features = spec_augment(input_features, on_device, self.config)
+                input_features = spec_augment(input_features, on_device, self.config, augment_seeds)
             with torch.no_grad():
                 frames, lengths = self.encode(input_features, feature_lengths, self.packed)
             hidden, lengths = self.alignment(frames, lengths)
@@ -665,6 +671,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         feature_lengths: Tensor | None = None,
         labels: Tensor | None = None,
         ctc_labels: Tensor | None = None,
+        augment_seeds: Sequence[int] | None = None,
     ) -> SoundwaveOutput:
         """One step of any stage.
 
@@ -675,6 +682,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             feature_lengths: int [A], in mel frames; None for T_mel.
             labels: int [B, L] aligned with `input_ids`, -100 where nothing is learned (prompt, padding).
             ctc_labels: int [A, U], the transcripts' tokens, padded with -100; all -100 without a transcript.
+            augment_seeds: a seed of each recording for SpecAugment; None draws from torch's generator.
 
         All but `input_features` may be on the CPU: what the host has to know, it then knows without waiting for a GPU.
 
@@ -686,7 +694,9 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         with self._autocast():
             hidden = lengths = ctc = None
             if input_features is not None:
-                hidden, lengths, ctc = self.align(input_features, feature_lengths, ctc_labels, self.packed)
+                hidden, lengths, ctc = self.align(
+                    input_features, feature_lengths, ctc_labels, self.packed, augment_seeds
+                )
             out = SoundwaveOutput()
             if ctc is not None:
                 out.path, out.path_lengths, out.ctc_loss = ctc.path, lengths, ctc.loss

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from soundwave.training.distributed import Processes
 from soundwave.training.journal import Journal, say, write_text
 
 
@@ -96,13 +97,14 @@ class StopOnSignal(TrainerCallback):
     """Within its `with` block, Ctrl-C or SIGTERM ends training after the current step, with a checkpoint.
 
     A second signal ends the process at once. This holds also where the signal was ignored before the block, as in a
-    command that a script starts in the background.
+    command that a script starts in the background. Of several processes, all end after the same step.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
     ONE_REQUEST = 1.0  # s; within this time a repeated signal is the same request, sent by terminal and parent process
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes | None = None) -> None:
+        self.processes = processes or Processes()
         self.asked, self._asked_at = False, 0.0
         self._before: dict[int, Any] = {}
 
@@ -125,11 +127,13 @@ class StopOnSignal(TrainerCallback):
                 os.kill(os.getpid(), number)
             return
         self.asked, self._asked_at = True, time.monotonic()
-        # Not `say`: the code that the signal interrupted may hold its lock.
-        os.write(2, b"\nstopping after the current step, which is saved; press or send it again to stop at once\n")
+        if self.processes.first:
+            # Not `say`: the code that the signal interrupted may hold its lock.
+            os.write(2, b"\nstopping after the current step, which is saved; press or send it again to stop at once\n")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.asked:
+        if self.processes.any(self.asked):
+            self.asked = True
             control.should_save = control.should_training_stop = True
 
 
@@ -194,7 +198,8 @@ class Clock(TrainerCallback):
 
     def write_note(self) -> None:
         """Write `run.json`. The file of the run before stays in place until its checkpoint is loaded."""
-        write_text(self.journal.out / "run.json", json.dumps(self.note, indent=2) + "\n")
+        if self.journal.writes:
+            write_text(self.journal.out / "run.json", json.dumps(self.note, indent=2) + "\n")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_log |= state.global_step >= state.max_steps  # the summary of a run is its last log entry

@@ -17,14 +17,16 @@ from tqdm import tqdm
 
 from soundwave.data.collate import LeftOut
 from soundwave.training.checkpoints import WriteError
+from soundwave.training.distributed import is_first
 
 FILES = ("log.jsonl", "left_out.jsonl", "skipped_steps.jsonl")
 NAMED = 20  # so many left-out samples are shown; the file has all of them
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, above the progress bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+    """Print a line on stderr, above the progress bar if there is one. Of several processes the first one prints."""
+    if is_first():
+        tqdm.write(line, file=sys.stderr)
 
 
 class Journal:
@@ -32,6 +34,7 @@ class Journal:
 
     Args:
         out: folder of the run.
+        writes: False reads and counts, but writes nothing, because another process of the run does.
 
     Attributes:
         left_out: reason by (sample, file) for the samples left out so far, in the order in which they were found.
@@ -39,8 +42,8 @@ class Journal:
         skipped_in_a_row: number of steps skipped since the last step that was not.
     """
 
-    def __init__(self, out: Path):
-        self.out = Path(out)
+    def __init__(self, out: Path, *, writes: bool = True):
+        self.out, self.writes = Path(out), writes
         self.left_out: dict[tuple[str, str], str] = {}
         self.skipped = self.skipped_in_a_row = 0
         self._seconds, self._start = 0.0, None
@@ -99,11 +102,13 @@ class Journal:
 
     def sync(self) -> None:
         """Force the files from the system's memory to the disk."""
-        for name in FILES:
+        for name in FILES if self.writes else ():
             with open(self.out / name, "rb") as file:
                 os.fsync(file.fileno())
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         try:
             with open(self.out / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -111,7 +116,8 @@ class Journal:
             raise WriteError(f"{self.out / name} cannot be written ({error.strerror})") from error
 
     def _replace(self, name: str, rows: list[dict[str, Any]]) -> None:
-        write_text(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
+        if self.writes:
+            write_text(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:

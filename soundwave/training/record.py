@@ -17,7 +17,8 @@ from soundwave.data.manifest import Sample
 from soundwave.hardware import pick_dtype
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.provenance import commit, versions
-from soundwave.training.checkpoints import WriteError, newest_checkpoint, step_of
+from soundwave.training.checkpoints import STATE_FILE, WriteError, newest_checkpoint, step_of
+from soundwave.training.distributed import Processes
 from soundwave.training.journal import say
 from soundwave.training.settings import ConfigError, StageConfig
 
@@ -121,6 +122,49 @@ def tell_where_it_goes_on(config: StageConfig, checkpoint: Path) -> None:
         say(f"{config.out} has seen all {config.steps} steps already; only its model was not written yet")
 
 
+def agree(config: StageConfig, checkpoint: Path | None, note: dict[str, Any], processes: Processes) -> None:
+    """Compare what the processes of a run have read.
+
+    Raises:
+        ConfigError: a process, perhaps on another machine, does not see the checkpoint, or has other samples or
+            settings than the first one.
+    """
+    seen = checkpoint is None or (checkpoint / STATE_FILE).is_file()
+    settings = {name: value for name, value in note["config"].items() if name != "dtype"}
+    found = processes.gather((seen, note["data"], settings))
+    first = found[0]
+    for rank, (seen, data, settings) in enumerate(found):
+        who = f"process {rank} of {processes.count}"
+        if not seen:
+            raise ConfigError(
+                f"{who} does not see {checkpoint}; name a folder as out that all machines of the run share"
+            )
+        for name, value in settings.items():
+            if value != first[2][name]:
+                raise ConfigError(f"{who} has {name} = {value!r}, but the first one {first[2][name]!r}")
+        if data != first[1]:
+            raise ConfigError(f"{who} reads other samples than the first one; copy the same data to all machines")
+
+
+def tell_of_processes(before: dict[str, Any] | None, note: dict[str, Any]) -> None:
+    """Say what changes if a run continues with another number of processes."""
+    old, new = (before or note).get("processes", 1), note["processes"]
+    if old == new:
+        return
+    was, now = (before or note)["config"], note["config"]
+    a_batch = [at["batch_size"] * count for at, count in ((was, old), (now, new))]
+    a_step = [size * at["accumulation"] for size, at in zip(a_batch, (was, now), strict=True)]
+    of_step = f"a step has {a_step[1]} samples" + (" as before" if a_step[0] == a_step[1] else f", before {a_step[0]}")
+    if a_step[0] == a_step[1] and a_batch[0] == a_batch[1]:
+        changes = "the samples come in the same order, and dropout draws other numbers"
+    else:
+        changes = (
+            "the samples of this epoch come in another order, so that some may come twice and some not at all; from "
+            "the next epoch on each comes once again"
+        )
+    say(f"{old} {'process' if old == 1 else 'processes'} before, {new} now: {of_step}; {changes}")
+
+
 def earlier_note(config: StageConfig, checkpoint: Path | None) -> dict[str, Any] | None:
     """`run.json` of the run that wrote the checkpoint; None without a checkpoint, or without the file with `resume`.
 
@@ -144,11 +188,16 @@ def earlier_note(config: StageConfig, checkpoint: Path | None) -> dict[str, Any]
 
 
 def note_of(
-    config: StageConfig, samples: list[Sample], device: torch.device, earlier: dict[str, Any] | None
+    config: StageConfig,
+    samples: list[Sample],
+    device: torch.device,
+    earlier: dict[str, Any] | None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Content of `run.json`: settings, versions, device, commit and samples of a run.
 
     Args:
+        processes: number of processes that train together.
         earlier: the content that the run before wrote, if this one continues it.
 
     Raises:
@@ -165,6 +214,7 @@ def note_of(
     if earlier:
         old = earlier["config"] | {"samples": earlier["tasks"], "data": earlier.get("data", data)}
         new = settings | {"samples": tasks, "data": data}
+        old["processes"], new["processes"] = earlier.get("processes", 1), processes  # runs of version 0.1 had one
         changed = [name for name in new if name not in FREE and old.get(name, new[name]) != new[name]]
         if config.resume:  # where these differ the checkpoint does not fit
             changed = [name for name in changed if name in BOUND]
@@ -178,6 +228,7 @@ def note_of(
         "commit": commit(),
         "tasks": tasks,
         "data": data,
+        "processes": processes,
     }
 
 

@@ -5,11 +5,12 @@ II   both adapters and LoRA             next token + 0.3 CTC; tasks drawn at a t
 III  LoRA, or LoRA + shrinking adapter  next token
 """
 
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,17 @@ from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_a
 from soundwave.model.processing import SoundwaveProcessor
 from soundwave.model.sizes import refuse_what_does_not_fit, sizes_of
 from soundwave.training.callbacks import Board, Clock, Interrupted, ProgressBar, ProgressLines, StopOnSignal
-from soundwave.training.checkpoints import step_of, written_aside
+from soundwave.training.checkpoints import WriteError, step_of, written_aside
+from soundwave.training.distributed import Processes, is_launched, joined
 from soundwave.training.journal import Journal, say
 from soundwave.training.record import (
+    agree,
     alone_in,
     checkpoint_of,
     earlier_note,
     note_of,
     refuse_misfit,
+    tell_of_processes,
     tell_where_it_goes_on,
 )
 from soundwave.training.settings import ConfigError, StageConfig
@@ -53,6 +57,8 @@ TRAINED = {
 def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], float]:
     """Run one stage, or continue it from its newest checkpoint; `out` gets the settings and the log (`Journal`).
 
+    Processes that a launcher has started (`soundwave.training.distributed`) train together. Each of them calls this.
+
     Returns:
         The model's folder (`out/model`), the log (one dict per logging step, see `SoundwaveTrainer`), and the seconds
         of training, those before an interruption included.
@@ -63,22 +69,39 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
         ConfigError: settings contradict the data, the model or the content of `out`.
         FloatingPointError: `max_skipped` consecutive steps were not finite. WriteError: the disk is full or read-only.
         Interrupted: Ctrl-C or SIGTERM ended training; a checkpoint was saved.
+        LostProcess: another process of the run has ended.
     """
-    with alone_in(config.out):
-        return _train_stage(config)
+    device, _ = pick_device()
+    _refuse_sharding()
+    with joined(device.type) as processes, alone_in(config.out) if processes.first else nullcontext():
+        processes.wait()  # until the first one has locked the folder
+        return _train_stage(config, device, processes)
 
 
-def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], float]:
-    checkpoint = checkpoint_of(config)
+def _refuse_sharding() -> None:
+    if is_launched() and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise ConfigError(
+            "accelerate launch asks for FSDP, but every process holds the whole model here: launch with "
+            "`torchrun --no-python`, or with --multi_gpu, and keep quantization=nf4"
+        )
+
+
+def _train_stage(
+    config: StageConfig, device: torch.device, processes: Processes
+) -> tuple[Path, list[dict[str, float]], float]:
+    checkpoint = processes.of_first(checkpoint_of(config) if processes.first else None)
     step = (step_of(checkpoint) or 0) if checkpoint else 0
     set_seed(config.seed)
-    device, _ = pick_device()
     left_out: list[LeftOut] = []
     samples = _select(config, left_out)
-    note = note_of(config, samples, device, earlier_note(config, checkpoint))
-    config = config.model_copy(update={"dtype": note["config"]["dtype"]})
+    before = earlier_note(config, checkpoint)
+    note = note_of(config, samples, device, before, processes.count)
+    agree(config, checkpoint, note, processes)
+    # A CPU finds its faster dtype by a timing, whose result may differ between the processes.
+    config = config.model_copy(update={"dtype": processes.of_first(note["config"]["dtype"])})
     if checkpoint:
         tell_where_it_goes_on(config, checkpoint)
+        tell_of_processes(before, note)
     elif config.model is None and config.stage == 2:
         say("stage 2 starts from fresh adapters, because no model is given; model=… starts from that of stage 1")
 
@@ -87,8 +110,9 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
         model = build_model(config, device).to(device)
     if checkpoint:
         refuse_misfit(config, checkpoint, model.config)
-    journal = Journal(config.out)
+    journal = Journal(config.out, writes=processes.first)
     journal.begin(step)
+    processes.wait()  # until all have read the files, to which the first one now writes
     for left in left_out:
         journal.leave_out(0, left)
     processor = SoundwaveProcessor.for_config(model.config)
@@ -98,34 +122,32 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
     freeze_all_but(model, trained)
     collator = CheckedCollator(processor, config.stage, frame_stack=model.config.frame_stack)
     if config.model is None and checkpoint is None:
-        clips = _first_clips(collator, samples, config.batch_size)
-        if clips:
-            _tell(config, f"setting the blank's bias from the first {len(clips)} recordings")
-            with memory_named("while the blank's bias was set", _smaller_batch(config)):
-                model.initialise_blank(**{name: x.to(device) for name, x in processor.pad_features(clips).items()})
+        own = samples[processes.rank :: processes.count]
+        with memory_named("while the blank's bias was set", _smaller_batch(config)):
+            _initialise_blank(config, model, processor, _first_clips(collator, own, config.batch_size), processes)
 
-    clock, stop = Clock(journal, note), StopOnSignal()
+    clock, stop = Clock(journal, note), StopOnSignal(processes)
     trainer = SoundwaveTrainer(
         model=model,
         args=_arguments(config, device),
         train_dataset=samples,
         data_collator=collator,
-        batch_sampler=build_sampler(config, samples),
+        batch_sampler=build_sampler(config, samples, processes),
         journal=journal,
         strict=config.strict,
+        processes=processes,
         max_skipped=config.max_skipped,
         callbacks=[Board(), clock, stop],
     )
     trainer.remove_callback(PrinterCallback)
     progress = (ProgressBar if sys.stderr.isatty() else ProgressLines)(f"stage {config.stage}")
-    if not config.quiet:
+    if not config.quiet and processes.first:
         trainer.add_callback(progress)
     if checkpoint and step == config.steps:  # the run was killed after its last step, before the model was written
         trainer.go_to(checkpoint)
         clock.write_note()
     else:
-        a_step = config.accumulation * config.batch_size
-        _tell(config, f"step {step + 1} of {config.steps} begins; a step has {a_step} samples")
+        _tell(config, f"step {step + 1} of {config.steps} begins; a step has {samples_of_step(config, processes)}")
         with stop, closing(progress), memory_named("in a training step", _smaller_batch(config)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _summarise_left_out(journal, len(samples) + len(left_out))
@@ -135,11 +157,27 @@ def _train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], flo
             "the same command goes on from there"
         )
     folder = config.out / "model"
-    with written_aside(folder) as aside:
-        model.save_pretrained(aside)
-    if stop.asked:  # in the last step: what follows a stage, as in the demonstration, must not begin
+    fault = None
+    if processes.first:
+        try:
+            with written_aside(folder) as aside:
+                model.save_pretrained(aside)
+        except WriteError as error:
+            fault = error
+    if (fault := processes.of_first(fault)) is not None:
+        raise fault
+    if processes.any(stop.asked):  # in the last step: what follows a stage, as in the demonstration, must not begin
         raise Interrupted(f"stopped at the end of stage {config.stage}, whose model is in {folder}")
     return folder, [entry for entry in trainer.state.log_history if "loss" in entry], journal.seconds
+
+
+def samples_of_step(config: StageConfig, processes: Processes | None = None) -> str:
+    """How many samples a step has, in words: "64 samples (batch_size 16 x accumulation 2 x 2 processes)"."""
+    count = processes.count if processes else 1
+    words = f"{config.batch_size * config.accumulation * count} samples"
+    if not (processes and processes.launched):
+        return words
+    return f"{words} (batch_size {config.batch_size} x accumulation {config.accumulation} x {count} processes)"
 
 
 def _tell(config: StageConfig, line: str) -> None:
@@ -184,6 +222,29 @@ def _first_clips(collator: CheckedCollator, samples: list[Sample], count: int) -
     return clips
 
 
+def _initialise_blank(
+    config: StageConfig,
+    model: SoundwaveForConditionalGeneration,
+    processor: SoundwaveProcessor,
+    clips: list[torch.Tensor],
+    processes: Processes,
+) -> None:
+    """Set the blank's bias from the first recordings: as over all processes' recordings in one batch."""
+    count = sum(processes.sums(len(clips)))
+    if not count:
+        return
+    _tell(config, f"setting the blank's bias from the first {count} recordings")
+    bias, frames = 0.0, 0
+    if clips:
+        inputs = processor.pad_features(clips)
+        bias = model.initialise_blank(**{name: x.to(model.device) for name, x in inputs.items()})
+        frames = int((-(-inputs["feature_lengths"] // (2 * model.config.frame_stack))).sum())
+    if processes.count > 1:
+        found = processes.gather((bias, frames))
+        with torch.no_grad():
+            model.blank_bias.fill_(sum(bias * frames for bias, frames in found) / sum(frames for _, frames in found))
+
+
 def _summarise_left_out(journal: Journal, total: int) -> None:
     if not journal.left_out:
         return
@@ -218,6 +279,7 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
             "lora_alpha": config.lora_alpha,
         }
         soundwave_config = SoundwaveConfig.from_backbones(config.audio_tower, config.language_model, **changes)
+        SoundwaveProcessor.for_config(soundwave_config)  # refuses a preprocessor of another Whisper before the weights
         _tell_what_is_loaded(config, soundwave_config, dtype, device)
         model = SoundwaveForConditionalGeneration.from_backbones(
             soundwave_config, dtype=dtype, language_model=config.stage > 1
@@ -252,7 +314,7 @@ def _tell_what_is_loaded(config: StageConfig, model: SoundwaveConfig, dtype: tor
     _tell(config, f"loading {', and '.join(part.text for part in parts)}")
 
 
-def build_sampler(config: StageConfig, samples: list[Sample]) -> BucketBatchSampler:
+def build_sampler(config: StageConfig, samples: list[Sample], processes: Processes | None = None) -> BucketBatchSampler:
     """The batches of a stage: samples of similar length, which stage II draws at a temperature.
 
     The length is what a stage pads: frames in stage I, and in the others also the language model's input (prompts,
@@ -268,6 +330,8 @@ def build_sampler(config: StageConfig, samples: list[Sample]) -> BucketBatchSamp
         config.batch_size,
         seed=config.seed,
         temperature=paper_temperature if config.stage == 2 and config.temperature else None,
+        rank=processes.rank if processes else 0,
+        ranks=processes.count if processes else 1,
     )
 
 
@@ -334,7 +398,7 @@ def _select(config: StageConfig, left_out: list[LeftOut]) -> list[Sample]:
 
 
 def _arguments(config: StageConfig, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(config.out),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
@@ -357,4 +421,12 @@ def _arguments(config: StageConfig, device: torch.device) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
+        log_level_replica="passive",  # what the command has set, as for the first process; the default is louder
     )
+    if device.type == "cuda" and not is_launched() and arguments.n_gpu > 1:
+        say(
+            f"there are {arguments.n_gpu} GPUs, of which this run uses one; to use all, start it with "
+            f"`torchrun --nproc-per-node {arguments.n_gpu} --no-python soundwave train …`"
+        )
+        arguments._n_gpu = 1  # else Trainer would cut each batch for torch's DataParallel
+    return arguments

@@ -1,17 +1,23 @@
 """transformers' Trainer with our batches, and with logs that show whether alignment works."""
 
+import inspect
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
+import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
@@ -23,8 +29,10 @@ from soundwave.kernels.dispatch import to_device
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, SoundwaveOutput
 from soundwave.training.callbacks import ignore_interrupts
 from soundwave.training.checkpoints import STATE_FILE, WriteError, clear_place, newest_checkpoint, rotate, written_aside
+from soundwave.training.distributed import Processes
 from soundwave.training.journal import Journal, say, write_text
 
+LOSSES = ("loss", "lm_loss", "ctc_loss")
 MEL_FRAMES_A_SECOND = 100
 BAD_BATCH = "bad-batch"  # name of two files, .json and .safetensors
 
@@ -46,6 +54,12 @@ class SoundwaveTrainer(Trainer):
     A step of several batches (gradient accumulation) has the loss of one batch with all their samples: `lm_loss` is the
     mean over all answer tokens, `ctc_loss` the mean over all recordings that have a transcript.
 
+    Of several processes each trains on its share of every batch, and a step has the loss of one batch with the samples
+    of all of them. Each batch that a launcher's process trains on has random numbers of its own, which follow from the
+    seed, the step, the batch's place in it and the process: a resumed run draws them again without a saved state. What
+    is masked of a recording follows from the seed, the step and its name, however many processes there are. A step is
+    skipped, and a sample left out, in all processes alike.
+
     It adds these figures to Trainer's log, each over the steps since the last log:
         loss: mean over the steps that were not skipped.  ctc_loss, lm_loss: its parts.
         blank_share: share of the frames whose most probable id is blank.
@@ -56,6 +70,7 @@ class SoundwaveTrainer(Trainer):
     Args:
         journal: records the log, the samples left out and the steps skipped; None makes one for `args.output_dir`.
         strict: raise SampleError for a sample that is left out.
+        processes: those that train together; None for this one alone.
         max_skipped: FloatingPointError is raised after so many skipped steps in a row.
 
     Raises:
@@ -70,9 +85,11 @@ class SoundwaveTrainer(Trainer):
         batch_sampler: BucketBatchSampler,
         journal: Journal | None = None,
         strict: bool = False,
+        processes: Processes | None = None,
         max_skipped: int = 10,
         **kwargs: Any,
     ):
+        self.processes = processes or Processes()
         super().__init__(*args, **kwargs)
         if not self.args.max_grad_norm > 0:
             # Trainer clips nothing then, and steps that are not finite are found where it clips.
@@ -94,6 +111,10 @@ class SoundwaveTrainer(Trainer):
         self._totals: dict[str, Tensor | int] = {}  # what `counts_of` finds in them together
         self._losses: dict[str, Tensor] = {}  # loss of the current step and its parts, summed over its batches
         self._unread: list[Unread] = []  # of the current step
+        self._trained = True  # whether any process has a sample in the current step
+        self._recordings = True  # whether any process has a recording in the current step
+        self._batch = 0  # number of batches of the current step that were trained on
+        self._stands_in = False  # whether the current batch only does the work of one
         self._empty_in_a_row = 0
         self._aside: Path | None = None
 
@@ -114,16 +135,31 @@ class SoundwaveTrainer(Trainer):
             worker_init_fn=ignore_interrupts,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
-        return self.accelerator.prepare(loader, device_placement=[False])  # `_prepare_inputs` sends what has to go
+        # As accelerate prepares it for one process: the sampler has shared out the samples already. Its own division
+        # would repeat some at the end of an epoch. `_prepare_inputs` sends to the device what has to go there.
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
-        """As in Trainer; the batches of the step are remembered too."""
+        """As in Trainer; the batches of the step are remembered too, and what they leave out is recorded."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._batches, self._faults, self._losses, self._unread = batches, [], {}, []
+        self._batches, self._faults, self._losses, self._unread, self._batch = batches, [], {}, [], 0
         counts = [counts_of(batch) for batch in batches]
         self._totals = {part: sum(count[part] for count in counts) for part in ("lm_loss", "ctc_loss")}
+        left_out = [left for batch in batches for left in batch.get("left_out", ())]
+        self._trained = any(tensors_of(batch) for batch in batches)
+        if self.processes.count > 1:
+            counts = [*map(int, self._totals.values()), sum("input_features" in batch for batch in batches)]
+            *counts, lost, trained = self.processes.sums(*counts, len(left_out), int(self._trained))
+            self._totals, self._trained = dict(zip(self._totals, counts, strict=False)), trained > 0
+            self._recordings = counts[-1] > 0
+            if lost:
+                left_out = [left for found in self.processes.gather(left_out) for left in found]
+        for left in left_out:
+            if self.strict:
+                raise SampleError(str(left))
+            self.journal.leave_out(self.state.global_step + 1, left)
         return batches, items
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -135,13 +171,18 @@ class SoundwaveTrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer, without the names of the samples. A batch without any sample gives loss 0 and no gradient."""
-        for left in inputs.get("left_out", ()):
-            if self.strict:
-                raise SampleError(str(left))
-            self.journal.leave_out(self.state.global_step + 1, left)
-        tensors = tensors_of(inputs)
-        if not tensors:
+        tensors, number = tensors_of(inputs), self._batch
+        self._batch += 1
+        self._stands_in = not tensors
+        if self._stands_in and self.processes.count == 1:
             return torch.zeros((), device=self.args.device)
+        if self._stands_in:  # DistributedDataParallel averages gradients in the backward pass of every process
+            tensors = dict(self.data_collator.stand_in())
+        if self.processes.launched:
+            key = (self.args.seed, self.state.global_step, number, self.processes.rank)
+            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+            if names := inputs.get("recordings"):
+                tensors["augment_seeds"] = [crc32(repr((*key[:2], name)).encode()) for name in names]
         self._tasks.update(inputs.get("tasks", ()))
         # Trainer would divide the loss by the number of batches; `compute_loss` weighs them by what they hold.
         self.current_gradient_accumulation_steps = 1
@@ -156,11 +197,18 @@ class SoundwaveTrainer(Trainer):
         """
         outputs = model(**inputs)
         loss = outputs.loss
-        if model.training:
+        if model.training and self._stands_in:
+            loss = loss * 0.0
+        elif model.training:
             parts = {"loss": loss, "ctc_loss": outputs.ctc_loss, "lm_loss": outputs.lm_loss}
             found = {name: value.detach().float() for name, value in parts.items() if value is not None}
             self._unread.append(Unread(list(found), torch.stack(list(found.values())), self._figures(outputs, inputs)))
-            loss = torch.where(torch.isfinite(loss), self._part_of_step(outputs, inputs), 0.0)
+            part = self._part_of_step(outputs, inputs)
+            if self.processes.count > 1:
+                part = part * self.processes.count  # the gradients of the processes are averaged, not added
+            loss = torch.where(torch.isfinite(loss), part, 0.0)
+        if model.training and self.processes.count > 1 and (idle := self._idle("input_features" in inputs)):
+            loss = loss + torch.cat([parameter.flatten()[:0] for parameter in idle]).sum()  # 0, with gradients of 0
         return (loss, outputs) if return_outputs else loss
 
     def _part_of_step(self, outputs: SoundwaveOutput, inputs: dict[str, Tensor]) -> Tensor:
@@ -178,27 +226,81 @@ class SoundwaveTrainer(Trainer):
             self._losses[name] = self._losses.get(name, 0.0) + value.detach()
         return loss
 
+    # ---------------------------------------------------------------- several processes
+
+    def _wrap_model(self, model: torch.nn.Module, training: bool = True, dataloader: Any = None) -> torch.nn.Module:
+        """As in Trainer; of several processes each holds the whole model, and their gradients are averaged.
+
+        Every process has to give every parameter a gradient. A batch of text alone uses no adapter, while those of
+        other processes may, so `compute_loss` adds what is idle. With `find_unused_parameters` torch would walk through
+        the graph of every batch to find it, and a static graph is wrong, because it differs from batch to batch.
+        Buffers are not sent in each step: none changes in training, and that of stage I is the output embedding.
+        `device_ids` is left out, because what stays on the CPU (lengths, labels) would be sent to the GPU.
+        """
+        wrapped = super()._wrap_model(model, training, dataloader)
+        if wrapped is not model or not training or self.processes.count == 1 or self.is_fsdp_enabled:
+            return wrapped
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+        buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}  # torch 2.13
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **buffers)
+
+    def _idle(self, recordings: bool) -> list[Tensor]:
+        """The trained parameters that take no part in a loss: without recordings all adapters'."""
+        prefixes: tuple[str, ...] = ("alignment.", "blank_", "shrinking.") if not recordings else ()
+        if self.model.config.keys == "none":
+            prefixes += ("shrinking.in_proj", "shrinking.out_proj")
+        return [p for name, p in self.model.named_parameters() if p.requires_grad and name.startswith(prefixes)]
+
+    def store_flos(self) -> None:
+        """As in Trainer, but several processes do not add up their operations: it would wait for the GPUs."""
+        if self.processes.count == 1:
+            super().store_flos()
+
+    def _share_faults(self) -> tuple[list[str], int]:
+        """Let all processes know the faults of each other -> the samples beside which they arose; whose they are first.
+
+        Only a process whose own loss is not finite tells its samples, and all do if only the gradient is not finite.
+        """
+        samples = [name for batch in self._batches for name in batch.get("samples", ())]
+        if self.processes.count == 1 or not self.processes.any(bool(self._faults)):
+            return samples, self.processes.rank
+        found = self.processes.gather((self._faults, samples))
+        self._faults = [fault for faults, _ in found for fault in faults]
+        guilty = [rank for rank, (faults, _) in enumerate(found) if faults]
+        return [name for rank in guilty for name in found[rank][1]], guilty[0]
+
     # ---------------------------------------------------------------- steps that are skipped
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
         """As in Trainer. If loss or gradient is not finite, the gradients are dropped, so that no weight changes."""
+        if self.processes.count > 1:
+            for parameter in self._idle(self._recordings):  # the optimiser leaves alone what has no gradient
+                parameter.grad = None
         norm = super()._clip_grad_norm(model)
-        self._read(norm)
+        norm_found = self._read(norm)
+        samples, rank = self._share_faults()
+        if not self._faults and not math.isfinite(norm_found):
+            self._faults.append(f"the gradient is not finite (norm {norm_found:g})")
+            samples, rank = self._share_faults()
         if self._faults:
             model.zero_grad(set_to_none=True)
-            self._skip(self._faults[0])
-        elif any(tensors_of(batch) for batch in self._batches):
-            for name, value in self._losses.items():
+            self._skip(self._faults[0], samples, rank)
+        elif self._trained:
+            for name in LOSSES:
                 if name == "loss" or self._totals[name]:
-                    self._add(name, value)
+                    self._add(name, self._losses.get(name, 0.0))
                     self._add(f"{name}_steps", 1)
             self.journal.skipped_in_a_row = self._empty_in_a_row = 0
         else:
             self._count_empty_step()
         return norm
 
-    def _read(self, norm: Tensor) -> None:
-        """Read the losses of the step's batches and the norm of its gradient: the one wait for a GPU in a step."""
+    def _read(self, norm: Tensor) -> float:
+        """Read the losses of the step's batches and the norm of its gradient: the one wait for a GPU in a step.
+
+        Returns:
+            The norm.
+        """
         together = torch.cat([*(unread.losses for unread in self._unread), norm.detach().float().reshape(1)])
         *values, norm_found = together.tolist()
         for names, losses, figures in self._unread:
@@ -209,17 +311,17 @@ class SoundwaveTrainer(Trainer):
                 parts = ", ".join(f"{name} = {value:g}" for name, value in found.items())
                 self._faults.append(f"the loss is not finite ({parts})")
         self._unread = []
-        if not self._faults and not math.isfinite(norm_found):
-            self._faults.append(f"the gradient is not finite (norm {norm_found:g})")
+        return norm_found
 
-    def _skip(self, fault: str) -> None:
+    def _skip(self, fault: str, samples: list[str], rank: int) -> None:
+        """Record a skipped step. After too many, the process `rank`, whose fault it was, saves its batches: raise."""
         step = self.state.global_step + 1
-        samples = [name for batch in self._batches for name in batch.get("samples", ())]
         self.journal.skip(step, fault, samples)
         in_a_row = self.journal.skipped_in_a_row
         if in_a_row < self.max_skipped:
             return
-        where = self._save_bad_batch(step, samples)
+        where = self._save_bad_batch(step, samples) if self.processes.rank == rank else ""
+        where = self.processes.gather(where)[rank]
         what, _, found = fault.partition(" is ")
         first = f"{what} at step {step - in_a_row + 1} is {found}"
         more = f", nor at the {in_a_row - 1} steps after it" if in_a_row > 1 else ""
@@ -248,7 +350,8 @@ class SoundwaveTrainer(Trainer):
         """
         self._empty_in_a_row += 1
         if self._empty_in_a_row >= self.max_skipped:
-            last: LeftOut = next(left for batch in self._batches for left in batch["left_out"])
+            left_out = self.processes.gather([left for batch in self._batches for left in batch.get("left_out", ())])
+            last: LeftOut = next(left for found in left_out for left in found)
             raise SampleError(
                 f"in {self._empty_in_a_row} steps, up to step {self.state.global_step + 1}, no sample could be used; "
                 f"among the last: {last}"
@@ -260,7 +363,21 @@ class SoundwaveTrainer(Trainer):
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As in Trainer, but written aside, synced to disk and renamed before an older checkpoint is deleted."""
+        """As in Trainer, but written aside, synced to disk and renamed before an older checkpoint is deleted.
+
+        Of several processes the first one writes; the others hold the same weights, and wait.
+        """
+        fault = None
+        if self.processes.first:
+            try:
+                self._write_checkpoint(model, trial)
+            except WriteError as error:
+                fault = error
+        fault = self.processes.of_first(fault)
+        if fault is not None:
+            raise fault
+
+    def _write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         out, step = self.out, self.state.global_step
         target = out / f"checkpoint-{step}"
         try:
@@ -275,6 +392,12 @@ class SoundwaveTrainer(Trainer):
             raise self._with_safe_checkpoint(error) from error
         finally:
             self._aside = None
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As in Trainer, under the name that it has for one process: several keep no state (`training_step`)."""
+        super()._save_rng_state(output_dir)
+        if self.args.world_size > 1:
+            os.rename(Path(output_dir) / "rng_state_0.pth", Path(output_dir) / "rng_state.pth")
 
     def _with_safe_checkpoint(self, error: WriteError) -> WriteError:
         last = newest_checkpoint(self.out)
@@ -328,19 +451,29 @@ class SoundwaveTrainer(Trainer):
         if "loss" not in logs:
             super().log(logs, start_time)
             return
-        logs = logs | {"loss": float("nan")} | (self._observed() if self._sums else {})
+        logs = logs | {"loss": float("nan")} | self._observed()
         logs |= {"skipped_steps": self.journal.skipped, "left_out": len(self.journal.left_out)}
         try:
             # The journal writes before the callbacks: on a full disk TensorBoard's thread would print a traceback.
             entry = {"step": self.state.global_step, "epoch": self.state.epoch} | logs
-            self.journal.log(entry | {"tasks": dict(self._tasks)})
+            if self.processes.first:
+                self.journal.log(entry | {"tasks": dict(self._tasks)})
         except WriteError as error:
             raise self._with_safe_checkpoint(error) from error
         self._tasks.clear()
         super().log(logs, start_time)
 
     def _observed(self) -> dict[str, float]:
-        sums = {name: float(value) for name, value in self._sums.items()}
+        """The figures since the last log, of all processes; none if no batch was read."""
+        found = self.processes.gather(({name: float(value) for name, value in self._sums.items()}, self._tasks))
+        sums: dict[str, float] = {}
+        for name in dict.fromkeys(name for figures, _ in found for name in figures):
+            values = [figures[name] for figures, _ in found if name in figures]
+            # The processes do the same steps, so these are not added up.
+            sums[name] = min(values) if name == "first_step" or name.endswith("_steps") else sum(values)
+        self._tasks = sum((tasks for _, tasks in found), Counter())
+        if not sums:
+            return {}
         seconds, now = sums.get("mel_frames", 0.0) / MEL_FRAMES_A_SECOND, time.perf_counter()
         out = {
             "batch_samples": sums["samples"] / (self.state.global_step - sums["first_step"]),
