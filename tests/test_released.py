@@ -32,10 +32,12 @@ from soundwave.backbones import check, shards
 from soundwave.inference.answer import answer
 from soundwave.inference.long import transcribe
 from soundwave.model import modeling
-from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.configuration import CONFIG_VERSION, SoundwaveConfig
+from soundwave.model.merging import merge
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
 from soundwave.model.released import convert
+from soundwave.report.utterances import examine
 from tests.released import (
     END,
     FRAMES,
@@ -514,6 +516,31 @@ def test_a_converted_checkpoint_is_trained_as_the_released_one(released, manifes
         convert(found.folder, tmp_path / "back")
 
 
+def test_what_was_trained_is_merged_and_written_in_the_released_layout(released, tuned, reference, clips, tmp_path):
+    """The way of a model from the release, through training, back to those who use the authors' code."""
+    merge(tuned.folder, tmp_path / "merged", dtype="float32")
+    assert convert(tmp_path / "merged", tmp_path / "back") == "released"
+    assert others_in(tmp_path / "back") == others_in(released)
+    batch = batch_of(SoundwaveProcessor.from_pretrained(released), clips)
+    with torch.no_grad():
+        trained, found = load(tuned.folder)(**batch), load(tmp_path / "back")(**batch)
+        before = load(released)(**batch)
+    torch.testing.assert_close(found.logits, trained.logits, **CLOSE)
+    assert not torch.allclose(found.logits[:, -1], before.logits[:, -1], **CLOSE)
+    again = Reference(tensors_in(tmp_path / "back"))
+    *_, loss = of_reference(again, SoundwaveProcessor.from_pretrained(released), clips)
+    torch.testing.assert_close(found.loss, loss, **CLOSE)
+
+
+def test_a_report_shows_its_frames_and_tokens(released, clips):
+    model, processor = load(released), SoundwaveProcessor.from_pretrained(released)
+    shown = examine(model, processor, clips[1])
+    path = model(**processor.pad_features([processor.features(clips[1])])).path[0]
+    assert len(shown["kept"]) == 1 + int((path[1:] != path[:-1]).sum())
+    blanks = [one for one in shown["kept"] if path[one["frame"]] == PLACEHOLDER]
+    assert blanks and all(one["text"] == "" for one in blanks)
+
+
 # ---------------------------------------------------------------- damage
 
 
@@ -707,6 +734,19 @@ def test_a_released_folder_that_was_moved_is_told_by_the_model_trained_from_it(t
 
 
 # ---------------------------------------------------------------- models and backbones of our own layout
+
+
+def test_an_older_version_is_told_that_the_model_is_newer(tuned):
+    """It would take the head and the window for settings that do nothing."""
+    assert json.loads((tuned.folder / "config.json").read_text())["config_version"] == CONFIG_VERSION > 1
+
+
+def test_a_folder_relative_to_a_saved_configuration_is_found_from_anywhere(small_llm, tmp_path, monkeypatch):
+    shutil.copytree(small_llm, tmp_path / "model" / "llm")
+    SoundwaveConfig(language_model="./llm", audio_tower="./absent").save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    found = SoundwaveConfig.from_pretrained("model")
+    assert (found.language_model, found.audio_tower) == (str(tmp_path / "model" / "llm"), "./absent")
 
 
 def test_a_misfit_of_our_layout_is_told_before_a_weight_is_read(tuned, tmp_path, unread):
