@@ -151,7 +151,7 @@ def barrier_table(barriers: list[Barrier], seconds: float) -> str:
         "|---|---|---|---|---|---|---|---|",
         *_barrier_rows(barriers),
         "",
-        "## Not noticed, and why they are redundant",
+        "## Not noticed, and why: redundant, or not reached by any case",
         "",
     ]
     sites = defaultdict(list)
