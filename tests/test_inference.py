@@ -76,8 +76,9 @@ def texts(models, recordings) -> list[str]:
 
 @pytest.fixture(scope="module")
 def long(recordings) -> np.ndarray:
-    """70 s of speech."""
-    return np.resize(np.concatenate(recordings), 70 * 16_000)
+    """70 s of speech, with a pause of 0.4 s behind each sentence."""
+    pause = np.zeros(6_400, np.float32)
+    return np.resize(np.concatenate([part for samples in recordings for part in (samples, pause)]), 70 * 16_000)
 
 
 # ---------------------------------------------------------------- what may be transcribed

@@ -16,11 +16,12 @@ from soundwave.backbones.load import token_ids
 from soundwave.backbones.released import MODEL_TYPE as RELEASED
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.inference.drafts import DraftCounts, decode_drafts, reason_against_drafts
+from soundwave.inference.timestamps import Reading, readings_of
 from soundwave.model.chat import Prompt
 from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.hub import local_folder
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.model.processing import SoundwaveProcessor
-from soundwave.model.hub import local_folder
 from soundwave.model.sizes import fits, refuse_what_does_not_fit, sizes_of
 
 DRAFTS = ("ctc", "none")
@@ -118,6 +119,7 @@ def answer(
     counts: DraftCounts | None = None,
     watch: Callable[[list[list[int]]], Sequence[bool]] | None = None,
     prompt_lengths: list[int] | None = None,
+    readings: list[Reading | None] | None = None,
 ) -> list[str]:
     """Let the language model answer prompts by greedy decoding.
 
@@ -135,6 +137,7 @@ def answer(
         watch: without drafts, called after each token with the tokens of each answer so far, padding behind the end
             token included; it tells for each answer whether it ends here.
         prompt_lengths: the inputs of the language model are added to it, counted for each prompt, speech included.
+        readings: what CTC reads in the recording of each prompt is added to it, None without one.
 
     Returns:
         The answers, without special tokens and outer white space.
@@ -145,7 +148,12 @@ def answer(
     if draft == "ctc" and (reason := reason_against_drafts(model.language_model)):
         warnings.warn(f"the language model writes without drafts, because {reason}", stacklevel=2)
         draft = "none"
-    embeddings, mask, read = model.embed_prompts(**batch)
+    aligned = None
+    if readings is not None and "input_features" in batch:
+        aligned = model.align(batch["input_features"], batch["feature_lengths"], packed=model.packed)
+        found = iter(readings_of(aligned))
+        readings += [None if clip is None else next(found) for clip in audio]
+    embeddings, mask, read = model.embed_prompts(**batch, aligned=aligned)
     if prompt_lengths is not None:
         prompt_lengths += mask.sum(1).tolist()
     if draft == "ctc":
@@ -159,12 +167,12 @@ def answer(
             counts.unread += sum(sure)
         if rest:
             chosen = [drafts[number] for number in rest]
-            with model._autocast():
+            with model.decoding():
                 written = decode_drafts(model, embeddings[rest], mask[rest], chosen, ends, max_new_tokens, counts)
             for number, row in zip(rest, written, strict=True):
                 rows[number] = row
     else:
-        with model._autocast():
+        with model.decoding():
             rows = model.language_model.generate(
                 inputs_embeds=embeddings,
                 attention_mask=mask,

@@ -15,13 +15,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from soundwave.data.audio import LONGEST_SECONDS, RATES, SAMPLING_RATE, load_audio, read_blocks, seconds_of
-from soundwave.data.collate import SILENCE, TRANSCRIBE_PROMPT
-from soundwave.inference.answer import LoadedModel, answer, check_draft, load_model, read_ctc
-from soundwave.inference.transcript import Transcript
+from soundwave.inference.answer import LoadedModel, answer, check_draft, load_model
+from soundwave.inference.reading import Reader, Text, Window, cut_into_windows, seam
+from soundwave.inference.timestamps import segments_of
+from soundwave.inference.transcript import Segment, Transcript, Word
 
-FRAME = 0.02  # seconds of a frame among which `windows` chooses the place of a cut
-SEARCH = 5.0  # seconds before the limit in which `windows` looks for a pause
-MEL_FRAME = 160  # samples of a mel frame
+TIMESTAMPS = ("word", "segment")
 LOUDEST = 100.0  # Larger samples are integers that were cast to floating point without being scaled.
 
 Audio = str | os.PathLike[str] | ArrayLike
@@ -46,19 +45,64 @@ class Answer(NamedTuple):
 
 
 @dataclass
-class _Recording:
+class Recording:
     """A recording that is being transcribed: `waiting` of its windows have no text yet."""
 
     number: int
-    samples: int = 0
+    seconds: float = 0.0
     waiting: int = 0
     read: bool = False  # to its end, or to its fault
     fault: ValueError | None = None
     cut_off: bool = False
+    open: tuple[Window, Text] | None = None  # the last window, if the one behind it shares its end
+    until: float = 0.0  # where its last word ends
     texts: list[str] = field(default_factory=list)
+    words: list[Word] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
 
-    def transcript(self) -> Transcript:
-        return Transcript(" ".join(" ".join(self.texts).split()), round(self.samples / SAMPLING_RATE, 3))
+    def take(self, window: Window, text: Text) -> list[tuple[Window, Text]]:
+        """The windows whose texts are settled once `window` says `text`."""
+        settled = []
+        if self.open is not None:
+            before, text = seam(self.open[1], text, window)
+            settled.append((self.open[0], before))
+            self.open = None
+        if window.after:
+            self.open = window, text
+        else:
+            settled.append((window, text))
+        return settled
+
+    def add(self, window: Window, text: Text, timestamps: str | None) -> Transcript:
+        """The transcript of a window whose text is settled; it becomes a part of the recording's."""
+        self.cut_off |= text.cut_off
+        self.texts.append(text.text)
+        timed = []
+        for word in () if timestamps is None else text.words or ():  # two windows may time the words of a seam apart
+            start = max(word.start, self.until)
+            timed.append(word._replace(start=start, end=max(word.end, start)))
+            self.until = timed[-1].end
+        segments = segments_of(timed, window.start)
+        words = [word.public() for word in timed] if timestamps == "word" else []
+        self.segments += segments
+        self.words += words
+        seconds = round(len(window.samples) / SAMPLING_RATE - window.before, 3)
+        return _transcript(text.text, seconds, words, segments, timestamps)
+
+    def transcript(self, timestamps: str | None) -> Transcript:
+        text = " ".join(text for text in self.texts if text)
+        return _transcript(text, round(self.seconds, 3), self.words, self.segments, timestamps)
+
+
+def _transcript(
+    text: str, seconds: float, words: Sequence[Word], segments: Sequence[Segment], timestamps: str | None
+) -> Transcript:
+    return Transcript(
+        text,
+        seconds,
+        tuple(words) if timestamps == "word" else None,
+        None if timestamps is None else tuple(segments),
+    )
 
 
 @overload
@@ -70,6 +114,7 @@ def transcribe(
     batch_size: int = ...,
     max_new_tokens: int = ...,
     draft: str = ...,
+    timestamps: str | None = ...,
 ) -> Transcript: ...
 @overload
 def transcribe(
@@ -80,6 +125,7 @@ def transcribe(
     batch_size: int = ...,
     max_new_tokens: int = ...,
     draft: str = ...,
+    timestamps: str | None = ...,
 ) -> list[Transcript]: ...
 def transcribe(
     audio: Audio | Sequence[Audio],
@@ -89,11 +135,14 @@ def transcribe(
     batch_size: int = 1,
     max_new_tokens: int = 256,
     draft: str = "ctc",
+    timestamps: str | None = None,
 ) -> Transcript | list[Transcript]:
     """Write down what is said in one recording, or in each of a list of recordings.
 
-    A recording over 30 s is cut into windows where it is quietest. A model of stage I is read by CTC. Every recording
-    is checked before the model is loaded; of a file only the header is read for this.
+    A recording over 30 s is cut into windows at its pauses; where there is none, two windows overlap, and no word is
+    lost or doubled. Where the language model leaves out five words or more in a row that CTC reads, the window is cut
+    into smaller ones, which are read again. A model of stage I is read by CTC. Every recording is checked before the
+    model is loaded; of a file only the header is read for this.
 
     Args:
         audio: a file of any usual format, or samples: an array, tensor or list of numbers, floating point
@@ -106,6 +155,8 @@ def transcribe(
         max_new_tokens: longest text of a window, in tokens of the language model.
         draft: "ctc" lets the language model check the text that CTC reads, and write only what it would have written
             otherwise: the same text, sooner. "none" lets it write every token.
+        timestamps: "segment" gives the transcript `segments` with their times, "word" also `words`. None saves the time
+            that this takes.
 
     Returns:
         A `Transcript` (`text`, `seconds`), or a list of them in the order of `audio`.
@@ -113,7 +164,7 @@ def transcribe(
     Raises:
         AudioError: a file cannot be used.
         ValueError: samples that are not mono, not floating point, empty, not finite or far above full scale; a
-            sampling rate outside 1 kHz to 1 MHz; a `batch_size` below 1; another `draft`.
+            sampling rate outside 1 kHz to 1 MHz; a `batch_size` below 1; another `draft` or `timestamps`.
         FileNotFoundError: the folder holds no model.
         TypeError: `model` is neither a loaded model nor a folder.
     """
@@ -132,6 +183,7 @@ def transcribe(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             draft=draft,
+            timestamps=timestamps,
         )
     )
     return found if several else found[0]
@@ -145,9 +197,11 @@ def transcribe_each(
     batch_size: int = 1,
     max_new_tokens: int = 256,
     draft: str = "ctc",
+    timestamps: str | None = None,
     leave_out: Callable[[int, ValueError], None] | None = None,
     cut_off: list[int] | None = None,
     heard: Callable[[float], None] | None = None,
+    said: Callable[[int, Transcript], None] | None = None,
 ) -> Iterator[Transcript]:
     """Transcribe any number of recordings of any length, read and given one after the other, in order.
 
@@ -162,6 +216,8 @@ def transcribe_each(
             before its transcript is given. Without it a warning says so.
         heard: called after each batch of windows with how many seconds have been transcribed so far, of all recordings
             together.
+        said: called with the number of the recording and the transcript of each window, as soon as its text is settled:
+            in order within a recording, and before the transcript of the whole is given. Silent windows have none.
 
     Raises:
         AudioError, ValueError, FileNotFoundError, TypeError: as in `transcribe`.
@@ -169,19 +225,14 @@ def transcribe_each(
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}, but it must be 1 or more")
     check_draft(draft)
+    if timestamps is not None and timestamps not in TIMESTAMPS:
+        raise ValueError(f"timestamps = {timestamps!r}, but it must be {' or '.join(map(repr, TIMESTAMPS))}, or None")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}, but it must be 1 or more")
     if (path := _path(recordings)) is not None:
         raise TypeError(f"recordings = {path!r}, but it must be an iterable; use transcribe for one file")
-    return _transcripts(
-        recordings,
-        _loaded(model),
-        sampling_rate,
-        batch_size,
-        max_new_tokens,
-        draft,
-        leave_out or _raise,
-        cut_off,
-        heard,
-    )
+    reader = Reader(_loaded(model), batch_size=batch_size, max_new_tokens=max_new_tokens, draft=draft)
+    return _transcripts(recordings, reader, sampling_rate, timestamps, leave_out or _raise, cut_off, heard, said)
 
 
 def _raise(number: int, fault: ValueError) -> None:
@@ -190,36 +241,32 @@ def _raise(number: int, fault: ValueError) -> None:
 
 def _transcripts(
     recordings: Iterable[Audio],
-    loaded: LoadedModel,
+    reader: Reader,
     sampling_rate: int,
-    batch_size: int,
-    max_new_tokens: int,
-    draft: str,
+    timestamps: str | None,
     leave_out: Callable[[int, ValueError], None],
     cut_off: list[int] | None,
     heard: Callable[[float], None] | None,
+    said: Callable[[int, Transcript], None] | None,
 ) -> Iterator[Transcript]:
-    samples = 0  # of all recordings, as far as they are read
-    started: deque[_Recording] = deque()
-    batch: list[tuple[_Recording, Tensor]] = []
+    seconds = 0.0  # of all recordings, as far as they are read
+    started: deque[Recording] = deque()
+    batch: list[tuple[Recording, Window]] = []
 
     def transcribe_batch() -> None:
-        clips, cut = [clip for _, clip in batch], []
-        if loaded.model.config.stage == 1:
-            texts = read_ctc(*loaded, clips)[0]
-        else:
-            prompts = [TRANSCRIBE_PROMPT] * len(clips)
-            texts = answer(*loaded, prompts, clips, max_new_tokens=max_new_tokens, cut_off=cut, draft=draft)
-        for place, ((recording, _), text) in enumerate(zip(batch, texts, strict=True)):
-            recording.texts.append(text)
+        texts = reader.read([window for _, window in batch], timed=timestamps is not None)
+        for (recording, window), text in zip(batch, texts, strict=True):
+            for settled in recording.take(window, text):
+                part = recording.add(*settled, timestamps)
+                if said is not None and part.text:
+                    said(recording.number, part)
             recording.waiting -= 1
-            recording.cut_off |= place in cut
         batch.clear()
         tell()
 
     def tell() -> None:
         if heard is not None and not batch:  # all that is read has its text
-            heard(samples / SAMPLING_RATE)
+            heard(seconds)
 
     def finished() -> Iterator[Transcript]:
         while started and started[0].read and not started[0].waiting:
@@ -231,30 +278,31 @@ def _transcripts(
             if recording.cut_off and cut_off is not None:
                 cut_off.append(recording.number)
             elif recording.cut_off:
-                name = f"recordings[{recording.number}]"
-                warnings.warn(f"{name}: a text was cut off after max_new_tokens = {max_new_tokens}", stacklevel=2)
-            yield recording.transcript()
+                limit, name = reader.max_new_tokens, f"recordings[{recording.number}]"
+                warnings.warn(f"{name}: a text was cut off after max_new_tokens = {limit}", stacklevel=2)
+            yield recording.transcript(timestamps)
 
     for number, audio in enumerate(recordings):
-        recording = _Recording(number)
+        recording = Recording(number)
         started.append(recording)
         pieces = _pieces(audio, sampling_rate, f"recordings[{number}]")
         while True:
             try:
-                piece = next(pieces, None)
+                window = next(pieces, None)
             except ValueError as fault:
                 recording.fault = fault
-                piece = None
-            if piece is None:
+                window = None
+            if window is None:
                 break
-            recording.samples += len(piece)
-            samples += len(piece)
-            if np.abs(piece).max(initial=0) <= SILENCE:  # nothing was said, and a language model would invent words
+            recording.seconds += window.seconds - window.before
+            seconds += window.seconds - window.before
+            # Nothing is said in a silent window. One that shares a part with others is read for their sake.
+            if window.silent and not (window.before or window.after):
                 tell()
                 continue
             recording.waiting += 1
-            batch.append((recording, loaded.processor.features(piece)))
-            if len(batch) == batch_size:
+            batch.append((recording, window))
+            if len(batch) == reader.batch_size:
                 transcribe_batch()
                 yield from finished()
         recording.read = True
@@ -266,12 +314,12 @@ def _transcripts(
     yield from finished()
 
 
-def _pieces(audio: Audio, sampling_rate: int, name: str) -> Iterator[np.ndarray]:
-    """The windows of a recording, float32 [samples] at 16 kHz; a file is read only as far as they are taken."""
+def _pieces(audio: Audio, sampling_rate: int, name: str) -> Iterator[Window]:
+    """The windows of a recording at 16 kHz; a file is read only as far as they are taken."""
     if (path := _path(audio)) is not None:
-        yield from stream_windows(read_blocks(path))
+        yield from cut_into_windows(read_blocks(path))
     else:
-        yield from stream_windows(iter([as_samples(audio, sampling_rate, name=name)]))
+        yield from cut_into_windows(iter([as_samples(audio, sampling_rate, name=name)]))
 
 
 def ask(
@@ -388,19 +436,14 @@ def windows(
 ) -> list[np.ndarray]:
     """Cut a recording [samples] into views of at most `seconds` each. Joined, they give the recording again.
 
-    Each cut is in the middle of the quietest 20 ms frame of the last 5 s before the limit; if `seconds` is under 10, of
-    the last half of the window.
+    Each cut is in the middle of the longest pause of the last 5 s before the limit; if `seconds` is under 10, of the
+    last half of the window. Without a pause it is in the middle of the quietest frame of 20 ms.
 
     Raises:
         ValueError: `seconds` is under 0.08, so there are no two frames among which to choose.
     """
-    limit, frame, search = _sizes(sampling_rate, seconds)
-    pieces = []
-    while len(audio) > limit:
-        cut = _cut(audio, limit, frame, search)
-        pieces.append(audio[:cut])
-        audio = audio[cut:]
-    return [*pieces, audio]
+    found = cut_into_windows(iter([audio]), sampling_rate=sampling_rate, seconds=seconds, overlap=0, spare=0)
+    return [window.samples for window in found]
 
 
 def stream_windows(
@@ -413,36 +456,5 @@ def stream_windows(
     Raises:
         ValueError: as in `windows`.
     """
-    limit, frame, search = _sizes(sampling_rate, seconds)
-    spare = MEL_FRAME - 1
-    waiting: list[np.ndarray] = []
-    count = 0
-    for block in blocks:
-        waiting.append(block)
-        count += len(block)
-        while count > limit + max(search // 5, spare):  # where a cut falls does not depend on what comes later
-            audio = np.concatenate(waiting)
-            cut = _cut(audio, limit, frame, search)
-            yield audio[:cut]
-            waiting, count = [audio[cut:]], count - cut
-    audio = np.concatenate(waiting) if waiting else np.empty(0, np.float32)
-    yield from [audio] if len(audio) <= limit + spare else windows(audio, sampling_rate=sampling_rate, seconds=seconds)
-
-
-def _sizes(sampling_rate: int, seconds: float) -> tuple[int, int, int]:
-    """Samples of a window, of a frame, and of the part before the limit in which a cut is looked for."""
-    limit = int(seconds * sampling_rate)
-    frame = int(FRAME * sampling_rate)
-    search = min(int(SEARCH * sampling_rate), limit // 2)
-    if search < 2 * frame:
-        raise ValueError(f"seconds = {seconds:g}; wanted at least {4 * FRAME:g}")
-    return limit, frame, search
-
-
-def _cut(audio: np.ndarray, limit: int, frame: int, search: int) -> int:
-    """Where the first window of a recording ends that is longer than `limit`: in the middle of the quietest frame."""
-    first = limit - search
-    last = min(limit, len(audio) - search // 5)  # The rest must be long enough to hold a word, too.
-    count = (last - first) // frame
-    frames = audio[first : first + count * frame].reshape(count, frame)
-    return first + int(np.square(frames).mean(axis=1).argmin()) * frame + frame // 2
+    for window in cut_into_windows(blocks, sampling_rate=sampling_rate, seconds=seconds, overlap=0):
+        yield window.samples

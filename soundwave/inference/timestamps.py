@@ -225,7 +225,8 @@ def timed_words(
         lower = np.minimum(first[bounds[:-1]] * step, seconds)
         upper = np.minimum((last[bounds[1:] - 1] + 1) * step, seconds)
         letters = [len(word) for word, _, _ in words]
-        starts, ends = divide_gaps(lower, upper, letters, quiet_frames(samples), seconds)
+        quiet = is_quiet(frame_powers(samples, round(ENERGY_FRAME * SAMPLING_RATE)))
+        starts, ends = divide_gaps(lower, upper, letters, quiet, seconds)
     best = [max(log_probs[a : b + 1, u]) for u, (a, b) in enumerate(zip(first, last, strict=True))]
     return [
         TimedWord(word, float(start), float(end), tuple(ids), float(sum(best[a:b])), spaced)
@@ -255,12 +256,15 @@ def divide_gaps(
     return starts, np.maximum(ends, starts)
 
 
-def quiet_frames(samples: np.ndarray) -> np.ndarray:
-    """Which frames of 20 ms of a clip are quiet beside its loud ones, bool [frames]."""
-    size = round(ENERGY_FRAME * SAMPLING_RATE)
+def frame_powers(samples: np.ndarray, size: int) -> np.ndarray:
+    """The mean square of each frame of `size` samples; the last frame is filled up with silence."""
     count = -(-len(samples) // size)
-    power = np.square(np.pad(samples, (0, count * size - len(samples))).reshape(count, size)).mean(1)
-    return power <= QUIET * np.quantile(power, LOUD) if count else np.zeros(0, bool)
+    return np.square(np.pad(samples, (0, count * size - len(samples))).reshape(count, size)).mean(axis=1)
+
+
+def is_quiet(powers: np.ndarray, limit: float = QUIET) -> np.ndarray:
+    """Which frames have at most `limit` of the power of the loud ones, bool [frames]."""
+    return powers <= limit * np.quantile(powers, LOUD) if len(powers) else np.zeros(0, bool)
 
 
 def quiet_runs(quiet: np.ndarray) -> Iterator[tuple[int, int]]:
