@@ -29,10 +29,12 @@ from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.model.processing import SoundwaveProcessor
 from soundwave.model.sizes import refuse_what_does_not_fit, sizes_of
+from soundwave.training import text_only
 from soundwave.training.callbacks import Board, Clock, Interrupted, ProgressBar, ProgressLines, StopOnSignal
 from soundwave.training.checkpoints import WriteError, step_of, written_aside
 from soundwave.training.distributed import Processes, is_launched, joined
 from soundwave.training.journal import Journal, say
+from soundwave.training.lineage import write_lineage
 from soundwave.training.record import (
     agree,
     alone_in,
@@ -44,6 +46,7 @@ from soundwave.training.record import (
     tell_where_it_goes_on,
 )
 from soundwave.training.settings import ConfigError, StageConfig
+from soundwave.training.text_only import how_many, own_answers, read_answers
 from soundwave.training.trainer import SoundwaveTrainer
 
 OF_STAGE_2 = ("keep", "keys", "lora_rank", "lora_alpha")  # settings that stage II may still change
@@ -118,6 +121,7 @@ def _train_stage(
     processor = SoundwaveProcessor.for_config(model.config)
     if config.stage > 1 and processor.writes_date:
         _tell(config, f"the chat template writes today's date: prompts say {processor.template_date} on every day")
+    mixed_in = _mixed_in(config, model, processor, samples, bool(checkpoint), processes)
     trained = TRAINED[config.stage] + (("shrinking.",) if config.stage == 3 and config.train_shrinking else ())
     freeze_all_but(model, trained)
     collator = CheckedCollator(processor, config.stage, frame_stack=model.config.frame_stack)
@@ -130,9 +134,9 @@ def _train_stage(
     trainer = SoundwaveTrainer(
         model=model,
         args=_arguments(config, device),
-        train_dataset=samples,
+        train_dataset=[*samples, *mixed_in],
         data_collator=collator,
-        batch_sampler=build_sampler(config, samples, processes),
+        batch_sampler=build_sampler(config, [*samples, *mixed_in], processes),
         journal=journal,
         strict=config.strict,
         processes=processes,
@@ -162,6 +166,8 @@ def _train_stage(
         try:
             with written_aside(folder) as aside:
                 model.save_pretrained(aside)
+                losses = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+                write_lineage(aside, config, note, [*samples, *mixed_in], losses, journal.seconds)
         except WriteError as error:
             fault = error
     if (fault := processes.of_first(fault)) is not None:
@@ -169,6 +175,29 @@ def _train_stage(
     if processes.any(stop.asked):  # in the last step: what follows a stage, as in the demonstration, must not begin
         raise Interrupted(f"stopped at the end of stage {config.stage}, whose model is in {folder}")
     return folder, [entry for entry in trainer.state.log_history if "loss" in entry], journal.seconds
+
+
+def _mixed_in(
+    config: StageConfig,
+    model: SoundwaveForConditionalGeneration,
+    processor: SoundwaveProcessor,
+    samples: list[Sample],
+    goes_on: bool,
+    processes: Processes,
+) -> list[Sample]:
+    """Answers of the language model itself to text, for a stage whose data has no text-only samples."""
+    count, file = how_many(config.stage, config.text_only, samples), config.out / text_only.FILE
+    if not count or (goes_on and not file.is_file()):  # runs of version 0.2 began without them
+        return []
+    if processes.first and not goes_on:
+        _tell(
+            config,
+            f"mixing in {count} text-only answers of the language model itself, so that it goes on following "
+            "instructions: the data has none (text_only=0 leaves them out)",
+        )
+        own_answers(file, model, processor, count, config.seed)
+    processes.wait()
+    return read_answers(file)
 
 
 def samples_of_step(config: StageConfig, processes: Processes | None = None) -> str:
