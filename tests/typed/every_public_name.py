@@ -13,6 +13,7 @@ from soundwave import (
     SoundwaveConfig,
     SoundwaveForConditionalGeneration,
     SoundwaveProcessor,
+    SpeechPipeline,
     Transcript,
     ask,
     eager,
@@ -36,6 +37,7 @@ assert_type(transcribe(np.zeros(16_000, np.float32), loaded, sampling_rate=8_000
 assert_type(transcribe(torch.zeros(16_000), loaded), Transcript)
 assert_type(transcribe(["a.wav", Path("b.wav"), np.zeros(9)], loaded, batch_size=4), list[Transcript])
 assert_type(transcribe(["a.wav", "b.wav"], loaded), list[Transcript])
+assert_type(SpeechPipeline(model=loaded.model, batch_size=4), SpeechPipeline)
 answer = ask("recording.wav", "Who speaks?", loaded, max_new_tokens=8)
 assert_type(answer, Answer)
 words: str = answer.text.strip() + transcribe("a.wav", loaded).text
