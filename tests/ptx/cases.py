@@ -91,7 +91,8 @@ REDUNDANT = [
         "_cross_entropy_rows_kernel",
         "tl.store(ROW + column, q.to(given))",
         26,
-        "in the loop over whole blocks, which heads of less than 4 096 rows have only if they fill one block exactly: no case reaches it there.",
+        "in the loop over whole blocks, which heads of less than 4 096 rows have only if they fill one block exactly: "
+        "no case reaches it there.",
     ),
     Redundant(
         "_shrink_attention_dkv_kernel",
