@@ -59,6 +59,10 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
                 f"{folder} has no {WEIGHTS_FILE}: its {pickles[0]} is a pickle, which is not read because it may run "
                 "any code; have it saved again as safetensors"
             )
+        if any(folder.glob("*.gguf")):
+            raise FileNotFoundError(
+                f"{folder} has no {WEIGHTS_FILE}: its GGUF files are not read; name the model that they were made of"
+            )
         raise FileNotFoundError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; copy its weights, too")
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -130,7 +134,7 @@ def copy_tensors(stored: Mapping[str, Stored], target: Path) -> None:
             "shape": list(stored[name].shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with target.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
