@@ -140,13 +140,13 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         if ctc_head is not None:
             cls._expect_sizes(config, f"{config.ctc_head} has a CTC head", ctc_head.shape)
         model = cls(config)
+        if not language_model and config.ctc_head is None:
+            model._head = load_output_embedding(config.language_model).to(dtype)
         model.audio_tower = load_encoder(config.audio_tower, dtype)
         if language_model:
             model.language_model = load_language_model(config.language_model, dtype, quantization=config.quantization)
             if config.lora_rank:
                 model.add_lora()
-        elif config.ctc_head is None:
-            model._head = load_output_embedding(config.language_model).to(dtype)
         if ctc_head is not None:
             head = next(tensor for _, tensor in read_tensors({"": ctc_head}, [""]))
             model.ctc_head = nn.Parameter(head.to(dtype), requires_grad=False)
