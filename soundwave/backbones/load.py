@@ -237,6 +237,8 @@ def _read_output_embedding(name: str) -> Tensor:
         raise ValueError(f"{folder} has none of {list(names)} in its safetensors index")
     single = _checkpoint_file(folder, WEIGHTS_FILE)
     if single is None:
+        if Path(folder).is_dir():
+            stored_tensors(folder)  # raises, with what is there instead
         raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}: save the language model as safetensors first")
     with safe_open(single, framework="pt") as file:
         tensor = next((tensor for tensor in names if tensor in set(file.keys())), None)

@@ -93,7 +93,7 @@ class SoundwaveProcessor(ProcessorMixin):
             window = audio.max_source_positions // 50  # seconds; all other settings are the same for every Whisper
             extractor = WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=window)
         else:
-            extractor = WhisperFeatureExtractor.from_pretrained(folder)
+            extractor = _read_feature_extractor(audio_tower, folder)
         if extractor.feature_size != audio.num_mel_bins:
             raise ValueError(
                 f"audio_tower = {audio_tower!r} reads {audio.num_mel_bins} mel bins, but its preprocessor_config.json "
@@ -323,6 +323,18 @@ def pad(rows: list[list[int]], value: int, side: str) -> Tensor:
         [value] * (width - len(row)) + row if side == "left" else row + [value] * (width - len(row)) for row in rows
     ]
     return torch.tensor(filled, dtype=torch.int64)
+
+
+def _read_feature_extractor(audio_tower: str, folder: str) -> WhisperFeatureExtractor:
+    try:
+        return WhisperFeatureExtractor.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        file = "preprocessor_config.json"
+        missing = Path(folder).is_dir() and not (Path(folder) / file).is_file()
+        reason = "it is missing" if missing else (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"audio_tower = {audio_tower!r}: its {file} cannot be read ({reason}); copy the model's whole folder"
+        ) from None
 
 
 def _clock(day: str) -> str:
