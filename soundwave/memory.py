@@ -55,6 +55,7 @@ BLANK_CHUNK_BYTES = 256 << 20  # of the logits in float32 that the model's `init
 CUBLAS_WORKSPACE = 32 << 20  # torch's choice for Hopper; 8 MiB on other cards
 # Python with torch, transformers, peft and bitsandbytes, on a CPU: what it holds, and the files of theirs that it maps.
 PROCESS_BYTES, MAPPED_BYTES = 350 << 20, 220 << 20
+TOKEN_BYTES = 1600  # of an entry of the tokenizer, on a CPU
 # On a CPU bitsandbytes quantises a weight through four copies in float32: itself, two factors and the indices.
 QUANTISING_BYTES = 4 * FP32
 
@@ -377,7 +378,7 @@ class _Step:
             parts["adapters that are not trained, fp32"] = FP32 * idle
         parts["trained weights, fp32"] = FP32 * trained
         if self.device == "cpu":
-            parts["Python"] = PROCESS_BYTES
+            parts["Python and the tokenizer"] = PROCESS_BYTES + TOKEN_BYTES * d.vocab
         return parts
 
     def standing(self) -> dict[str, int]:
@@ -393,7 +394,10 @@ class _Step:
     def loading(self) -> dict[str, int]:
         """All weights, and what it takes to quantise the last large one of the LLM."""
         if self.stage == 1:
-            return self.weights()
+            parts = self.weights()
+            if self.device == "cpu" and self.item == BF16:  # as it is stored: its file is mapped
+                del parts[f"output embedding (CTC's head), {self.dtype}"]
+            return parts
         copies = QUANTISING_BYTES if self.device == "cpu" else 0  # a GPU's kernel makes none
         weight = self.dims.width * self.dims.mlp
         return self.weights() | {"LLM: a weight that is quantised": weight * (self.item + copies)}
