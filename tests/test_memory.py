@@ -370,6 +370,27 @@ def test_a_weight_out_of_nf4_counts_where_it_stands_at_a_peak():
     assert part not in many.phases["backward: LLM"]
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_loading_is_no_peak_of_a_gpu_and_may_be_one_of_a_cpu(stage):
+    card, machine = predict(stage, 1, 2.5), predict(stage, 1, 2.5, device="cpu", kept_per_second=25.0)
+    assert card.peaks["loading"] < card.peaks["encoder"]
+    if stage == 3:  # little is trained, and quantising a weight takes more
+        assert machine.peaks["loading"] > machine.peaks["optimiser"]
+    # What was measured with a batch of two on 2 cores (docs/log.md): 2.57 GiB while loading, then 5.43.
+    if stage == 1:
+        two = predict(1, 2, 2.5, device="cpu", text_tokens=64, answer_tokens=12)
+        assert two.peaks["loading"] / GIB == pytest.approx(2.57, rel=0.1)
+        assert two.peak / GIB == pytest.approx(5.43, rel=0.1)
+
+
+def test_in_float32_frozen_weights_take_twice_as_much_and_nothing_is_cast():
+    half, single = (predict(2, 1, 2.5, device="cpu", dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert single.phases["ctc"]["Whisper encoder, fp32"] == 2 * half.phases["ctc"]["Whisper encoder, bf16"]
+    casts = "weights cast by autocast, bf16"
+    assert single.phases["ctc"][casts] == 0 < half.phases["ctc"][casts]
+    assert single.peak > half.peak
+
+
 def test_answers_are_80_tokens_or_all_there_are():
     few, all_, default, given = (
         predict(2, 4, 30.0, text_tokens=30),
@@ -448,6 +469,8 @@ def test_the_table_says_how_a_batch_fits():
         ({"batch": float("nan")}, "batch = nan, but it must be an integer"),
         ({"text_tokens": 150.5}, "text_tokens = 150.5, but it must be an integer"),
         ({"answer_tokens": 80.5}, "answer_tokens = 80.5, but it must be an integer"),
+        ({"device": "tpu"}, "device = 'tpu', but it must be 'cuda' or 'cpu'"),
+        ({"dtype": "float16"}, "dtype = 'float16', but it must be 'bfloat16' or 'float32'"),
     ],
     ids=lambda value: "-".join(f"{name}-{x}" for name, x in value.items()) if isinstance(value, dict) else "",
 )
