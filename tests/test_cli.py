@@ -30,7 +30,9 @@ from soundwave.training.settings import StageConfig
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).with_name("soundwave")
 FORMATS = ("wav", "flac", "ogg", "mp3")
-COMMANDS = ("demo", "train", "transcribe", "ask", "evaluate", "splice", "memory", "report", "ablate", "doctor")
+COMMANDS = (
+    "demo", "train", "transcribe", "ask", "serve", "evaluate", "splice", "memory", "report", "ablate", "doctor"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from soundwave.inference.formats import render
+from soundwave.inference.formats import render, verbose
 from soundwave.serve.batches import Done, Engine, Event, Failed, Job, Text
 from soundwave.serve.errors import ApiError
 from soundwave.serve.gate import Gate
@@ -172,9 +172,10 @@ def create_app(
             granularities.add(str(other))
         check_model(model)
         check_temperature(temperature)
-        notes = []
-        if language:
-            notes += _check_language(language, languages)
+        notes: list[str] = []
+        code = _check_language(language, languages) if language else None
+        if code and len(languages) != 1:
+            notes.append("language is not used: the model writes the language that it hears")
         if prompt:
             notes.append("prompt is not used: the model reads each recording without context")
         if granularities and response_format != "verbose_json":
@@ -187,21 +188,27 @@ def create_app(
             raise ApiError(
                 400, f"stream=true gives text only, not {response_format}; leave one of them out", param="stream"
             )
-        if response_format not in ("json", "text"):
-            raise ApiError(400, f"response_format = {response_format} is not supported yet", param="response_format")
+        timestamps = None if response_format in ("json", "text") else "segment"
+        timestamps = "word" if "word" in granularities else timestamps
         async with AsyncExitStack() as stack:
             path = await stack.enter_async_context(_saved(folder, file))
             answer = Answer(request, engine, limits.timeout)
-            first = await answer.begin(Job(answer.tell, path, streams=stream))
+            first = await answer.begin(Job(answer.tell, path, timestamps=timestamps, streams=stream))
             if stream:
                 return EventResponse(answer, _transcript_events(answer, first), stack.pop_all(), _headers(notes))
             done = await answer.end(first)
         if done.cut_off:
             notes.append("the text of a window was cut off at the longest that this server writes")
         transcript, headers = done.transcript, _headers(notes)
-        if response_format == "text":
-            return PlainTextResponse(render(transcript, "text"), headers=headers)
+        if response_format in ("text", "srt"):
+            return PlainTextResponse(render(transcript, response_format), headers=headers)
+        if response_format == "vtt":
+            return Response(render(transcript, "vtt"), headers=headers, media_type="text/vtt")
         found: dict[str, Any] = {"text": transcript.text}
+        if response_format == "verbose_json":
+            found = verbose(transcript, code or (languages[0] if len(languages) == 1 else None))
+            if granularities == {"word"}:
+                del found["segments"]
         found["usage"] = {"type": "duration", "seconds": math.ceil(transcript.seconds)}
         if notes:
             found["notes"] = notes
@@ -431,8 +438,8 @@ def _headers(notes: Sequence[str]) -> dict[str, str]:
     return {"x-soundwave-note": "; ".join(notes)} if notes else {}
 
 
-def _check_language(language: str, known: Sequence[str]) -> list[str]:
-    """What to say about a language that was asked for.
+def _check_language(language: str, known: Sequence[str]) -> str:
+    """The code of a language that was asked for, without its region.
 
     Raises:
         ApiError: it is no code, or none of those that the model knows.
@@ -444,7 +451,7 @@ def _check_language(language: str, known: Sequence[str]) -> list[str]:
     if known and code not in known:
         message = f"language = {code}, but the model knows {', '.join(known)} only"
         raise ApiError(400, message, param="language", code="unsupported_language")
-    return [] if len(known) == 1 else ["language is not used: the model writes the language that it hears"]
+    return code
 
 
 @asynccontextmanager
@@ -472,7 +479,8 @@ async def _saved(folder: Path, upload: UploadFile | bytes | None) -> AsyncIterat
 
 async def _invalid(_: Request, error: Exception) -> Response:
     """Parameters that do not fit their types: OpenAI answers them with 400."""
-    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+    errors = error.errors() if isinstance(error, RequestValidationError) else []
+    first = max(errors, key=lambda found: len(found.get("loc", ())), default={})  # of two forms the one that fits more
     place = [str(part) for part in first.get("loc", ()) if part not in ("body", "query", "path")]
     param = ".".join(place)[:100] or None
     message = f"{param}: {first.get('msg', 'is not valid')}" if param else f"the body: {first.get('msg', 'no JSON')}"

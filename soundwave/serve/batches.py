@@ -23,16 +23,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from soundwave.data.audio import LONGEST_SAMPLES, SAMPLING_RATE, AudioError, read_blocks, seconds_of
-from soundwave.data.collate import SILENCE, TRANSCRIBE_PROMPT
 from soundwave.hardware import is_out_of_memory
-from soundwave.inference.answer import LoadedModel, answer, end_tokens, read_ctc
+from soundwave.inference.answer import LoadedModel, answer, end_tokens
 from soundwave.inference.drafts import reason_against_drafts
-from soundwave.inference.long import stream_windows
+from soundwave.inference.long import Recording
+from soundwave.inference.reading import Reader, Window, cut_into_windows
 from soundwave.inference.transcript import Transcript
 from soundwave.model.chat import ChatError, Turn
 from soundwave.serve.errors import ApiError, shutting_down
@@ -87,6 +86,7 @@ class Job:
         audio: the recording's file; None for a chat without one.
         turns: a chat; None to transcribe the recording.
         max_new_tokens: longest answer in a chat.
+        timestamps: "segment" or "word" gives a transcript times.
         streams: text is told as it comes.
     """
 
@@ -94,27 +94,32 @@ class Job:
     audio: Path | None = None
     turns: Sequence[Turn] | None = None
     max_new_tokens: int = 256
+    timestamps: str | None = None
     streams: bool = False
 
     submitted: float = field(default_factory=time.monotonic)
-    pieces: Iterator[np.ndarray] | None = None
-    samples: int = 0  # as far as it is read
+    windows: Iterator[Window] | None = None
+    recording: Recording = field(default_factory=lambda: Recording(0))
     waiting: int = 0  # windows without a text
-    read: bool = False  # to its end
     ended: bool = False
-    cut_off: bool = False
-    texts: list[str] = field(default_factory=list)
-    sent: str = ""  # of a chat's answer
+    sent: str = ""  # as far as it is streamed
 
     @property
     def kind(self) -> str:
         return "transcript" if self.turns is None else "chat"
 
 
-class Window(NamedTuple):
-    """A part of a request that the model answers at once: features [n_mels, T_mel], or None for text only."""
+class Item(NamedTuple):
+    """A part of a request that the model answers at once.
+
+    Attributes:
+        window: of a transcript.
+        clip: features [n_mels, T_mel] of a chat's recording.
+        arrived: when it began to wait for the model.
+    """
 
     job: Job
+    window: Window | None
     clip: Tensor | None
     seconds: float
     arrived: float
@@ -139,14 +144,20 @@ class Engine:
         self.limits, self.on_batch = limits, on_batch or (lambda *_: None)
         self.answers = self.model.config.stage != 1  # a model of stage I transcribes by CTC only
         self.ends = end_tokens(*loaded) if self.answers else set()
-        self.against_drafts = reason_against_drafts(self.model.language_model) if self.answers else ""
+        without_drafts = not self.answers or reason_against_drafts(self.model.language_model)
+        self.reader = Reader(
+            loaded,
+            batch_size=limits.max_batch,
+            max_new_tokens=limits.max_window_tokens,
+            draft="none" if without_drafts else "ctc",
+        )
         config = self.model.language_model.config.get_text_config() if self.answers else None
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self.seconds_per_request = 1.0
         self.changed = threading.Condition()
         self.jobs: set[Job] = set()
         self.to_read: deque[Job] = deque()
-        self.windows: deque[Window] = deque()
+        self.items: deque[Item] = deque()
         self.closing = False
         self.threads = [
             threading.Thread(target=target, name=f"soundwave-{name}", daemon=True)
@@ -169,7 +180,7 @@ class Engine:
     def load(self) -> tuple[int, int]:
         """Requests that have no answer yet, and windows that wait for the model."""
         with self.changed:
-            return len(self.jobs), len(self.windows)
+            return len(self.jobs), len(self.items)
 
     def submit(self, job: Job) -> None:
         """Take a request. Its events are told by `job.tell`.
@@ -182,8 +193,8 @@ class Engine:
                 raise shutting_down()
             self.jobs.add(job)
             if job.audio is None:
-                job.read, job.waiting = True, 1
-                self.windows.append(Window(job, None, 0.0, time.monotonic()))
+                job.recording.read, job.waiting = True, 1
+                self.items.append(Item(job, None, None, 0.0, time.monotonic()))
             else:
                 self.to_read.append(job)
             self.changed.notify_all()
@@ -216,8 +227,8 @@ class Engine:
         """With the lock held: the request is no longer worked for."""
         job.ended = True
         self.jobs.discard(job)
-        if any(window.job is job for window in self.windows):
-            self.windows = deque(window for window in self.windows if window.job is not job)
+        if any(item.job is job for item in self.items):
+            self.items = deque(item for item in self.items if item.job is not job)
         self.changed.notify_all()
 
     def _end(self, job: Job, event: Done | Failed) -> None:
@@ -232,9 +243,8 @@ class Engine:
         job.tell(event)
 
     def _end_if_complete(self, job: Job) -> None:
-        if job.read and not job.waiting and not job.ended:
-            text = " ".join(" ".join(job.texts).split())
-            self._end(job, Done(Transcript(text, round(job.samples / SAMPLING_RATE, 3)), job.cut_off))
+        if job.recording.read and not job.waiting and not job.ended:
+            self._end(job, Done(job.recording.transcript(job.timestamps), job.recording.cut_off))
 
     # ------------------------------------------------------------ the reader
 
@@ -257,41 +267,41 @@ class Engine:
                         self.to_read.append(job)
                     continue
                 with self.changed:
-                    job.read = True
+                    job.recording.read = True
                     self._end_if_complete(job)
-            job.pieces = None  # closes the file
+            job.windows = None  # closes the file
 
     def _next_to_read(self) -> Job | None:
         with self.changed:
             while not self.closing:
-                if self.to_read and len(self.windows) < AHEAD * self.limits.max_batch:
+                if self.to_read and len(self.items) < AHEAD * self.limits.max_batch:
                     if not (job := self.to_read.popleft()).ended:
                         return job
-                    job.pieces = None
+                    job.windows = None
                 else:
                     self.changed.wait()
         return None
 
     def _read_window(self, job: Job) -> bool:
         """Read one window of a recording. False: it has no more."""
-        if job.pieces is None:
+        if job.windows is None:
             self._check_seconds(job, seconds_of(job.audio))
-            job.pieces = stream_windows(read_blocks(job.audio))
-        piece = next(job.pieces, None)
-        if piece is None:
+            job.windows = cut_into_windows(read_blocks(job.audio))
+        window = next(job.windows, None)
+        if window is None:
             return False
-        if job.turns is not None and job.samples:
-            raise _too_long_for_a_chat((job.samples + len(piece)) / SAMPLING_RATE)
-        job.samples += len(piece)
-        self._check_seconds(job, job.samples / SAMPLING_RATE)  # a header may have told less
-        # A language model would invent words for silence. In a chat somebody may ask whether there are any.
-        if job.turns is None and np.abs(piece).max(initial=0) <= SILENCE:
+        chats = job.turns is not None
+        job.recording.seconds += window.seconds - window.before
+        self._check_seconds(job, job.recording.seconds)  # a header may have told less
+        # Nothing is said in a silent window; one that shares a part with others is read for their sake. In a chat
+        # somebody may ask whether there are any words.
+        if not chats and window.silent and not (window.before or window.after):
             return True
-        clip = self.processor.features(piece)
+        clip = self.processor.features(window.samples) if chats else None
         with self.changed:
             if not job.ended:
                 job.waiting += 1
-                self.windows.append(Window(job, clip, len(piece) / SAMPLING_RATE, time.monotonic()))
+                self.items.append(Item(job, None if chats else window, clip, window.seconds, time.monotonic()))
                 self.changed.notify_all()
         return True
 
@@ -315,28 +325,28 @@ class Engine:
             began = time.monotonic()
             self._answer(batch)
             took = time.monotonic() - began
-            self.on_batch(batch[0].job.kind, len(batch), sum(window.seconds for window in batch), took)
-            del batch  # its features
+            self.on_batch(batch[0].job.kind, len(batch), sum(item.seconds for item in batch), took)
+            del batch  # its samples
 
-    def _next_batch(self) -> list[Window]:
+    def _next_batch(self) -> list[Item]:
         """Wait for windows and take a batch of them; empty if the engine closes."""
         with self.changed:
             while not self.closing:
-                if not self.windows:
+                if not self.items:
                     self.changed.wait()
                     continue
-                left = self.windows[0].arrived + self.limits.max_wait_ms / 1000 - time.monotonic()
-                if len(self.windows) < self.limits.max_batch and left > 0:
+                left = self.items[0].arrived + self.limits.max_wait_ms / 1000 - time.monotonic()
+                if len(self.items) < self.limits.max_batch and left > 0:
                     self.changed.wait(left)
                     continue
-                batch = choose(self.windows, self.limits.max_batch)
+                batch = choose(self.items, self.limits.max_batch)
                 taken = set(map(id, batch))
-                self.windows = deque(window for window in self.windows if id(window) not in taken)
+                self.items = deque(item for item in self.items if id(item) not in taken)
                 self.changed.notify_all()
                 return batch
         return []
 
-    def _answer(self, batch: list[Window]) -> None:
+    def _answer(self, batch: list[Item]) -> None:
         """Answer a batch; if it fails, its halves."""
         try:
             if batch[0].job.turns is None:
@@ -358,41 +368,30 @@ class Engine:
         self._answer(batch[:middle])
         self._answer(batch[middle:])
 
-    def _transcribe(self, batch: list[Window]) -> None:
-        batch = [window for window in batch if not window.job.ended]
+    def _transcribe(self, batch: list[Item]) -> None:
+        batch = [item for item in batch if not item.job.ended]
         if not batch:
             return
-        clips: list[Tensor] = [window.clip for window in batch if window.clip is not None]
-        cut: list[int] = []
-        if self.answers:
-            texts = answer(
-                self.model,
-                self.processor,
-                [TRANSCRIBE_PROMPT] * len(clips),
-                clips,
-                max_new_tokens=self.limits.max_window_tokens,
-                cut_off=cut,
-                draft="none" if self.against_drafts else "ctc",
-            )
-        else:
-            texts = read_ctc(self.model, self.processor, clips)[0]
+        windows = [item.window for item in batch if item.window is not None]
+        texts = self.reader.read(windows, timed=any(item.job.timestamps for item in batch))
         with self.changed:
-            for number, (window, text) in enumerate(zip(batch, texts, strict=True)):
-                job, words = window.job, " ".join(text.split())
+            for item, window, text in zip(batch, windows, texts, strict=True):
+                job = item.job
                 if job.ended:
                     continue
-                if job.streams and words:
-                    job.tell(Text(f" {words}" if any(job.texts) else words))
-                job.texts.append(words)
+                for settled in job.recording.take(window, text):
+                    part = job.recording.add(*settled, job.timestamps).text
+                    if job.streams and part:
+                        job.tell(Text(f" {part}" if job.sent else part))
+                        job.sent = part
                 job.waiting -= 1
-                job.cut_off |= number in cut
                 self._end_if_complete(job)
 
-    def _chat(self, batch: list[Window]) -> None:
-        batch = [window for window in batch if not window.job.ended and self._fits(window)]
+    def _chat(self, batch: list[Item]) -> None:
+        batch = [item for item in batch if not item.job.ended and self._fits(item)]
         if not batch:
             return
-        jobs = [window.job for window in batch]
+        jobs = [item.job for item in batch]
         rows: list[list[int]] = [[] for _ in jobs]
 
         def watch(written: list[list[int]]) -> list[bool]:
@@ -408,22 +407,22 @@ class Engine:
             self.model,
             self.processor,
             [job.turns or () for job in jobs],
-            [window.clip for window in batch],
+            [item.clip for item in batch],
             max_new_tokens=max(job.max_new_tokens for job in jobs),
             watch=watch,
             prompt_lengths=lengths,
         )
-        for window, text, row, length in zip(batch, texts, rows, lengths, strict=True):
-            job = window.job
+        for item, text, row, length in zip(batch, texts, rows, lengths, strict=True):
+            job = item.job
             if job.streams and not job.ended:
                 if not text.startswith(job.sent):  # a tokenizer that writes the beginning anew; it cannot be taken back
                     self._end(job, Failed(_internal(ValueError("the text changed while it was streamed"))))
                 elif rest := text[len(job.sent) :]:
                     job.tell(Text(rest))
             cut_off = len(row) >= job.max_new_tokens and self.ends.isdisjoint(row)
-            text_tokens = len(self.processor.prompt_ids(job.turns or (), has_audio=window.clip is not None))
-            speech = length - text_tokens + 1 if window.clip is not None else 0  # its place is a token, too
-            transcript = Transcript(text, round(job.samples / SAMPLING_RATE, 3))
+            text_tokens = len(self.processor.prompt_ids(job.turns or (), has_audio=item.clip is not None))
+            speech = length - text_tokens + 1 if item.clip is not None else 0  # its place is a token, too
+            transcript = Transcript(text, round(job.recording.seconds, 3))
             self._end(job, Done(transcript, cut_off, length, speech, len(row)))
 
     def _stream(self, job: Job, tokens: list[int]) -> None:
@@ -433,37 +432,37 @@ class Engine:
             job.tell(Text(text[len(job.sent) :]))
             job.sent = text
 
-    def _fits(self, window: Window) -> bool:
+    def _fits(self, item: Item) -> bool:
         """Whether a chat can be answered; if not, it has failed."""
-        job = window.job
+        job = item.job
         try:
-            prompt = len(self.processor.prompt_ids(job.turns or (), has_audio=window.clip is not None))
+            prompt = len(self.processor.prompt_ids(job.turns or (), has_audio=item.clip is not None))
         except (ChatError, ValueError) as error:
             self._end(job, Failed(ApiError(400, str(error), param="messages", code="bad_messages")))
             return False
-        most = prompt + round(window.seconds * FRAMES_PER_SECOND) + job.max_new_tokens
+        most = prompt + round(item.seconds * FRAMES_PER_SECOND) + job.max_new_tokens
         if self.context is None or most <= self.context:
             return True
         message = (
             f"the language model takes {self.context} tokens, but the messages ({prompt}), the recording (up to "
-            f"{round(window.seconds * FRAMES_PER_SECOND)}) and max_tokens ({job.max_new_tokens}) may need {most}; "
+            f"{round(item.seconds * FRAMES_PER_SECOND)}) and max_tokens ({job.max_new_tokens}) may need {most}; "
             "shorten the messages or lower max_tokens"
         )
         self._end(job, Failed(ApiError(400, message, param="messages", code="context_length_exceeded")))
         return False
 
 
-def choose(windows: Sequence[Window], most: int) -> list[Window]:
-    """The oldest window, and those after it that go well with it into one batch of at most `most`."""
-    batch = [windows[0]]
-    longest = total = max(windows[0].seconds, SHORTEST)
-    for window in list(windows)[1:]:
+def choose(items: Sequence[Item], most: int) -> list[Item]:
+    """The oldest item, and those after it that go well with it into one batch of at most `most`."""
+    batch = [items[0]]
+    longest = total = max(items[0].seconds, SHORTEST)
+    for item in list(items)[1:]:
         if len(batch) == most:
             break
-        seconds = max(window.seconds, SHORTEST)
+        seconds = max(item.seconds, SHORTEST)
         padded = max(longest, seconds) * (len(batch) + 1)
-        if window.job.kind == batch[0].job.kind and padded <= WASTE * (total + seconds):
-            batch.append(window)
+        if item.job.kind == batch[0].job.kind and padded <= WASTE * (total + seconds):
+            batch.append(item)
             longest, total = max(longest, seconds), total + seconds
     return batch
 

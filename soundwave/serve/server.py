@@ -1,6 +1,7 @@
 """The process of a server: what it checks before the model is loaded, its socket, its signals and its end."""
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -37,6 +38,8 @@ def serve(
         name, keys, languages, version: as in `create_app`.
         ready: called with the server's address when it listens.
     """
+    for name_of_logger in ("python_multipart", "uvicorn.error"):  # a line for each junk request would fill the disk
+        logging.getLogger(name_of_logger).setLevel(logging.ERROR)
     warm_up(loaded)
     metrics = Metrics()
     engine = Engine(loaded, limits, metrics.on_batch)
@@ -47,7 +50,7 @@ def serve(
         ws="none",
         loop="asyncio",
         access_log=False,
-        log_level="warning",
+        log_level="error",
         server_header=False,
         timeout_graceful_shutdown=int(limits.grace) + 5,
         timeout_keep_alive=30,
