@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from soundwave import __version__
 from soundwave.provenance import refuse_hidden_kernels
+from soundwave.training.distributed import LostProcess, is_first, name_beside_others
 
 if TYPE_CHECKING:
     from soundwave.inference.answer import LoadedModel
@@ -70,7 +71,7 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
     except SystemExit as end:
-        if end.code == 130:  # Ctrl-C outside of training, or for the second time
+        if end.code == 130 and is_first():  # Ctrl-C outside of training, or for the second time
             goes_on = "; the same command goes on from the newest checkpoint"
             errors.print(f"stopped at once{goes_on if sys.argv[1] in TRAINING else ''}")
         raise
@@ -80,11 +81,12 @@ def main() -> None:
         from soundwave.training.callbacks import Interrupted
 
         if isinstance(error, Interrupted):
-            errors.print(str(error), soft_wrap=True, markup=False, highlight=False)
+            if is_first():
+                errors.print(str(error), soft_wrap=True, markup=False, highlight=False)
             sys.exit(130)
         if is_out_of_memory(error):
             error = OutOfMemory("out of memory; use a smaller batch (--batch-size), or close other programs")
-        if not isinstance(error, EmbeddedError | OutOfMemory):
+        if not isinstance(error, EmbeddedError | OutOfMemory | LostProcess):
             raise
         _fail(error)
 
@@ -94,7 +96,7 @@ def _fail(error: Exception) -> NoReturn:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:  # not "[Errno 2] No such …"
         text = f"{error.filename}: {error.strerror}"
     line = " ".join(text.split())
-    errors.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False)
+    errors.print(f"{name_beside_others()}[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False)
     sys.exit(1)
 
 
@@ -215,10 +217,12 @@ def train(
     ended early, by Ctrl-C, a full disk or kill -9, the same command continues it.
 
     Example: `soundwave train 1 train=data/train.jsonl out=runs/mine/1 steps=300 batch_size=16 learning_rate=1e-3`
+
+    On several GPUs: `torchrun --nproc-per-node 8 --no-python soundwave train 1 …`; a step then has eight times as many
+    samples.
     """
-    from soundwave.training.distributed import is_first
     from soundwave.training.settings import StageConfig, allowed_values, load_config
-    from soundwave.training.stages import train_stage
+    from soundwave.training.stages import samples_of_step, train_stage
 
     flags = {"resume": resume, "strict": strict or None, "allow_outside": allow_outside or None, "quiet": quiet or None}
     words = [f"{name}={str(value).lower()}" for name, value in flags.items() if value is not None]
@@ -229,7 +233,9 @@ def train(
             text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
             row = name, text, allowed_values(name), StageConfig.model_fields[name].description or ""
             table.add_row(*map(escape, row))
-        console.print(table)
+        if is_first():
+            console.print(table)
+            errors.print(f"a step has {samples_of_step(values)}", soft_wrap=True, highlight=False)
         return
     _quiet_transformers()
     folder, log, seconds = train_stage(values)

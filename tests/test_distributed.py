@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from soundwave.data.sampling import BucketBatchSampler, group_counts, paper_temperature
 from soundwave.model.modeling import WEIGHTS_FILE
 from soundwave.training import stages
-from soundwave.training.checkpoints import fault_of, newest_checkpoint
+from soundwave.training.checkpoints import newest_checkpoint
 from soundwave.training.distributed import Processes
 from soundwave.training.settings import ConfigError
 from tests.in_processes import run
@@ -94,14 +94,19 @@ def still(small_vocabulary, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(data, still, model_folders, models_of_few_tokens, small_vocabulary) -> dict[str, dict[str, Any]]:
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("pair")
+
+
+@pytest.fixture(scope="module")
+def runs(data, still, small_vocabulary, folder) -> dict[str, dict[str, Any]]:
     """The runs by name, as two processes do them: their batches are half of those of one process."""
     fresh = {"model": None, "language_model": str(small_vocabulary), "train": data.speech}
     lively = fresh | {"steps": 6, "save_steps": 2, "save_total_limit": 3, "batch_size": 1, "accumulation": 2, "seed": 3}
     of = {
         "fresh": (1, fresh | STILL | {"batch_size": 2}, {}),
         "mixed": (2, {"train": data.mixed, "batch_size": 1, "accumulation": 2, **STILL}, {}),
-        "written": (3, {"train": data.written, "model": models_of_few_tokens[3], "batch_size": 2, **STILL}, {}),
+        "written": (3, {"train": data.written, "model": folder / "mixed" / "model", "batch_size": 2, **STILL}, {}),
         "masked": (1, {"train": data.speech, "batch_size": 2, **STILL, "spec_augment": True}, {}),
         "poison": (1, {"train": data.speech, "batch_size": 1, **STILL}, {"poison": "speech.jsonl:3"}),
         "always": (1, {"train": data.speech, "batch_size": 4, **STILL, "max_skipped": 2}, {"poison": "speech.jsonl:1"}),
@@ -109,6 +114,7 @@ def runs(data, still, model_folders, models_of_few_tokens, small_vocabulary) -> 
         "whole": (1, lively, {}),
         "stopped": (1, lively | {"save_steps": 9}, {"stop": 1}),
         "resumed": (1, lively | {"save_steps": 9}, {}),
+        "killed": (1, lively, {}),
     }
     return {
         name: {"stage": stage, "settings": SETTINGS | {"model": still} | settings} | more
@@ -117,9 +123,8 @@ def runs(data, still, model_folders, models_of_few_tokens, small_vocabulary) -> 
 
 
 @pytest.fixture(scope="module")
-def pair(runs, tmp_path_factory) -> SimpleNamespace:
+def pair(runs, killed, folder) -> SimpleNamespace:
     """What two processes make of `runs`: results by name of the run, for each rank; outputs by rank."""
-    folder = tmp_path_factory.mktemp("pair")
     outs = {name: folder / ("stopped" if name == "resumed" else name) for name in runs}
     todo = [one | {"settings": one["settings"] | {"out": outs[name]}} for name, one in runs.items()]
     (folder / "runs.json").write_text(json.dumps(todo, default=str))
@@ -226,28 +231,13 @@ def test_another_number_of_processes_is_refused_or_told(runs, pair, capsys):
 # ---------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def launch(runs, tmp_path):
-    """Starts the run `whole` by the command, in two processes -> the launcher. What they print is in `logs`."""
-
-    def start(logs: Path) -> subprocess.Popen:
-        words = [f"{name}={value}" for name, value in (runs["whole"]["settings"] | {"out": tmp_path / "out"}).items()]
-        words = [word.replace("=None", "=null") for word in words]
-        return subprocess.Popen(
-            [*LAUNCH, "--redirects", "3", "--log-dir", logs, "--no-python", SCRIPT, "train", "1", *words],
-            env=os.environ | WITHOUT_COMPILER, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        )  # fmt: skip
-
-    return start
-
-
 def printed(logs: Path, rank: int) -> list[str]:
     """What a process has printed on stdout and stderr."""
     return [next(logs.rglob(f"{rank}/{name}.log")).read_text() for name in ("stdout", "stderr")]
 
 
-def child(parent: int, rank: int) -> int:
-    """The id of the process that a launcher has started for a rank."""
+def child(parent: int, rank: int) -> int | None:
+    """The id of the process that a launcher has started for a rank, once it has."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             of = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
@@ -255,25 +245,38 @@ def child(parent: int, rank: int) -> int:
                 return int(folder.name)
         except OSError:  # a process that has ended meanwhile
             continue
-    raise ProcessLookupError(f"no process of rank {rank}")
+    return None
 
 
-def test_a_killed_process_ends_the_run_and_the_same_command_goes_on_to_the_same_bits(launch, pair, tmp_path):
-    out, process = tmp_path / "out", launch(tmp_path / "killed")
+@pytest.fixture(scope="module")
+def killed(runs, folder) -> SimpleNamespace:
+    """The run `killed` by the command, in two processes, of which the second one is killed after the second step."""
+    out, logs, second = folder / "killed", folder / "logs of killed", None
+    words = [f"{name}={'null' if value is None else value}" for name, value in runs["killed"]["settings"].items()]
+    command = [SCRIPT, "train", "1", *words, f"out={out}"]
+    process = subprocess.Popen(
+        [*LAUNCH, "--redirects", "3", "--log-dir", logs, "--no-python", *command],
+        env=os.environ | WITHOUT_COMPILER, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+    )  # fmt: skip
     while not (out / "checkpoint-2").exists():
-        assert process.poll() is None, printed(tmp_path / "killed", 0)
+        second = second or child(process.pid, 1)
+        assert process.poll() is None, printed(logs, 0)
         time.sleep(0.02)
-    os.kill(child(process.pid, 1), signal.SIGKILL)
-    killed = time.monotonic()
+    os.kill(second, signal.SIGKILL)
+    start = time.monotonic()
     process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - killed < 45
-    last = newest_checkpoint(out)
-    assert last is not None and fault_of(last) is None and not (out / "model").exists()
-    again = launch(tmp_path / "again")
-    again.communicate()
-    told, said = printed(tmp_path / "again", 0)
-    assert again.returncode == 0, said
-    assert f"going on from {last}, step {last.name.partition('-')[2]} of 6\n" in said
-    assert told.startswith("stage 1: 6 steps")
-    assert printed(tmp_path / "again", 1) == ["", ""]
-    assert same_bits(load_file(out / "model" / WEIGHTS_FILE), load_file(pair.outs["whole"] / "model" / WEIGHTS_FILE))
+    seconds, last, has_model = time.monotonic() - start, newest_checkpoint(out), (out / "model").exists()
+    return SimpleNamespace(logs=logs, seconds=seconds, status=process.returncode, last=last, has_model=has_model)
+
+
+def test_a_killed_process_ends_the_run_with_a_checkpoint_and_only_the_first_process_prints(killed):
+    assert killed.status != 0 and killed.seconds < 45  # the launcher's patience is 30 s
+    assert killed.last is not None and not killed.has_model
+    assert "step 1 of 6 begins; a step has 4 samples (batch" in printed(killed.logs, 0)[1]
+    assert printed(killed.logs, 1) == ["", ""]
+
+
+def test_a_run_whose_process_was_killed_goes_on_to_the_same_bits(pair, killed):
+    assert f"going on from {killed.last}, step {killed.last.name.partition('-')[2]} of 6\n" in pair.said[0]
+    states = [load_file(pair.outs[name] / "model" / WEIGHTS_FILE) for name in ("whole", "killed")]
+    assert same_bits(*states)

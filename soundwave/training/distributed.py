@@ -14,12 +14,14 @@ torch is imported inside functions: a command that only prints an error has no n
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets for a process
+GRACE = 5.0  # s, for the first process to print the same error
 PATIENCE = timedelta(minutes=30)  # for a message: one process may load, or write a checkpoint, while others wait
 
 
@@ -35,6 +37,23 @@ def is_launched() -> bool:
 def is_first() -> bool:
     """Whether this process prints and writes: that of rank 0, or the only one."""
     return not is_launched() or int(os.environ["RANK"]) == 0
+
+
+def count_launched() -> int:
+    """Number of processes that a launcher has started; 1 without one."""
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+
+
+def name_beside_others() -> str:
+    """What to put before an error that is printed now: nothing in the first process, else the name of this one.
+
+    Most errors meet all processes. The first one prints at once and ends, and a launcher then ends the others, which
+    wait here. What is printed after the wait is an error of this process alone.
+    """
+    if is_first():
+        return ""
+    time.sleep(GRACE)
+    return f"process {os.environ['RANK']}: "
 
 
 class Processes:
@@ -117,9 +136,9 @@ def joined(device_type: str) -> Iterator[Processes]:
     except RuntimeError as error:
         if not _is_lost(error):
             raise
+        what = "does not answer" if "imed out" in str(error) else "has ended, or cannot be reached"
         raise LostProcess(
-            f"another process of this run has ended, or cannot be reached ({str(error).splitlines()[0]}); the same "
-            "command goes on from the newest checkpoint"
+            f"another process of this run {what}; the same command goes on from the newest checkpoint"
         ) from error
 
 

@@ -32,7 +32,7 @@ from soundwave.model.sizes import refuse_what_does_not_fit, sizes_of
 from soundwave.training import text_only
 from soundwave.training.callbacks import Board, Clock, Interrupted, ProgressBar, ProgressLines, StopOnSignal
 from soundwave.training.checkpoints import WriteError, step_of, written_aside
-from soundwave.training.distributed import Processes, is_launched, joined
+from soundwave.training.distributed import Processes, count_launched, is_launched, joined
 from soundwave.training.journal import Journal, say
 from soundwave.training.lineage import write_lineage
 from soundwave.training.record import (
@@ -151,7 +151,7 @@ def _train_stage(
         trainer.go_to(checkpoint)
         clock.write_note()
     else:
-        _tell(config, f"step {step + 1} of {config.steps} begins; a step has {samples_of_step(config, processes)}")
+        _tell(config, f"step {step + 1} of {config.steps} begins; a step has {samples_of_step(config)}")
         with stop, closing(progress), memory_named("in a training step", _smaller_batch(config)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _summarise_left_out(journal, len(samples) + len(left_out))
@@ -200,13 +200,11 @@ def _mixed_in(
     return read_answers(file)
 
 
-def samples_of_step(config: StageConfig, processes: Processes | None = None) -> str:
+def samples_of_step(config: StageConfig) -> str:
     """How many samples a step has, in words: "64 samples (batch_size 16 x accumulation 2 x 2 processes)"."""
-    count = processes.count if processes else 1
-    words = f"{config.batch_size * config.accumulation * count} samples"
-    if not (processes and processes.launched):
-        return words
-    return f"{words} (batch_size {config.batch_size} x accumulation {config.accumulation} x {count} processes)"
+    count = count_launched()
+    of = f"batch_size {config.batch_size} x accumulation {config.accumulation} x {count} process"
+    return f"{config.batch_size * config.accumulation * count} samples ({of}{'es' if count > 1 else ''})"
 
 
 def _tell(config: StageConfig, line: str) -> None:
