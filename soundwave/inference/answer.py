@@ -167,12 +167,12 @@ def answer(
             counts.unread += sum(sure)
         if rest:
             chosen = [drafts[number] for number in rest]
-            with model._autocast():
+            with model.decoding():
                 written = decode_drafts(model, embeddings[rest], mask[rest], chosen, ends, max_new_tokens, counts)
             for number, row in zip(rest, written, strict=True):
                 rows[number] = row
     else:
-        with model._autocast():
+        with model.decoding():
             rows = model.language_model.generate(
                 inputs_embeds=embeddings,
                 attention_mask=mask,

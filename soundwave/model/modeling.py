@@ -5,13 +5,15 @@ head.
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -349,6 +351,16 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Within it the language model computes as in training: in `compute_dtype`, LoRA on what it is given.
+
+        peft would cast LoRA's input to float32, and autocast back.
+        """
+        half = self.compute_dtype != torch.float32
+        with self._autocast(), disable_input_dtype_casting(self.language_model, active=half):
+            yield
 
     @property
     def packed(self) -> bool:
@@ -755,7 +767,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             ValueError: the model was loaded without its language model.
         """
         embeddings, mask, _ = self.embed_prompts(input_ids, attention_mask, input_features, feature_lengths)
-        with self._autocast():
+        with self.decoding():
             return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)
 
     @torch.no_grad()
