@@ -34,7 +34,7 @@ class LoadedModel(NamedTuple):
     processor: SoundwaveProcessor
 
 
-def load_model(folder: str | Path) -> LoadedModel:
+def load_model(folder: str | Path, *, language_model: bool | None = None) -> LoadedModel:
     """Load a saved model onto this machine's device (CUDA if there is one), in the dtype that is fastest on it.
 
     A model of stage I is loaded without the layers of its language model, which it does not need. A model that was
@@ -45,6 +45,8 @@ def load_model(folder: str | Path) -> LoadedModel:
         folder: the folder that training wrote, for example `runs/demo/model`. Its configuration names the backbones;
             they are fetched if they are not on this machine yet. It may be a checkpoint in the layout of the released
             one, too, which holds them. A text may be a Hub id, "owner/name".
+        language_model: False leaves the layers of the language model out, where only CTC is read. None: as its stage
+            needs them.
 
     Raises:
         FileNotFoundError: `folder` holds no model.
@@ -67,7 +69,7 @@ def load_model(folder: str | Path) -> LoadedModel:
         raise ValueError(f"{folder} holds a model of type {kind!r}, but not a Soundwave model")
     device, _ = pick_device()
     dtype, config = pick_dtype(device.type)[0], SoundwaveConfig.from_pretrained(folder)
-    whole, trained = config.stage != 1, config.quantization
+    whole, trained = config.stage != 1 and language_model is not False, config.quantization
     config.quantization = trained if device.type == "cuda" else None
     parts = sizes_of(config, dtype, language_model=whole)
     shrinks = trained or (None if config.lora_rank else "nf4")

@@ -25,8 +25,7 @@ from soundwave.data.collate import answer_of, ctc_text_of, prompt_of
 from soundwave.data.manifest import ManifestError, Sample, read_manifest
 from soundwave.evaluation.scores import has_words, judge
 from soundwave.evaluation.words import rules_for, words_of_pair
-from soundwave.hardware import pick_device, pick_dtype
-from soundwave.inference.answer import answer, read_ctc
+from soundwave.inference.answer import answer, load_model, read_ctc
 from soundwave.inference.long import windows
 from soundwave.model.chat import text_of
 from soundwave.model.configuration import SoundwaveConfig
@@ -338,16 +337,9 @@ def _trained_on(run: Run, allow_outside: bool) -> tuple[list[Recording], str]:
 
 def _items(folder: Path, others: dict[str, Run], chosen: list[tuple[Recording, np.ndarray]]) -> list[dict[str, Any]]:
     """The recordings and their samples as the page shows them, heard by the model in `folder`."""
-    device, _ = pick_device()
     config = SoundwaveConfig.from_pretrained(folder)
     asks = config.stage > 1 and any(one.given is None for recording, _ in chosen for one in recording.asked)
-    model = SoundwaveForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=pick_dtype(device.type)[0],
-        language_model=asks,
-        quantization=config.quantization if asks and device.type == "cuda" else None,
-    ).to(device)
-    processor = SoundwaveProcessor.from_pretrained(folder)
+    model, processor = load_model(folder, language_model=asks)
     theirs = {
         name: {(row["sample"], row["reference"]): row["answer"] for row in other.answers}
         for name, other in others.items()
