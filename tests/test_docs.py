@@ -267,6 +267,16 @@ def run_wrapped(home: Home, words: list[str]) -> None:
         run_command(home, words[starts[0] :])
 
 
+def run_launched(home: Home, words: list[str]) -> None:
+    """A launcher in front of our command: its help names the options; the command is run by itself."""
+    start, launcher = words.index("soundwave"), words[:2] if words[0] == "accelerate" else words[:1]
+    done = subprocess.run([BIN / launcher[0], *launcher[1:], "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for option in [word for word in words[:start] if word.startswith("--")]:
+        assert option in done.stdout, f"{shlex.join(words)}: its help has no {option}"
+    run_command(home, words[start:])
+
+
 def leave(_: Home, words: list[str]) -> None:
     """Commands that need a network, a program that is no dependency, or that change the shell: only parsed."""
 
@@ -292,6 +302,7 @@ RULES: list[tuple[str, Callable[[Home, list[str]], None]]] = [
     (r"python ([\w/]+\.py|-m tests\.ptx)|ruff|tensorboard", check_options),
     ("python -c", convert_table),
     ("nsys profile|ncu", run_wrapped),
+    ("torchrun|accelerate launch", run_launched),
     ("nsys stats|git clone|cd|source|ffmpeg|hf auth login|hf download|apt install|python3? -m venv", leave),
 ]
 
@@ -378,6 +389,7 @@ BROKEN = {
     "an unknown extra": ('```sh\npip install "soundwave-fused[coffee]"\n```', "no extra coffee"),
     "another's package": ("```sh\npip install soundwave\n```", "soundwave"),
     "an unknown option of pip": ("```sh\npip install --coffee soundwave-fused\n```", "--coffee"),
+    "an unknown option of a launcher": ("```sh\ntorchrun --coffee soundwave train 3 --show\n```", "no --coffee"),
     "an unknown option of a script": ("```sh\npython bench/history.py --coffee\n```", "no --coffee"),
     "a test that is not there": ("```sh\npytest tests/test_coffee.py\n```", "test_coffee"),
     "an unknown key": ("```yaml\n# stage1.yaml\nsteps: 5\nspeed: 1\n```", "unknown setting 'speed'"),
