@@ -12,7 +12,8 @@ What is written can be used without LoRA, peft and bitsandbytes:
     config.json, model.safetensors    the model without LoRA: adapters and blank
     language_model/                   the language model with its tokenizer, which transformers reads by itself
 
-Tensors are read, merged and written one after another, in files of at most 2 GB, which is all that is in memory.
+Tensors are read, merged and written one after another, in files of at most 2 GB. Such a file is held twice while it is
+written, so that some 5 GB of memory suffice for a model of any size.
 """
 
 import json
