@@ -106,7 +106,8 @@ def frame_seconds(model: SoundwaveForConditionalGeneration, processor: Soundwave
 def words_of(processor: SoundwaveProcessor, text: str) -> list[tuple[str, list[int], bool]]:
     """The words of a text with their CTC labels, and whether white space stands before them.
 
-    Of writing without spaces (Chinese, Japanese, Thai, …), the labels are the words.
+    Of writing without spaces (Chinese, Japanese, Thai, …), the labels are the words. A label of a space alone, which
+    stands before digits, is left out.
     """
     found = []
     for word in text.split():
@@ -204,24 +205,41 @@ def timed_words(
     Args:
         reading: what CTC reads in the clip.
         samples: the clip, float32 [samples] at 16 kHz.
-
-    The times never run backwards. Should the text have more labels than there are frames, its words are spread evenly
-    over the clip: they cannot be what is said in it.
     """
     words = words_of(processor, text)
     if not words:
         return []
     labels = [label for _, ids, _ in words for label in ids]
-    log_probs, blank = label_log_probs(model, reading, labels)
+    return place_words(words, *label_log_probs(model, reading, labels), frame_seconds(model, processor), samples)
+
+
+def place_words(
+    words: Sequence[tuple[str, list[int], bool]],
+    log_probs: np.ndarray,
+    blank: np.ndarray,
+    step: float,
+    samples: np.ndarray,
+) -> list[TimedWord]:
+    """The times of words that CTC may have read.
+
+    Args:
+        words: what `words_of` gives, at least one.
+        log_probs, blank: of their U labels [T, U] and of the blank [T] in each frame.
+        step: seconds of a frame.
+        samples: the clip.
+
+    The times never run backwards. Should the text have more labels than there are frames, its words are spread evenly
+    over the clip: they cannot be what is said in it.
+    """
+    labels = [label for _, ids, _ in words for label in ids]
     found, seconds = align(log_probs, blank, labels), len(samples) / SAMPLING_RATE
     bounds = np.cumsum([0, *(len(ids) for _, ids, _ in words)])
     if found is None:
-        first = last = (np.arange(len(labels)) * (len(reading.path) / len(labels))).astype(np.int64)
+        first = last = (np.arange(len(labels)) * (len(blank) / len(labels))).astype(np.int64)
         edges = np.linspace(0, seconds, len(words) + 1)
         starts, ends = edges[:-1], edges[1:]
     else:
         first, last = found
-        step = frame_seconds(model, processor)
         lower = np.minimum(first[bounds[:-1]] * step, seconds)
         upper = np.minimum((last[bounds[1:] - 1] + 1) * step, seconds)
         letters = [len(word) for word, _, _ in words]
