@@ -828,7 +828,7 @@ def merge(
 
     OUT is a model that every command takes; `OUT/language_model` is a language model for transformers and others. A
     model that was trained on 4-bit weights is merged into these, in 16 bits, because LoRA has learnt beside them.
-    Tensors are merged one after another, which takes 4 GB of memory whatever the model's size.
+    Tensors are merged one after another, which takes some 5 GB of memory whatever the size of the model.
     """
     folder = _model_folder(model)
     _quiet_transformers()
