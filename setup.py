@@ -44,11 +44,13 @@ REQUIRES = [
     "filelock",
     "psutil",
 ]
-SERVE = ["fastapi", "uvicorn", "python-multipart", "prometheus-client"]  # soundwave serve
 EXTRAS = {
-    "serve": SERVE,
+    "serve": ["fastapi", "uvicorn", "python-multipart", "prometheus-client"],
     "dev": [
-        *SERVE,
+        "fastapi",  # with the next three the server
+        "uvicorn",
+        "python-multipart",
+        "prometheus-client",
         "openai",  # its client talks to the server
         "pytest",
         "pytest-benchmark",
