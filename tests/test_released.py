@@ -610,8 +610,8 @@ def misplaced(folder: Path) -> None:
     index.write_text(json.dumps(values))
 
 
-def another_whisper(folder: Path) -> None:
-    values = json.loads((folder / "whisper" / "config.json").read_text()) | {"d_model": 32}
+def edit_whisper(folder: Path, **changes) -> None:
+    values = json.loads((folder / "whisper" / "config.json").read_text()) | changes
     (folder / "whisper" / "config.json").write_text(json.dumps(values))
 
 
@@ -645,7 +645,13 @@ DAMAGE = {
     ),
     "no weights": (lambda f: [x.unlink() for x in f.glob("model*")], "has neither model.safetensors nor"),
     "pickled weights": (only_pickled, "its pytorch_model.bin is a pickle, which is not read"),
-    "a Whisper of another width": (another_whisper, f"is 32 wide, but .* has adapter_size = {E}"),
+    "a Whisper of another width": (
+        lambda f: edit_whisper(f, d_model=32), f"is 32 wide, but .* has adapter_size = {E}",
+    ),
+    "a Whisper without heads": (lambda f: edit_whisper(f, encoder_attention_heads=0), "no encoder can be built"),
+    "a Whisper with heads in words": (
+        lambda f: edit_whisper(f, encoder_attention_heads="two"), "cannot be read .*encoder_attention_heads",
+    ),
     "no adapter_size": (lambda f: edit(f, adapter_size=None), "lacks 'adapter_size'"),
     "adapter_size in words": (lambda f: edit(f, adapter_size="24"), "has adapter_size = '24'"),
     "no audio_tower": (lambda f: edit(f, audio_tower=None), "lacks 'audio_tower'"),

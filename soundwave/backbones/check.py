@@ -54,8 +54,9 @@ def read_config(setting: str, name: str) -> PretrainedConfig:
         raise ValueError(f"{what} has no config.json; name the folder of a model in Hugging Face's form")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a wrong value in the file makes transformers raise whatever its class raises
+        text = str(error).strip() or type(error).__name__
+        reason = text.splitlines()[0] if isinstance(error, OSError | ValueError) else " ".join(text.split())
         if not path.is_dir() and path.is_absolute():
             raise ValueError(f"{what}: there is no such folder; was it moved? Correct the path") from None
         if not path.is_dir() and "gated" in str(error):
@@ -121,16 +122,16 @@ def check_released(folder: str | Path, stored: dict[str, Stored] | None = None) 
             shape or dtype.
     """
     folder = Path(folder)
-    tower, text = read_config("audio_tower", str(folder)), read_config("language_model", str(folder))
+    text = read_config("language_model", str(folder))
     stored = stored_tensors(folder) if stored is None else stored
-    tower.num_mel_bins = _mel_bins(stored, tower.num_mel_bins)
     model = skeleton(text)
     if model is None:
         raise ValueError(f"{folder / 'config.json'} is no configuration of a Llama that transformers can build")
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        encoder = WhisperEncoder(tower)
+    encoder = empty_encoder(str(folder))
     wanted = adapter_shapes(released_values(folder))
     wanted |= {f"{TOWER}{name}": tuple(x.shape) for name, x in encoder.state_dict().items()}
+    first = f"{TOWER}conv1.weight"
+    wanted[first] = (wanted[first][0], _mel_bins(stored, wanted[first][1]), wanted[first][2])
     wanted |= {name: tuple(x.shape) for name, x in model.state_dict().items()}
     optional = {"lm_head.weight"} if text.tie_word_embeddings else set()
     if missing := sorted(wanted.keys() - stored.keys() - optional):
@@ -276,9 +277,22 @@ def stored_in_4_bits(name: str) -> bool:
 
 def encoder_bytes(name: str, dtype: torch.dtype) -> int:
     """Memory of Whisper's encoder in a dtype."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        encoder = WhisperEncoder(check_whisper(name))
-    return sum(p.numel() for p in encoder.parameters()) * dtype.itemsize
+    return sum(p.numel() for p in empty_encoder(name).parameters()) * dtype.itemsize
+
+
+def empty_encoder(name: str) -> nn.Module:
+    """The encoder of a Whisper model without memory for its weights.
+
+    Raises:
+        ValueError: it is no Whisper model, or its configuration has a value that no encoder can have.
+    """
+    config = check_whisper(name)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return WhisperEncoder(config)
+    except Exception as error:  # a division by 0 heads, a negative width, and the like
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"audio_tower = {name!r}: no encoder can be built of its config.json ({reason})") from None
 
 
 def language_model_bytes(

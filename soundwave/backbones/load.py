@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from soundwave.backbones.check import check_whisper, read_config, skeleton, stored_in_4_bits
+from soundwave.backbones.check import empty_encoder, read_config, skeleton, stored_in_4_bits
 from soundwave.backbones.released import HEAD, NOT_LLAMA, TOWER, is_released
 from soundwave.backbones.shards import WEIGHTS_FILE, Stored, fault_of_shapes, read_tensors, stored_tensors
 from soundwave.backbones.wheels import resolve
@@ -34,9 +34,7 @@ def load_encoder(name: str, dtype: torch.dtype) -> nn.Module:
     Raises:
         ValueError: the files are damaged or lack weights of the encoder.
     """
-    config = check_whisper(name)
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        empty = WhisperEncoder(config)
+    empty = empty_encoder(name)
     if is_released(name):
         return _load_released_encoder(name, empty, dtype)
     _check_encoder_files(name, empty)
