@@ -117,6 +117,13 @@ class Scale:
     seconds: float
     forked: bool
 
+    def disk_bytes(self) -> int:
+        """Disk that the weights take, and at most two checkpoints of each stage with its model."""
+        d = self.dims
+        llm = memory.BF16 * (d.linear_parameters + 2 * d.vocab * d.width)
+        trained = 3 * d.alignment_parameters + 2 * d.shrinking_parameters + 2 * d.lora_parameters
+        return llm + 5 * memory.BF16 // 2 * d.encoder_parameters + (2 * 3 + 1) * memory.FP32 * trained
+
 
 FULL = Scale("full", memory.LLAMA_8B_WHISPER_LARGE, 32, 51_866, SHARD_BYTES, (3, 2, 2), 2.5, forked=False)
 TINY = Scale(
@@ -313,20 +320,29 @@ def write_recordings(folder: Path, seconds: float) -> Path:
 def only_the_head(llama: Path) -> Iterator[None]:
     """Leave of the LLM's weights the output embedding alone: the other shards are away, and so are its neighbours."""
     places = json.loads((llama / "model.safetensors.index.json").read_text())["weight_map"]
-    aside = llama.with_name(llama.name + "-aside")
-    aside.mkdir(exist_ok=True)
+    aside = _aside(llama)
+    aside.mkdir()
     for shard in set(places.values()):
-        if not (aside / shard).exists():  # it is there after a run that was killed
-            shutil.move(llama / shard, aside / shard)
+        shutil.move(llama / shard, aside / shard)
     head, name = "lm_head.weight", places["lm_head.weight"]
     with safe_open(aside / name, framework="pt") as file:
         save_file({head: file.get_tensor(head)}, llama / name, {"format": "pt"})
     try:
         yield
     finally:
-        for shard in aside.iterdir():
+        put_back(llama)
+
+
+def put_back(llama: Path) -> None:
+    """Put the shards back that `only_the_head` has moved; a rehearsal that was killed has left them aside."""
+    if _aside(llama).is_dir():
+        for shard in _aside(llama).iterdir():
             os.replace(shard, llama / shard.name)
-        aside.rmdir()
+        _aside(llama).rmdir()
+
+
+def _aside(llama: Path) -> Path:
+    return llama.with_name(llama.name + "-aside")
 
 
 # ---------------------------------------------------------------- commands in processes of their own
@@ -452,6 +468,7 @@ class Rehearsal:
         self.scale, self.work, self.file = scale, work, results
         self.whisper, self.llama = work / "whisper-large-v3", work / "Llama-3.1-8B-Instruct"
         self.manifest = work / "clips" / "train.jsonl"
+        put_back(self.llama)
         self.device = pick_device()[0].type
         self.dtype = str(pick_dtype(self.device)[0]).removeprefix("torch.")
         self.done: dict[str, dict[str, Any]] = {}
@@ -567,6 +584,11 @@ class Rehearsal:
     def backbones(self) -> None:
         for folder in (self.whisper, self.llama, self.manifest.parent):
             shutil.rmtree(folder, ignore_errors=True)  # of a rehearsal that was stopped
+        free, needed = shutil.disk_usage(self.work).free, self.scale.disk_bytes()
+        if free < needed:
+            raise Failed(
+                f"{self.work} has {free / 1e9:.0f} GB free, but {needed / 1e9:.0f} are needed: name another --work"
+            )
         write_whisper(self.whisper, self.scale)
         write_llama(self.llama, self.scale)
         write_recordings(self.manifest.parent, self.scale.seconds)

@@ -1,6 +1,7 @@
 """bench/full_size.py at small widths: the same path as at the paper's size, without its hour."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,16 @@ def test_the_backbones_lie_as_on_the_hub(rehearsal):
     assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= files
 
 
-def test_a_part_that_does_not_exist_is_named(tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, "--part", "stage4"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "--part stage4, but the parts are backbones, stage1" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--part", "stage4"], "--part stage4, but the parts are backbones, stage1"),
+        (["--layers", "0"], "--layers 0, but it must be at least 1"),
+    ],
+    ids=["part", "layers"],
+)
+def test_what_cannot_be_is_named(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 2 and said in capsys.readouterr().err
