@@ -21,7 +21,7 @@ from datetime import timedelta
 from typing import Any
 
 LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets for a process
-GRACE = 5.0  # s, for the first process to print the same error
+GRACE = 15.0  # s, for the first process to print the same error and end; on a busy machine 5 s did not suffice
 PATIENCE = timedelta(minutes=30)  # for a message: one process may load, or write a checkpoint, while others wait
 
 
