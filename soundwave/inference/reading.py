@@ -285,8 +285,8 @@ def seam(before: Text, after: Text, window: Window) -> tuple[Text, Text]:
     def centre(word: TimedWord) -> float:
         return (word.start + word.end) / 2
 
-    pairs = [
-        (abs(centre(a) + centre(b) - 2 * middle) / 2 + abs(a.start - b.start), i, j)
+    pairs = [  # the factor keeps a word from being taken for an equal one beside it
+        (abs(centre(a) + centre(b) - 2 * middle) / 2 + 3 * abs(a.start - b.start), i, j)
         for i, a in enumerate(left)
         for j, b in enumerate(right)
         if a.end > start
