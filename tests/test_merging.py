@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import soundwave
 from soundwave import backbones
@@ -87,6 +87,8 @@ def test_the_merged_folder_is_a_model_of_its_own(source, tmp_path):
     config = SoundwaveConfig.from_pretrained(out)
     assert config.language_model == str(out / "language_model") and (config.lora_rank, config.stage) == (0, 2)
     assert json.loads((out / "config.json").read_text())["language_model"] == "./language_model"
+    # The auto class reads the configuration first, and does not know where a relative folder is.
+    assert AutoModel.from_pretrained(str(out)).config.language_model == str(out / "language_model")
     loaded, before = soundwave.load(out), soundwave.load(source)
     assert not [name for name in loaded.model.state_dict() if "lora_" in name]
     torch.manual_seed(1)
