@@ -130,7 +130,7 @@ def pair(runs, killed, folder) -> SimpleNamespace:
     (folder / "runs.json").write_text(json.dumps(todo, default=str))
     done = subprocess.run(
         [*LAUNCH, "--redirects", "3", "--log-dir", folder / "logs", HERE / "in_processes.py", folder / "runs.json"],
-        env=os.environ | WITHOUT_COMPILER, capture_output=True, text=True,
+        env=os.environ | WITHOUT_COMPILER, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     said = [path.read_text() for path in sorted((folder / "logs").rglob("stderr.log"))]
     assert done.returncode == 0, done.stderr[-3000:] + "".join(said)[-6000:]
