@@ -464,7 +464,15 @@ def serve(
     Endpoints: /v1/audio/transcriptions, /v1/chat/completions, /v1/models, /health, /metrics, and the page at /.
     Ctrl-C or SIGTERM ends the server after its open requests.
     """
-    from soundwave.serve.settings import Limits, bind, check_installed, check_languages, name_of, read_keys
+    from soundwave.serve.settings import (
+        Limits,
+        bind,
+        check_installed,
+        check_languages,
+        keep_caches_small,
+        name_of,
+        read_keys,
+    )
 
     limits = Limits(
         max_batch=max_batch,
@@ -482,6 +490,7 @@ def serve(
     check_installed()
     model = _model_folder(model)
     bound = bind(host, port)
+    keep_caches_small()
     if not keys and not bound.getsockname()[0].startswith(("127.", "::1")):
         _warn("everybody who reaches this address may use the model; give a key with --api-key-file", "note")
     loaded = _load_model(model)

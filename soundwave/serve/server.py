@@ -4,11 +4,14 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from soundwave.data.audio import SAMPLING_RATE
 from soundwave.data.collate import TRANSCRIBE_PROMPT
@@ -18,6 +21,9 @@ from soundwave.serve.batches import Engine
 from soundwave.serve.errors import shutting_down
 from soundwave.serve.metrics import Metrics
 from soundwave.serve.settings import Limits
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGIApplication
 
 
 def serve(
@@ -44,9 +50,15 @@ def serve(
     metrics = Metrics()
     engine = Engine(loaded, limits, metrics.on_batch)
     app = create_app(engine, metrics, name=name, limits=limits, keys=keys, languages=languages, version=version)
-    config = uvicorn.Config(
+    config = configuration(app, limits)
+    _Server(config, engine, limits.grace, ready).run(sockets=[bound])
+
+
+def configuration(app: "ASGIApplication", limits: Limits) -> uvicorn.Config:
+    """uvicorn's settings for an app."""
+    return uvicorn.Config(
         app,
-        http="h11",
+        http=partial(_Protocol, patience=limits.idle_timeout),  # type: ignore[arg-type]
         ws="none",
         loop="asyncio",
         access_log=False,
@@ -56,7 +68,22 @@ def serve(
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=16 << 10,
     )
-    _Server(config, engine, limits.grace, ready).run(sockets=[bound])
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's protocol, which would wait for the first request of a connection without an end."""
+
+    def __init__(self, *arguments: Any, patience: float, **options: Any):
+        super().__init__(*arguments, **options)
+        self.patience = patience
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(self.patience, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
 
 
 @torch.no_grad()

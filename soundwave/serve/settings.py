@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import re
 import socket
 from collections.abc import Sequence
@@ -65,6 +66,15 @@ def check_installed() -> None:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} is not installed; pip install 'soundwave-fused[serve]'")
+
+
+def keep_caches_small() -> None:
+    """Let oneDNN, which computes on CPUs, keep few of its programs; it reads this at its first product.
+
+    It makes one for each shape of a product and keeps 1024 of them. Recordings have ever new lengths, so hundreds of
+    MiB would fill up over the first hour. What a batch needs are some dozens.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def check_languages(languages: Sequence[str]) -> list[str]:
