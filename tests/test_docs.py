@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -31,10 +32,16 @@ from packaging.requirements import Requirement
 from soundwave import backbones
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.demo.espeak import Espeak
+from soundwave.inference.answer import load_model
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
+from soundwave.serve.app import create_app
+from soundwave.serve.batches import Engine
+from soundwave.serve.metrics import Metrics
+from soundwave.serve.settings import Limits
 from soundwave.training.settings import StageConfig, load_config
 from tests.released import random_tensors, write_released
+from tests.serving import InThread
 from tests.short_runs import copy_recordings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,8 +56,10 @@ APPENDED = {
     "splice": "--count 2",
     "demo": "--help",
     "ablate": "--help",
+    "serve": "--help",
 }
 WORDS = ("zero", "one", "two", "three")
+SERVED = "127.0.0.1:8000"  # in the documents
 
 
 class Block(NamedTuple):
@@ -78,9 +87,11 @@ class Home:
     def __init__(self, language_model: Path):
         self.namespace: dict[str, Any] = {"__name__": "__main__"}
         self.variables = {"SMALL_LLM": str(language_model)}
+        self.address = SERVED  # where the model of runs/demo is served
 
     def run(self, block: Block) -> None:
         assert block.language in LANGUAGES, f"{block}: {block.language!r} is none of {', '.join(LANGUAGES)}"
+        block = block._replace(code=block.code.replace(SERVED, self.address))
         try:
             LANGUAGES[block.language](self, block)
         except (Exception, SystemExit) as error:
@@ -277,6 +288,12 @@ def run_launched(home: Home, words: list[str]) -> None:
     run_command(home, words[start:])
 
 
+def run_curl(_: Home, words: list[str]) -> None:
+    """A request to the server. Without curl the command is only parsed."""
+    if shutil.which("curl"):
+        subprocess.run([*words, "--fail", "--silent", "--show-error"], check=True, timeout=300)
+
+
 def leave(_: Home, words: list[str]) -> None:
     """Commands that need a network, a program that is no dependency, or that change the shell: only parsed."""
 
@@ -303,7 +320,8 @@ RULES: list[tuple[str, Callable[[Home, list[str]], None]]] = [
     ("python -c", convert_table),
     ("nsys profile|ncu", run_wrapped),
     ("torchrun|accelerate launch", run_launched),
-    ("nsys stats|git clone|cd|source|ffmpeg|hf auth login|hf download|apt install|python3? -m venv", leave),
+    ("curl", run_curl),
+    ("evalscope|nsys stats|git clone|cd|source|ffmpeg|hf auth login|hf download|apt install|python3? -m venv", leave),
 ]
 
 
@@ -362,8 +380,23 @@ def home(furnished, brief_llm, tmp_path, monkeypatch) -> Home:
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES])
 def test_every_block_runs(page, home):
-    for block in blocks_of(page):
-        home.run(block)
+    with ExitStack() as stack:
+        if page.name == "serve.md":
+            home.address = stack.enter_context(served("runs/demo/model"))
+        for block in blocks_of(page):
+            home.run(block)
+
+
+@contextmanager
+def served(folder: str) -> Iterator[str]:
+    """Serves a model, called `demo`; gives the address."""
+    limits = Limits(max_window_tokens=8)  # untrained, it does not end
+    engine = Engine(load_model(folder), limits)
+    server = InThread(create_app(engine, Metrics(), name="demo", limits=limits), limits)
+    try:
+        yield f"127.0.0.1:{server.port}"
+    finally:
+        server.close()
 
 
 def test_training_on_own_recordings_needs_no_demonstration(home):
