@@ -42,8 +42,9 @@ LONGEST_FILES = [
     "test_resources.py", "test_ablation.py", "test_linear_ctc.py", "test_resume.py", "test_gpu_script.py",
     "test_ctc.py", "test_fused_training.py", "test_ptx.py", "test_serve.py", "test_stages.py", "test_robustness.py",
     "test_cli.py", "test_inference.py", "test_report.py", "test_saved_by_older.py", "test_shrink_attention.py",
-    "test_docs.py", "test_demo.py", "test_benchmarks.py", "test_evaluation_files.py", "test_packaging.py", "test_embedded.py",
-    "test_notebook.py", "test_types.py", "test_norm.py", "test_shrinking_adapter.py", "test_waits.py",
+    "test_docs.py", "test_demo.py", "test_benchmarks.py", "test_evaluation_files.py", "test_packaging.py",
+    "test_embedded.py", "test_notebook.py", "test_types.py", "test_norm.py", "test_shrinking_adapter.py",
+    "test_waits.py",
 ]  # fmt: skip
 
 
