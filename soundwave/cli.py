@@ -458,6 +458,14 @@ def serve(
             metavar="CODE",
         ),
     ] = None,
+    audio_first: Annotated[
+        bool,
+        typer.Option(
+            "--audio-first/--audio-in-place",
+            help="Where the recording of a chat stands: before the words of its turn, as models are trained here, or "
+            "where the client puts it.",
+        ),
+    ] = True,
 ) -> None:
     """Serve a model in OpenAI's protocol, with a page to try it.
 
@@ -504,6 +512,7 @@ def serve(
         limits=limits,
         keys=keys,
         languages=languages,
+        audio_first=audio_first,
         version=__version__,
         ready=lambda address: print(f"serving {name} at {address}", flush=True),
     )

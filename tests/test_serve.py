@@ -232,6 +232,14 @@ def test_a_chat_is_answered_as_by_the_library(client, loaded, spoken):
     assert chunks[-1].usage == usage
 
 
+def test_a_recording_behind_the_words_is_put_before_them(client, spoken):
+    audio = {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}
+    audio["input_audio"]["data"] = base64.b64encode(spoken[SENTENCES[1]]).decode()
+    messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION}, audio]}]
+    found, expected = ask(client, None, messages=messages), ask(client, spoken[SENTENCES[1]])
+    assert (found.choices, found.usage) == (expected.choices, expected.usage)
+
+
 def test_a_chat_without_a_recording_and_with_more_turns(client, loaded):
     turns = [Turn("system", "Be brief."), Turn("user", "Hello"), Turn("assistant", "Hi."), Turn("user", "Bye")]
     messages = [{"role": turn.role, "content": turn.content, "name": None} for turn in turns]

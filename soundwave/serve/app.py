@@ -70,6 +70,7 @@ def create_app(
     limits: Limits,
     keys: Sequence[str] = (),
     languages: Sequence[str] = (),
+    audio_first: bool = True,
     version: str = "0",
 ) -> FastAPI:
     """The app.
@@ -79,6 +80,7 @@ def create_app(
         name: what the model is called.
         keys: a client must send one of them; none is wanted if there are none.
         languages: codes of the languages that the model knows, such as "en"; any is taken if there are none.
+        audio_first: a chat's recording is put before the words of its turn, as in training; else it stays where it is.
         version: the server's, for the OpenAPI description.
     """
     created = int(time.time())
@@ -241,6 +243,8 @@ def create_app(
                 400, f"{param} = {tokens}, but this server writes {limits.max_new_tokens} at most", param=param
             )
         turns, audio = read_messages(chat.messages)
+        if audio_first:
+            turns = [turn if turn.audio_at is None else turn._replace(audio_at=0) for turn in turns]
         chat.messages.clear()  # the recording as base64
         async with AsyncExitStack() as stack:
             path = await stack.enter_async_context(_saved(folder, audio))

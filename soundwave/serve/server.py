@@ -34,6 +34,7 @@ def serve(
     limits: Limits,
     keys: Sequence[str] = (),
     languages: Sequence[str] = (),
+    audio_first: bool = True,
     version: str = "0",
     ready: Callable[[str], None] = print,
 ) -> None:
@@ -41,7 +42,7 @@ def serve(
 
     Args:
         bound: what `bind` returned; it listens once the model has read its first sound.
-        name, keys, languages, version: as in `create_app`.
+        name, keys, languages, audio_first, version: as in `create_app`.
         ready: called with the server's address when it listens.
     """
     for name_of_logger in ("python_multipart", "uvicorn.error"):  # a line for each junk request would fill the disk
@@ -49,7 +50,16 @@ def serve(
     warm_up(loaded)
     metrics = Metrics()
     engine = Engine(loaded, limits, metrics.on_batch)
-    app = create_app(engine, metrics, name=name, limits=limits, keys=keys, languages=languages, version=version)
+    app = create_app(
+        engine,
+        metrics,
+        name=name,
+        limits=limits,
+        keys=keys,
+        languages=languages,
+        audio_first=audio_first,
+        version=version,
+    )
     config = configuration(app, limits)
     _Server(config, engine, limits.grace, ready).run(sockets=[bound])
 
