@@ -69,12 +69,13 @@ def check_installed() -> None:
 
 
 def keep_caches_small() -> None:
-    """Let oneDNN, which computes on CPUs, keep few of its programs; it reads this at its first product.
+    """Let oneDNN, which computes on CPUs, and torch's layer above it keep few of their programs.
 
-    It makes one for each shape of a product and keeps 1024 of them. Recordings have ever new lengths, so hundreds of
-    MiB would fill up over the first hour. What a batch needs are some dozens.
+    They make one for each shape of a product and keep 1024 of them. Recordings have ever new lengths, so hundreds of
+    MiB would fill up over the first hour. What a batch needs are some dozens. Both are read at the first product.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def check_languages(languages: Sequence[str]) -> list[str]:
