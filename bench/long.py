@@ -23,8 +23,10 @@ from soundwave.evaluation.scores import word_error_rate
 
 PROGRAM = """
 import json, resource, sys, time
+from soundwave.hardware import keep_memory_flat
 from soundwave.inference.answer import load_model
 from soundwave.inference.long import transcribe
+keep_memory_flat()  # as the commands do
 model, batch, *files = sys.argv[1:]
 loaded = load_model(model)
 start = time.perf_counter()

@@ -477,7 +477,6 @@ def serve(
         bind,
         check_installed,
         check_languages,
-        keep_caches_small,
         name_of,
         read_keys,
     )
@@ -498,7 +497,6 @@ def serve(
     check_installed()
     model = _model_folder(model)
     bound = bind(host, port)
-    keep_caches_small()
     if not keys and not bound.getsockname()[0].startswith(("127.", "::1")):
         _warn("everybody who reaches this address may use the model; give a key with --api-key-file", "note")
     loaded = _load_model(model)
@@ -781,60 +779,6 @@ def convert(
 
 
 @app.command()
-def doctor() -> None:
-    """Show what is installed, and which device, dtype, implementation and attention will run, and why."""
-    from soundwave.doctor import findings
-
-    table = _table("what", "runs", "why")
-    for row in findings():
-        table.add_row(*map(escape, row))
-    console.print(table)
-
-
-def _model_folder(folder: Path) -> Path:
-    """The folder from which the model is loaded; it is looked at before the import of torch, which takes seconds."""
-    if folder == DEMO_MODEL and not folder.is_dir() and (QUICK_DEMO / "model" / "config.json").is_file():
-        folder = QUICK_DEMO / "model"
-        errors.print(f"there is no {DEMO_MODEL}; using {folder}, the quick demonstration's", soft_wrap=True)
-    if not (folder / "config.json").is_file():
-        if (folder / "model" / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no model; give --model {folder / 'model'}")
-        hint = "train one with `soundwave demo`" if folder == DEMO_MODEL else "give the folder that training printed"
-        raise FileNotFoundError(f"{folder} holds no model; {hint}, or name another with --model")
-    return folder
-
-
-def _load_model(folder: Path) -> "LoadedModel":
-    folder = _model_folder(folder)
-    _quiet_transformers()
-    from soundwave.inference.answer import load_model
-
-    return load_model(folder)
-
-
-def _summary_table(summary: dict) -> Table:
-    def percent(value: float) -> str:
-        return f"{value:.1%}"
-
-    one, three, seconds = summary["stage1"], summary["stage3"], summary["seconds"]
-    table = Table("", "score", "samples", title=f"Soundwave demo · {seconds['total'] / 60:.1f} minutes", box=None)
-    samples = summary["samples"]
-    table.add_row("I   CTC word error rate", percent(one["wer"]), "")
-    table.add_row("I   blank share · kept per label", f"{one['blank_share']:.2f} · {one['kept_per_label']:.2f}", "")
-    table.add_row("II  word error rate", percent(summary["stage2"]["wer"]), "")
-    table.add_row("III word error rate", percent(three["wer"]), str(samples["transcribe"]))
-    unseen = str(samples["transcribe_unseen_voices"])
-    table.add_row("III word error rate, unseen voices", percent(three["wer_unseen_voices"]), unseen)
-    for task, value in three["accuracy"].items():
-        table.add_row(f"III {task}", percent(value), str(samples[task]))
-    table.add_row("seconds I · II · III", " · ".join(f"{seconds[f'stage{i}']:.0f}" for i in (1, 2, 3)), "")
-    return table
-
-
-if __name__ == "__main__":  # python -m soundwave.cli
-    refuse_hidden_kernels()
-    main()
-@app.command()
 def merge(
     model: Annotated[Path, typer.Argument(help="Folder of a model of stage 2 or 3.", metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must be absent or empty.", metavar="OUT")],
@@ -900,3 +844,59 @@ def push(
     _say(f"uploaded {push_folder(_model_folder(model), repo_id, private=private, licence=licence)}")
 
 
+@app.command()
+def doctor() -> None:
+    """Show what is installed, and which device, dtype, implementation and attention will run, and why."""
+    from soundwave.doctor import findings
+
+    table = _table("what", "runs", "why")
+    for row in findings():
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _model_folder(folder: Path) -> Path:
+    """The folder from which the model is loaded; it is looked at before the import of torch, which takes seconds."""
+    if folder == DEMO_MODEL and not folder.is_dir() and (QUICK_DEMO / "model" / "config.json").is_file():
+        folder = QUICK_DEMO / "model"
+        errors.print(f"there is no {DEMO_MODEL}; using {folder}, the quick demonstration's", soft_wrap=True)
+    if not (folder / "config.json").is_file():
+        if (folder / "model" / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no model; give --model {folder / 'model'}")
+        hint = "train one with `soundwave demo`" if folder == DEMO_MODEL else "give the folder that training printed"
+        raise FileNotFoundError(f"{folder} holds no model; {hint}, or name another with --model")
+    return folder
+
+
+def _load_model(folder: Path) -> "LoadedModel":
+    folder = _model_folder(folder)
+    _quiet_transformers()
+    from soundwave.hardware import keep_memory_flat
+    from soundwave.inference.answer import load_model
+
+    keep_memory_flat()
+    return load_model(folder)
+
+
+def _summary_table(summary: dict) -> Table:
+    def percent(value: float) -> str:
+        return f"{value:.1%}"
+
+    one, three, seconds = summary["stage1"], summary["stage3"], summary["seconds"]
+    table = Table("", "score", "samples", title=f"Soundwave demo · {seconds['total'] / 60:.1f} minutes", box=None)
+    samples = summary["samples"]
+    table.add_row("I   CTC word error rate", percent(one["wer"]), "")
+    table.add_row("I   blank share · kept per label", f"{one['blank_share']:.2f} · {one['kept_per_label']:.2f}", "")
+    table.add_row("II  word error rate", percent(summary["stage2"]["wer"]), "")
+    table.add_row("III word error rate", percent(three["wer"]), str(samples["transcribe"]))
+    unseen = str(samples["transcribe_unseen_voices"])
+    table.add_row("III word error rate, unseen voices", percent(three["wer_unseen_voices"]), unseen)
+    for task, value in three["accuracy"].items():
+        table.add_row(f"III {task}", percent(value), str(samples[task]))
+    table.add_row("seconds I · II · III", " · ".join(f"{seconds[f'stage{i}']:.0f}" for i in (1, 2, 3)), "")
+    return table
+
+
+if __name__ == "__main__":  # python -m soundwave.cli
+    refuse_hidden_kernels()
+    main()

@@ -1,8 +1,10 @@
 """The device and dtype that this machine uses, with the reasons, and its memory."""
 
+import ctypes
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import psutil
 import torch
 
 GIB = 2**30
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # an option of glibc's mallopt; bytes
 
 
 class OutOfMemory(RuntimeError):
@@ -79,6 +82,19 @@ def memory_named(part: str, advice: str) -> Iterator[None]:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"out of memory {part}; {advice}") from error
+
+
+def keep_memory_flat() -> None:
+    """Let a CPU's memory stay as it is while recordings of ever new lengths are read; for a process of its own.
+
+    oneDNN and torch's layer above it make a program for each shape of a product and keep 1024 of them: hundreds of MiB
+    in the first hour. What a batch needs are some dozens. Both read these limits at the first product. And glibc
+    learns to keep large blocks for later, which tear its heap to pieces; here they go back to the system.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def pick_device() -> tuple[torch.device, str]:

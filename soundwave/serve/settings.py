@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import os
 import re
 import socket
 from collections.abc import Sequence
@@ -66,16 +65,6 @@ def check_installed() -> None:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} is not installed; pip install 'soundwave-fused[serve]'")
-
-
-def keep_caches_small() -> None:
-    """Let oneDNN, which computes on CPUs, and torch's layer above it keep few of their programs.
-
-    They make one for each shape of a product and keep 1024 of them. Recordings have ever new lengths, so hundreds of
-    MiB would fill up over the first hour. What a batch needs are some dozens. Both are read at the first product.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "64")
 
 
 def check_languages(languages: Sequence[str]) -> list[str]:
