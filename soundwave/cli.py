@@ -70,6 +70,16 @@ DraftOption = Annotated[
         "none: it writes every token."
     ),
 ]
+AcceptOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        metavar="PROBABILITY",
+        help="Take what CTC reads as the text, unread by the LLM, where its least sure token is at least so probable. "
+        "Faster, but not the same text.",
+    ),
+]
 
 
 def main() -> None:
@@ -137,6 +147,11 @@ def _warn(line: str, kind: str = "note") -> None:
     """Print a line on stderr that may hold paths."""
     colour = "bold red" if kind == "error" else "yellow"
     errors.print(f"[{colour}]{kind}:[/] {escape(' '.join(line.split()))}", soft_wrap=True, highlight=False)
+
+
+def _check_accept(draft: Draft, accept: float | None) -> None:
+    if accept is not None and draft is Draft.none:
+        raise ValueError("--accept takes what CTC reads, but --draft none does without; leave out one of them")
 
 
 def _new_file(path: Path) -> TextIO:
@@ -292,6 +307,7 @@ def transcribe(
         int, typer.Option(min=1, help="Maximum length of the text of a window, in tokens.")
     ] = 256,
     draft: DraftOption = Draft.ctc,
+    accept: AcceptOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Write down what is said in recordings.
@@ -299,6 +315,7 @@ def transcribe(
     A recording of more than 30 s is cut at its pauses; where there is none, two windows overlap. CTC writes the text if
     the model has seen stage 1 only, else the language model does. A file that cannot be used is named and left out.
     """
+    _check_accept(draft, accept)
     from soundwave.data.audio import LONGEST_SECONDS, AudioError, seconds_of, shown
     from soundwave.data.files import find_recordings
     from soundwave.evaluation.progress import Progress, aside
@@ -361,6 +378,7 @@ def transcribe(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             draft=draft.value,
+            accept=accept,
             timestamps="word" if chosen == "verbose_json" else "segment" if timed else None,
             leave_out=faults.__setitem__,
             cut_off=cut_off,
@@ -528,6 +546,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
     draft: DraftOption = Draft.ctc,
+    accept: AcceptOption = None,
     language: Annotated[
         str | None,
         typer.Option(
@@ -554,6 +573,7 @@ def evaluate(
     A recording over 30 s is transcribed in pieces; for another task its first 30 s are heard. A sample whose recording
     cannot be used is named and left out.
     """
+    _check_accept(draft, accept)
     from soundwave.data.collate import LeftOut
     from soundwave.data.manifest import read_manifest
     from soundwave.evaluation import run
@@ -585,7 +605,7 @@ def evaluate(
             scores = run.evaluate_ctc(network, processor, samples, **settings)
         else:
             scores = run.evaluate(
-                network, processor, samples, max_new_tokens=max_new_tokens, draft=draft.value, **settings
+                network, processor, samples, max_new_tokens=max_new_tokens, draft=draft.value, accept=accept, **settings
             )
     scores.left_out[:0] = missing
     if as_json:

@@ -3,12 +3,22 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 
 from soundwave.inference import drafts
-from soundwave.inference.answer import DRAFTS, answer, certainty, check_draft, draft_ids, end_tokens, read_ctc
+from soundwave.inference.answer import (
+    DRAFTS,
+    LoadedModel,
+    answer,
+    certainty,
+    check_draft,
+    draft_ids,
+    end_tokens,
+    read_ctc,
+)
 from soundwave.inference.drafts import FEWEST, MISSES, DraftCounts, _rest, decode_drafts, reason_against_drafts
 from soundwave.inference.long import transcribe
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
@@ -212,6 +222,17 @@ def test_sure_drafts_are_accepted_unread_and_the_others_checked(loaded, clips):
     every = DraftCounts()
     answer(*loaded, prompts[:1], given[:1], draft="ctc", accept=0.0, counts=every)
     assert (every.unread, every.clips, every.forwards) == (1, 0, 0)
+
+
+def test_a_transcript_may_be_what_ctc_reads(loaded):
+    """With a threshold that every clip reaches the text is CTC's, and the language model is not asked at all."""
+    model, _ = loaded
+    samples = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    asked = []
+    hook = model.language_model.base_model.register_forward_hook(lambda *_: asked.append(1))
+    found = transcribe(samples, LoadedModel(*loaded), accept=0.0)
+    hook.remove()
+    assert not asked and found.text == " ".join(read_ctc(*loaded, [loaded[1].features(samples)])[0][0].split())
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int | Mapping[str, int] = 256,
     draft: str = "ctc",
+    accept: float | None = None,
     language: str | None = None,
     strict: bool = False,
     each: EachRow | None = None,
@@ -114,7 +115,7 @@ def evaluate(
     Args:
         max_new_tokens: longest answer, in tokens, or the longest answer of each task. Of a recording that is
             transcribed in pieces it is the longest text of a piece.
-        draft: "ctc" or "none", how transcripts are written; see `soundwave.inference.answer.answer`.
+        draft, accept: how transcripts are written; see `soundwave.inference.answer.answer`.
         language: language of the references: a code such as "en", or "und" for the rules of no language. By default
             that of each sample (`target_lang`, `lang`, `language`, `source_lang`), or else the script decides; see
             `soundwave.evaluation.words`.
@@ -132,7 +133,7 @@ def evaluate(
     if not samples:
         raise ValueError("samples is empty: there is nothing to evaluate")
     check_batch_size(batch_size)
-    check_draft(draft)
+    check_draft(draft, accept)
     wanted = [answer_of(sample) for sample in samples]
     rules = _rules(samples, wanted, language, ("target_lang", "lang", "language", "source_lang"))
     left = Omissions()
@@ -153,8 +154,8 @@ def evaluate(
     def reply(asked: Sequence[Sample], clips: Sequence[Tensor | None]) -> list[tuple[str, bool]]:
         limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[asked[0].task]
         prompts, cut = [prompt_of(sample) for sample in asked], []
-        drafted = draft if asked[0].task == "transcribe" else "none"
-        texts = answer(model, processor, prompts, list(clips), max_new_tokens=limit, cut_off=cut, draft=drafted)
+        how = {"draft": draft, "accept": accept} if asked[0].task == "transcribe" else {}
+        texts = answer(model, processor, prompts, list(clips), max_new_tokens=limit, cut_off=cut, **how)
         return [(text, place in cut) for place, text in enumerate(texts)]
 
     model.eval()

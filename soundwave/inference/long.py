@@ -114,6 +114,7 @@ def transcribe(
     batch_size: int = ...,
     max_new_tokens: int = ...,
     draft: str = ...,
+    accept: float | None = ...,
     timestamps: str | None = ...,
 ) -> Transcript: ...
 @overload
@@ -125,6 +126,7 @@ def transcribe(
     batch_size: int = ...,
     max_new_tokens: int = ...,
     draft: str = ...,
+    accept: float | None = ...,
     timestamps: str | None = ...,
 ) -> list[Transcript]: ...
 def transcribe(
@@ -135,6 +137,7 @@ def transcribe(
     batch_size: int = 1,
     max_new_tokens: int = 256,
     draft: str = "ctc",
+    accept: float | None = None,
     timestamps: str | None = None,
 ) -> Transcript | list[Transcript]:
     """Write down what is said in one recording, or in each of a list of recordings.
@@ -155,6 +158,9 @@ def transcribe(
         max_new_tokens: longest text of a window, in tokens of the language model.
         draft: "ctc" lets the language model check the text that CTC reads, and write only what it would have written
             otherwise: the same text, sooner. "none" lets it write every token.
+        accept: with `draft="ctc"`, a probability from which on what CTC reads is the text, unread by the language
+            model: that of the least sure token of a window. Faster, but not the same text; for models whose CTC writes
+            the transcript alone. None lets the language model check everything.
         timestamps: "segment" gives the transcript `segments` with their times, "word" also `words`. None saves the time
             that this takes.
 
@@ -164,7 +170,8 @@ def transcribe(
     Raises:
         AudioError: a file cannot be used.
         ValueError: samples that are not mono, not floating point, empty, not finite or far above full scale; a
-            sampling rate outside 1 kHz to 1 MHz; a `batch_size` below 1; another `draft` or `timestamps`.
+            sampling rate outside 1 kHz to 1 MHz; a `batch_size` below 1; another `draft`, `accept` or
+            `timestamps`.
         FileNotFoundError: the folder holds no model.
         TypeError: `model` is neither a loaded model nor a folder.
     """
@@ -183,6 +190,7 @@ def transcribe(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             draft=draft,
+            accept=accept,
             timestamps=timestamps,
         )
     )
@@ -197,6 +205,7 @@ def transcribe_each(
     batch_size: int = 1,
     max_new_tokens: int = 256,
     draft: str = "ctc",
+    accept: float | None = None,
     timestamps: str | None = None,
     leave_out: Callable[[int, ValueError], None] | None = None,
     cut_off: list[int] | None = None,
@@ -224,14 +233,14 @@ def transcribe_each(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}, but it must be 1 or more")
-    check_draft(draft)
+    check_draft(draft, accept)
     if timestamps is not None and timestamps not in TIMESTAMPS:
         raise ValueError(f"timestamps = {timestamps!r}, but it must be {' or '.join(map(repr, TIMESTAMPS))}, or None")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}, but it must be 1 or more")
     if (path := _path(recordings)) is not None:
         raise TypeError(f"recordings = {path!r}, but it must be an iterable; use transcribe for one file")
-    reader = Reader(_loaded(model), batch_size=batch_size, max_new_tokens=max_new_tokens, draft=draft)
+    reader = Reader(_loaded(model), batch_size=batch_size, max_new_tokens=max_new_tokens, draft=draft, accept=accept)
     return _transcripts(recordings, reader, sampling_rate, timestamps, leave_out or _raise, cut_off, heard, said)
 
 

@@ -157,12 +157,20 @@ class Reader:
     Args:
         loaded: the model.
         batch_size: windows that are read together.
-        max_new_tokens, draft: as in `answer`.
+        max_new_tokens, draft, accept: as in `answer`.
     """
 
-    def __init__(self, loaded: LoadedModel, *, batch_size: int = 1, max_new_tokens: int = 256, draft: str = "none"):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        batch_size: int = 1,
+        max_new_tokens: int = 256,
+        draft: str = "none",
+        accept: float | None = None,
+    ):
         self.model, self.processor = loaded
-        self.batch_size, self.max_new_tokens, self.draft = batch_size, max_new_tokens, draft
+        self.batch_size, self.max_new_tokens, self.draft, self.accept = batch_size, max_new_tokens, draft, accept
 
     def read(self, windows: Sequence[Window], *, timed: bool = False) -> list[Text]:
         """The text of each window.
@@ -191,6 +199,7 @@ class Reader:
                 max_new_tokens=self.max_new_tokens,
                 cut_off=cut,
                 draft=self.draft,
+                accept=self.accept,
                 readings=readings,
             )
         found = {}
