@@ -119,7 +119,7 @@ def test_what_the_bench_measures_is_the_rule(monkeypatch):
     p[:64], off_label[:64] = 1e-3 * p[:64], 1e-3 * off_label[:64]
     skipped = Skipped.empty(len(p), off_label)
     product = skipping.product_in_tiles(p, weight, off_label, skipped, None, None, "triton")
-    expected, share, lost = test_active_columns.definition(p, weight, off_label, 64)
+    expected, share, lost = test_active_columns.definition(p, weight, off_label, "triton")
     torch.testing.assert_close(skipped.share.double(), share)
     torch.testing.assert_close(skipped.mass.double(), lost)
     torch.testing.assert_close(product.double(), expected, rtol=1e-4, atol=1e-5)

@@ -728,5 +728,5 @@ def test_an_untied_folder_without_its_head_is_refused(untied, tmp_path):
 def test_a_folder_of_pickled_weights_is_refused(small_llm, tmp_path):
     shutil.copy(small_llm / "config.json", tmp_path)
     torch.save({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors: save the language model as safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors: its pytorch_model.bin is a pickle"):
         load_output_embedding(str(tmp_path))

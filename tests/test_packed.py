@@ -319,7 +319,9 @@ def test_the_encoder_gives_each_clip_what_it_gives_it_alone(lengths):
         assert counts.tolist() == [-(-n // 2) for n in lengths.tolist()]
         for i, clip in enumerate(rows.split(counts.tolist())):
             alone = SoundwaveForConditionalGeneration.encode(
-                SimpleNamespace(audio_tower=tower, packed=False, compute_dtype=torch.float32),
+                SimpleNamespace(
+                    audio_tower=tower, packed=False, compute_dtype=torch.float32, config=SoundwaveConfig()
+                ),
                 features[i : i + 1, :, : int(lengths[i])], lengths[i : i + 1],
             )[0][0]  # fmt: skip
             torch.testing.assert_close(clip, alone, **CLOSE)

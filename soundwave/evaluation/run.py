@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from soundwave.data.audio import read_blocks
 from soundwave.data.collate import LeftOut, answer_of, chat_fault, ctc_text_of, prompt_of
 from soundwave.data.manifest import Sample
 from soundwave.evaluation.listening import Omissions, check_batch_size, listen
@@ -18,7 +19,9 @@ from soundwave.evaluation.listening import alike as alike
 from soundwave.evaluation.progress import named, say
 from soundwave.evaluation.scores import ANSWER_RULES, Scores, Verdict, has_words, judge, names_of, rate, word_errors
 from soundwave.evaluation.words import Rules, check_language, is_language, rules_for
-from soundwave.inference.answer import answer, check_draft, read_ctc
+from soundwave.inference.answer import LoadedModel, answer, check_draft, read_ctc
+from soundwave.inference.long import read_whole
+from soundwave.inference.reading import Reader
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
 from soundwave.model.processing import SoundwaveProcessor
 
@@ -77,6 +80,7 @@ def evaluate_ctc(
             counts.update(frames=reading.frames, blanks=reading.blanks, peaks=reading.peaks)
         counts["labels"] += len(processor.ctc_ids(wanted[index]))
         if len(heard.results) > 1:
+            texts[index], _ = _whole(sample, LoadedModel(model, processor), batch_size, ctc=True)
             in_pieces.append(index)
         if each:
             row = {"sample": sample.id, "task": "transcribe", "reference": wanted[index], "answer": texts[index]}
@@ -154,7 +158,7 @@ def evaluate(
     def reply(asked: Sequence[Sample], clips: Sequence[Tensor | None]) -> list[tuple[str, bool]]:
         limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[asked[0].task]
         prompts, cut = [prompt_of(sample) for sample in asked], []
-        how = {"draft": draft, "accept": accept} if asked[0].task == "transcribe" else {}
+        how = {"draft": draft, "accept": accept} if asked[0].task == "transcribe" else {"draft": "none"}
         texts = answer(model, processor, prompts, list(clips), max_new_tokens=limit, cut_off=cut, **how)
         return [(text, place in cut) for place, text in enumerate(texts)]
 
@@ -166,13 +170,16 @@ def evaluate(
     settings = {"to_the_end": lambda sample: sample.task == "transcribe", "strict": strict, "progress": progress}
     for heard in listen(samples, wanted, processor, batch_size, reply, left, **settings):
         index, sample = heard.index, samples[heard.index]
-        texts[index] = heard.results[0][0]
-        if len(heard.results) > 1:
-            texts[index] = _joined([text for text, _ in heard.results])
+        texts[index], cut = heard.results[0]
+        if len(heard.results) > 1:  # its windows may overlap, and be read again in smaller ones
+            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[sample.task]
+            texts[index], cut = _whole(
+                sample, LoadedModel(model, processor), batch_size, max_new_tokens=limit, draft=draft, accept=accept
+            )
             in_pieces.append(index)
         if heard.more:
             first_window.append(index)
-        if cut := any(cut for _, cut in heard.results):
+        if cut:
             cut_off.append(index)
         row = {"sample": sample.id, "task": sample.task, "reference": wanted[index], "answer": texts[index]}
         row |= {"normaliser": rules[index].name if sample.task == "transcribe" else ANSWER_RULES, "cut_off": cut}
@@ -235,6 +242,13 @@ def _score_words(scores: Scores, wanted: Sequence[str], texts: Mapping[int, str]
     scores.cer = rate(characters) if characters else None
     scores.samples["transcribe"] = len(texts)
     scores.normaliser["transcribe"] = names_of([rules[index] for index in sorted(texts)])
+
+
+def _whole(sample: Sample, loaded: LoadedModel, batch_size: int, **settings: Any) -> tuple[str, bool]:
+    """The text of a recording over 30 s, as `transcribe` gives it, and whether a part of it was cut off."""
+    assert sample.audio is not None
+    blocks = read_blocks(sample.audio, offset=sample.offset, duration=sample.duration)
+    return read_whole(Reader(loaded, batch_size=batch_size, **settings), blocks)
 
 
 def _joined(texts: Sequence[str]) -> str:

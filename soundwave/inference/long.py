@@ -323,6 +323,30 @@ def _transcripts(
     yield from finished()
 
 
+def read_whole(reader: Reader, blocks: Iterator[np.ndarray]) -> tuple[str, bool]:
+    """The text of one recording that comes block by block, each float32 [samples] at 16 kHz, as `transcribe` gives it.
+
+    Returns:
+        The text, and whether the limit of new tokens has cut off a part of it.
+    """
+    recording, batch = Recording(0), []
+
+    def read_batch() -> None:
+        for window, text in zip(batch, reader.read(batch), strict=True):
+            for settled in recording.take(window, text):
+                recording.add(*settled, None)
+        batch.clear()
+
+    for window in cut_into_windows(blocks):
+        if window.silent and not (window.before or window.after):
+            continue
+        batch.append(window)
+        if len(batch) == reader.batch_size:
+            read_batch()
+    read_batch()
+    return recording.transcript(None).text, recording.cut_off
+
+
 def _pieces(audio: Audio, sampling_rate: int, name: str) -> Iterator[Window]:
     """The windows of a recording at 16 kHz; a file is read only as far as they are taken."""
     if (path := _path(audio)) is not None:

@@ -158,6 +158,7 @@ class Reader:
         loaded: the model.
         batch_size: windows that are read together.
         max_new_tokens, draft, accept: as in `answer`.
+        ctc: give what CTC reads, as of a model of stage I.
     """
 
     def __init__(
@@ -168,8 +169,10 @@ class Reader:
         max_new_tokens: int = 256,
         draft: str = "none",
         accept: float | None = None,
+        ctc: bool = False,
     ):
         self.model, self.processor = loaded
+        self.ctc = ctc or self.model.config.stage == 1
         self.batch_size, self.max_new_tokens, self.draft, self.accept = batch_size, max_new_tokens, draft, accept
 
     def read(self, windows: Sequence[Window], *, timed: bool = False) -> list[Text]:
@@ -188,7 +191,7 @@ class Reader:
         if not loud:
             return [Text("", ())] * len(windows)
         clips, cut, readings = [self.processor.features(window.samples) for window in loud], [], []
-        if self.model.config.stage == 1:
+        if self.ctc:
             readings = read_clips(self.model, self.processor, clips)
         else:
             texts = answer(
@@ -205,8 +208,8 @@ class Reader:
         found = {}
         for place, (window, reading) in enumerate(zip(loud, readings, strict=True)):
             by_ctc = self.processor.ctc_text(reading.path.cpu(), self.model.blank)
-            text = " ".join((by_ctc if self.model.config.stage == 1 else texts[place]).split())
-            share = None if self.model.config.stage == 1 or place in cut else share_read(text, by_ctc)
+            text = " ".join((by_ctc if self.ctc else texts[place]).split())
+            share = None if self.ctc or place in cut else share_read(text, by_ctc)
             pieces = [] if share is None else split(window, share)
             wanted = bool(timed or window.before or window.after)
             if pieces:
