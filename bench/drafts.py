@@ -108,7 +108,8 @@ def draw(rows: list[tuple[str, float, float, float]], file: Path) -> None:
             )
         axes.axhline(factor * rows[0][column], color="grey", linestyle="--", label="plain greedy decoding")
         axes.set(xlabel="clips whose text CTC wrote alone [%]", title=title)
-        axes.set_ylim(bottom=0)
+        axes.set_xlim(-5, 118)  # room for the labels
+        axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
         axes.legend(fontsize=8)
     figure.savefig(file, dpi=150)
     print(f"\npicture {file}")
