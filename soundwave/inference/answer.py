@@ -1,6 +1,5 @@
 """Load a trained model, read recordings with it by CTC, and let its language model answer."""
 
-import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from soundwave.inference.drafts import DraftCounts, decode_drafts, reason_agains
 from soundwave.inference.timestamps import Reading, readings_of
 from soundwave.model.chat import Prompt
 from soundwave.model.configuration import SoundwaveConfig
-from soundwave.model.hub import local_folder
+from soundwave.model.hub import local_folder, saved_config
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.model.processing import SoundwaveProcessor
 from soundwave.model.sizes import fits, refuse_what_does_not_fit, sizes_of
@@ -54,19 +53,7 @@ def load_model(folder: str | Path, *, language_model: bool | None = None) -> Loa
             the memory does not suffice.
     """
     folder = local_folder(folder)
-    if not (folder / "config.json").is_file():
-        inside = folder / "model"
-        hint = f"give {inside}" if (inside / "config.json").is_file() else "give the folder that training printed"
-        raise FileNotFoundError(f"{folder} holds no model; {hint}")
-    try:
-        saved = json.loads((folder / "config.json").read_bytes())
-    except ValueError:
-        saved = None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{folder / 'config.json'} is damaged (not a JSON object); copy it again")
-    kind = saved.get("model_type")
-    if kind not in (SoundwaveConfig.model_type, RELEASED):
-        raise ValueError(f"{folder} holds a model of type {kind!r}, but not a Soundwave model")
+    saved_config(folder, (SoundwaveConfig.model_type, RELEASED))  # refuses what is no model
     device, _ = pick_device()
     dtype, config = pick_dtype(device.type)[0], SoundwaveConfig.from_pretrained(folder)
     whole, trained = config.stage != 1 and language_model is not False, config.quantization

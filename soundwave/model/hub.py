@@ -111,7 +111,7 @@ def write_model_card(folder: str | Path, *, licence: str | None = None, replace:
         ValueError: its configuration or a record is damaged.
     """
     folder = Path(folder)
-    saved, card = _saved_config(folder), folder / CARD_FILE
+    saved, card = saved_config(folder), folder / CARD_FILE
     if licence is not None and not re.fullmatch(r"[A-Za-z0-9.+-]+", licence):
         raise ValueError(f"licence = {licence!r}, but it must be the Hub's name of one, such as cc-by-4.0")
     if card.exists() and not replace:
@@ -138,18 +138,24 @@ def write_model_card(folder: str | Path, *, licence: str | None = None, replace:
     return card
 
 
-def _saved_config(folder: Path) -> dict[str, Any]:
+def saved_config(folder: Path, kinds: tuple[str, ...] = (SoundwaveConfig.model_type,)) -> dict[str, Any]:
+    """The content of `config.json`, as it stands there.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: the file is damaged, or of a model whose type is none of `kinds`.
+    """
     if not (folder / "config.json").is_file():
         inside = folder / "model"
-        hint = f"; give {inside}" if (inside / "config.json").is_file() else ""
-        raise FileNotFoundError(f"{folder} holds no model{hint}")
+        hint = f"give {inside}" if (inside / "config.json").is_file() else "give the folder that training printed"
+        raise FileNotFoundError(f"{folder} holds no model; {hint}")
     try:
         saved = json.loads((folder / "config.json").read_bytes())
     except ValueError:
         saved = None
     if not isinstance(saved, dict):
         raise ValueError(f"{folder / 'config.json'} is damaged (not a JSON object); copy it again")
-    if saved.get("model_type") != SoundwaveConfig.model_type:
+    if saved.get("model_type") not in kinds:
         raise ValueError(f"{folder} holds a model of type {saved.get('model_type')!r}, but not a Soundwave model")
     return saved
 
@@ -211,7 +217,7 @@ def _backbones_section(backbones: Mapping[str, tuple[str, str | None]], config: 
     rows = []
     for setting, (name, licence) in backbones.items():
         what = {"audio_tower": "audio encoder (frozen)", "language_model": "language model"}[setting]
-        inside = _is_relative(_saved_config(folder).get(setting))
+        inside = _is_relative(saved_config(folder).get(setting))
         rows.append([what, f"`{name}`", licence or "see its own page", "in this folder" if inside else "fetched"])
     merged = config.stage >= 2 and not config.lora_rank
     note = "LoRA is merged into the language model. " if merged else ""
@@ -310,7 +316,7 @@ def push(
         ValueError: `repo_id` is no id, the model needs a folder of this machine, or the Hub refuses or is not reached.
     """
     folder = Path(folder)
-    saved = _saved_config(folder)
+    saved = saved_config(folder)
     if not HUB_ID.fullmatch(repo_id):
         raise ValueError(f"repo_id = {repo_id!r}, but it must be 'owner/name'")
     if not (folder / WEIGHTS_FILE).is_file():
