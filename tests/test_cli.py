@@ -397,7 +397,7 @@ def test_evaluate_prints_the_name_of_a_task_as_it_is(soundwave, spoken, monkeypa
     name = "[/b]"  # rich would read it as markup
     scores = Scores(samples={name: 1}, accuracy={name: 1.0})
     network = SimpleNamespace(config=SimpleNamespace(stage=2))
-    monkeypatch.setattr("soundwave.cli._load_model", lambda folder: (network, None))
+    monkeypatch.setattr("soundwave.cli.common.load_model", lambda folder: (network, None))
     monkeypatch.setattr("soundwave.evaluation.run.evaluate", lambda *_, **settings: scores)
     status, out, err = soundwave("evaluate", spoken / "words.jsonl")
     assert (status, err) == (0, "") and name in out
@@ -439,7 +439,7 @@ def test_train_shows_the_defaults_of_a_stage_without_data(soundwave):
 
 def test_show_lists_what_each_setting_may_be(soundwave, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr("soundwave.cli.console", Console(width=300))
+    monkeypatch.setattr("soundwave.cli.common.console", Console(width=300))
     _, out, _ = soundwave("train", "1", "--show")
     shown = {line.split()[0]: re.split(r"\s{2,}", line.strip())[2] for line in out.splitlines()[1:]}
     assert shown.keys() == StageConfig.model_fields.keys()

@@ -340,7 +340,7 @@ def test_a_sample_without_a_text_is_named_as_such(loaded, folder):
 def test_options_reach_the_evaluation(command, folder, monkeypatch):
     given = {}
     monkeypatch.setattr(
-        "soundwave.cli._load_model", lambda *_, **__: (SimpleNamespace(config=SimpleNamespace(stage=3)), None)
+        "soundwave.cli.common.load_model", lambda *_, **__: (SimpleNamespace(config=SimpleNamespace(stage=3)), None)
     )
     monkeypatch.setattr(run, "evaluate", lambda *_, **settings: given.update(settings) or run.Scores())
     assert command(folder / "long.jsonl", "--language", "tr", "--quiet", "--strict")[0] == 0
