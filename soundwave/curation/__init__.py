@@ -1,0 +1,1 @@
+"""Make training data: check it, leave out what is transcribed wrongly, and build tasks from recordings."""
