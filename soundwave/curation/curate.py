@@ -22,11 +22,13 @@ killed on the way. With another limit of the word error rate nothing is transcri
 """
 
 import hashlib
+import json
 import os
 import re
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -38,8 +40,18 @@ from soundwave import backbones
 from soundwave.curation import hearing
 from soundwave.curation.hearing import Clip, Heard
 from soundwave.curation.journal import Journal
-from soundwave.data.audio import LONGEST_SECONDS, AudioError, seconds_of
-from soundwave.data.manifest import Sample, read_manifest, write_manifest
+from soundwave.data.audio import LONGEST_SECONDS, AudioError, seconds_of, shown
+from soundwave.data.chats import Refused
+from soundwave.data.manifest import (
+    AudioMissing,
+    EntryReader,
+    ManifestError,
+    Sample,
+    empty,
+    parse,
+    source_of,
+    write_manifest,
+)
 from soundwave.evaluation.progress import Progress
 from soundwave.evaluation.scores import has_words, word_errors
 from soundwave.evaluation.words import Rules, check_language, is_language, rules_for
@@ -72,8 +84,8 @@ class Filters:
                 raise ValueError(f"{name} = {getattr(self, name)}; give a number from 0 up")
         if not self.min_seconds <= self.max_seconds <= LONGEST_SECONDS:
             raise ValueError(
-                f"min_seconds = {self.min_seconds:g} and max_seconds = {self.max_seconds:g}; give two numbers from 0 to "
-                f"{LONGEST_SECONDS:g}, the smaller one first"
+                f"min_seconds = {self.min_seconds:g} and max_seconds = {self.max_seconds:g}; give two numbers from 0 "
+                f"to {LONGEST_SECONDS:g}, the smaller one first"
             )
 
     def fault(self, text: str, seconds: float) -> tuple[str, str] | None:
@@ -113,11 +125,21 @@ class Curated:
 
 
 class _Line(NamedTuple):
-    """A line: its sample, its length in seconds, and why it is left out without being transcribed."""
+    """A line of the manifest.
 
-    sample: Sample
-    seconds: float | None
-    fault: tuple[str, str] | None
+    Attributes:
+        id: its sample's.
+        row: what the line holds, in our own form; of a missing recording, as it stands there.
+        sample: None if its recording is missing.
+        seconds: length of the recording.
+        fault: why it is left out without being transcribed: the reason, and a sentence.
+    """
+
+    id: str
+    row: dict[str, Any]
+    sample: Sample | None = None
+    seconds: float | None = None
+    fault: tuple[str, str] | None = None
 
 
 def curate(
@@ -159,14 +181,11 @@ def curate(
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}; give 1 or more")
     check_language(language)
-    missing: list[tuple[str, str, str]] = []
-    samples = read_manifest(
-        manifest, allow_outside=allow_outside, leave_out=lambda *fault: missing.append(fault), note=note
-    )
     hearing.check(whisper, language)
     files = _files(Path(manifest), out)
-    rules = rules_for([sample.text or "" for sample in samples], [language or _language_of(each) for each in samples])
-    lines = [_looked_at(sample, rule, filters) for sample, rule in zip(samples, rules, strict=True)]
+    lines = _lines(manifest, files.kept.parent, filters, language, allow_outside, note)
+    rules = {number: rule for number, (_, rule) in enumerate(lines) if rule is not None}
+    lines = [line for line, _ in lines]
     batches = _batches(lines, batch_size)
 
     with ExitStack() as stack:
@@ -174,7 +193,7 @@ def curate(
         if ray:
             device = stack.enter_context(hearing.ray_cluster())
         made_by = {
-            "form": FORM, "samples": _hash(samples, language), "whisper": whisper, "language": language,
+            "form": FORM, "lines": _hash(lines), "whisper": whisper, "language": language,
             "dtype": str(hearing.dtype_of(device)).removeprefix("torch."), "device": device, "batch_size": batch_size,
             "threads": threads,
         }  # fmt: skip
@@ -189,7 +208,7 @@ def curate(
             files.heard += sum(each.get("seconds", 0.0) for each in heard)
         files.spent = time.monotonic() - start
         journal.finish()
-        _write(files, lines, missing, rules, journal.results, filters)
+        _write(files, lines, rules, journal.results, filters)
     return files
 
 
@@ -206,39 +225,82 @@ def _language_of(sample: Sample) -> str | None:
     return next((value for value in values if is_language(value)), None)
 
 
-def _looked_at(sample: Sample, rules: Rules, filters: Filters) -> _Line:
+def _lines(
+    manifest: str | Path,
+    folder: Path,
+    filters: Filters,
+    language: str | None,
+    allow_outside: bool,
+    note: Callable[[str], None] | None,
+) -> list[tuple[_Line, Rules | None]]:
+    """The lines of a manifest, looked at, and the rules by which their words are found."""
+    source = source_of(manifest)
+    told: set[str] = set()
+
+    def tell(place: str, about: str, sentence: str) -> None:
+        if about not in told:
+            told.add(about)
+            line = f"{shown(source.path)}:{place}: {sentence}"
+            note(line) if note is not None else warnings.warn(line, stacklevel=4)
+
+    read = EntryReader(source, allow_outside=allow_outside, tell=tell)
+    found: list[_Line] = []
+    for place, entry in source.entries():
+        try:
+            row = parse(entry) if isinstance(entry, bytes) else dict(entry)
+            try:
+                sample = read(place, dict(row))
+                found.append(_Line(sample.id, _row(sample, folder), sample))
+            except AudioMissing as error:
+                found.append(_Line(read.id_of(place), row, None, None, ("audio", error.fault)))
+        except (ManifestError, Refused) as error:
+            raise ManifestError(f"{shown(source.path)}:{place}: {error}") from None
+    if not found:
+        raise empty(source)
+    samples = [line.sample for line in found if line.sample is not None]
+    languages = [language or _language_of(sample) for sample in samples]
+    rules = iter(rules_for([sample.text or "" for sample in samples], languages))
+    return [(line, None) if line.sample is None else _looked_at(line, next(rules), filters) for line in found]
+
+
+def _looked_at(line: _Line, rules: Rules, filters: Filters) -> tuple[_Line, Rules]:
     """A line with its length, and why it is left out at once."""
+    sample = line.sample
+    assert sample is not None
     if sample.audio is None:
-        return _Line(sample, None, ("audio", "has no recording"))
+        return line._replace(fault=("audio", "has no recording")), rules
     seconds = sample.duration
     try:
         if seconds is None:
             seconds = round(seconds_of(sample.audio) - sample.offset, 4)
     except AudioError as error:
-        return _Line(sample, None, ("audio", error.fault))
+        return line._replace(fault=("audio", error.fault)), rules
     text = (sample.text or "").strip()
     if not text or not has_words(text, rules):
-        return _Line(sample, seconds, ("text", f"its text {text!r} has no words" if text else "has no text"))
-    return _Line(sample, seconds, filters.fault(text, seconds))
+        fault = ("text", f"its text {text!r} has no words" if text else "has no text")
+    else:
+        fault = filters.fault(text, seconds)
+    return line._replace(seconds=seconds, fault=fault), rules
 
 
 def _batches(lines: Sequence[_Line], batch_size: int) -> list[list[Clip]]:
     """Batches of the lines to transcribe, the longest first: they follow from the manifest and the limits alone."""
     wanted = [number for number, line in enumerate(lines) if line.fault is None]
     wanted.sort(key=lambda number: -(lines[number].seconds or 0.0))  # stable: lines of the same length in their order
+    samples = [(number, lines[number].sample) for number in wanted]
     clips = [
         Clip(number, str(sample.audio), sample.offset, sample.duration)
-        for number, sample in ((number, lines[number].sample) for number in wanted)
+        for number, sample in samples
+        if sample is not None
     ]
     return [clips[start : start + batch_size] for start in range(0, len(clips), batch_size)]
 
 
-def _hash(samples: Iterable[Sample], language: str | None) -> str:
+def _hash(lines: Iterable[_Line]) -> str:
     """Of all in the manifest that transcripts and their batches depend on."""
     found = hashlib.sha256()
-    for sample in samples:
-        name = None if sample.audio is None else sample.audio.name
-        found.update(repr((sample.id, name, sample.offset, sample.duration, sample.text, language)).encode())
+    for line in lines:
+        found.update(json.dumps([line.id, line.row, line.seconds], ensure_ascii=False, sort_keys=True).encode())
     return found.hexdigest()
 
 
@@ -275,40 +337,26 @@ def _cores() -> int:
 
 
 def _write(
-    files: Curated,
-    lines: Sequence[_Line],
-    missing: Sequence[tuple[str, str, str]],
-    rules: Sequence[Rules],
-    heard: dict[int, Heard],
-    filters: Filters,
+    files: Curated, lines: Sequence[_Line], rules: Mapping[int, Rules], heard: dict[int, Heard], filters: Filters
 ) -> None:
     """Write both manifests, and count."""
-    folder = files.kept.parent
-    kept: list[dict[str, Any]] = []
-    left: list[tuple[tuple[int, ...], dict[str, Any]]] = []
-    for sample, name, fault in missing:
-        row = {"audio_filepath": name, "sample": sample, "reason": "audio", "why": fault}
-        left.append((_place(sample), row))
-        files.lines["audio"] += 1
+    kept, left = [], []
     for number, line in enumerate(lines):
         fault, figures, seconds = line.fault, {}, line.seconds
-        if fault is None:
+        if fault is None and line.sample is not None:
             fault, figures = _judged(line.sample, heard[number], rules[number], filters)
             seconds = heard[number].get("seconds", seconds)
-        row = _row(line.sample, seconds, folder)
+        if seconds is not None and "duration" not in line.row:
+            figures = {"duration": seconds} | figures
         if fault is None:
-            kept.append(row | figures)
+            kept.append(line.row | figures)
         else:
-            left.append((_place(line.sample.id), row | {"sample": line.sample.id} | _reason(fault) | figures))
+            left.append(line.row | {"sample": line.id, "reason": fault[0], "why": fault[1]} | figures)
         reason = fault[0] if fault else "kept"
         files.lines[reason] += 1
         files.hours[reason] += (seconds or 0.0) / 3600
-    write_manifest(files.left_out, (row for _, row in sorted(left, key=lambda each: each[0])))
+    write_manifest(files.left_out, left)
     write_manifest(files.kept, kept)
-
-
-def _reason(fault: tuple[str, str]) -> dict[str, str]:
-    return {"reason": fault[0], "why": fault[1]}
 
 
 def _judged(
@@ -329,18 +377,13 @@ def _judged(
     return fault, figures
 
 
-def _place(sample: str) -> tuple[int, ...]:
-    """Where a sample stands in its manifest, from its id: "train.jsonl:7, object 2" -> (7, 2)."""
-    return tuple(int(number) for number in re.findall(r"\d+", sample.rpartition(":")[2]))
-
-
-def _row(sample: Sample, seconds: float | None, folder: Path) -> dict[str, Any]:
+def _row(sample: Sample, folder: Path) -> dict[str, Any]:
     """A line in our own form, with all that it holds; paths are relative to `folder`."""
     row: dict[str, Any] = {}
     if sample.audio is not None:
         row["audio_filepath"] = os.path.relpath(sample.audio, os.path.abspath(folder))
         row["offset"] = sample.offset or None
-        row["duration"] = sample.duration or (seconds and round(seconds, 4))
+        row["duration"] = sample.duration
     row["text"] = sample.text
     spoken = sample.task == "transcribe"
     row |= {"task": None if spoken and sample.prompt is None else sample.task, "prompt": sample.prompt}

@@ -121,7 +121,7 @@ def _named(path: Path) -> Iterator[None]:
 def _locked(path: Path) -> IO[bytes]:
     """The file, opened to add to it and locked."""
     while True:
-        file = open(path, "ab")  # noqa: SIM115: it stays open
+        file = open(path, "ab")  # noqa: SIM115 (it stays open)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
