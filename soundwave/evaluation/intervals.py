@@ -8,7 +8,7 @@ differences at random. The bootstrap is not used for it: where few answers diffe
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from soundwave.evaluation.words import rules_for
 
 TASKS = ("transcribe", "voice", "rate", "intent", "question")
 RESAMPLED, CONFIDENCE, FLIPPED = 2000, 0.95, 10_000
+AT_ONCE = 8_000_000  # random numbers that are in memory at once: 64 MB
 SURE = 0.01  # A difference with a smaller p is in bold. At 0.05 chance alone would do so to one in twenty.
 
 
@@ -61,7 +62,8 @@ def tally(
 def interval(counts: Sequence[float], of: Sequence[float], sentences: Sequence[str]) -> list[float]:
     """Bootstrap interval [low, high] of sum(counts) / sum(of), drawn by sentence."""
     values = _by_sentence(counts, of, sentences)
-    sums = values[np.random.default_rng(0).integers(len(values), size=(RESAMPLED, len(values)))].sum(1)
+    chance = np.random.default_rng(0)
+    sums = np.concatenate([values[draw].sum(1) for draw in draws(chance, len(values), RESAMPLED)])
     low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return [float(low), float(high)]
 
@@ -73,8 +75,20 @@ def p_value(counts: Sequence[float], sentences: Sequence[str]) -> float:
     """
     values = _by_sentence(counts, counts, sentences)[:, 0]
     values = values[values != 0]
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(FLIPPED, len(values)))
-    return float((1 + (np.abs(signs @ values) >= abs(values.sum())).sum()) / (1 + FLIPPED))
+    chance, most = np.random.default_rng(0), abs(values.sum())
+    rows = max(1, AT_ONCE // max(len(values), 1))
+    as_far = 0
+    for start in range(0, FLIPPED, rows):
+        signs = chance.choice([-1.0, 1.0], size=(min(rows, FLIPPED - start), len(values)))
+        as_far += int((np.abs(signs @ values) >= most).sum())
+    return (1 + as_far) / (1 + FLIPPED)
+
+
+def draws(chance: np.random.Generator, count: int, times: int) -> Iterator[np.ndarray]:
+    """`times` samples with replacement of `count` places, int64 [rows, count], so many rows as `AT_ONCE` permits."""
+    rows = max(1, AT_ONCE // count)
+    for start in range(0, times, rows):
+        yield chance.integers(count, size=(min(rows, times - start), count))
 
 
 def _by_sentence(counts: Sequence[float], of: Sequence[float], sentences: Sequence[str]) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Takes samples' recordings in batches of windows of at most 30 s, and leaves out those that cannot be used."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -14,13 +16,14 @@ from soundwave.data.collate import SILENCE, LeftOut, with_duration
 from soundwave.data.manifest import Sample
 from soundwave.evaluation.progress import NAMED, Progress, say
 from soundwave.inference.long import stream_windows
+from soundwave.inference.reading import Window, cut_into_windows
 from soundwave.model.processing import SoundwaveProcessor
 
 SHORTEST = 400  # samples at 16 kHz: 25 ms, the first window of Whisper's analysis
+LOUD = 1e6  # full scale is 1; features of samples below this are finite
 LETTERS_A_SECOND = 50  # Nobody says so many: fast speech has 25. Such a text belongs to another recording.
 
 T = TypeVar("T")
-_END: Any = object()
 
 
 def alike(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
@@ -52,10 +55,20 @@ def _by_task(samples: Sequence[Sample]) -> Iterable[list[int]]:
 
 
 class Omissions(dict[int, LeftOut]):
-    """The samples that are left out, by their place. The first `NAMED` are named on stderr at once."""
+    """The samples that are left out, by their place. The first `NAMED` are named on stderr at once.
+
+    Args:
+        each: called with each of them.
+    """
+
+    def __init__(self, each: Callable[[LeftOut], None] | None = None):
+        super().__init__()
+        self.each = each
 
     def add(self, index: int, one: LeftOut) -> None:
         self[index] = one
+        if self.each is not None:
+            self.each(one)
         if len(self) <= NAMED:
             say(f"left out: {one}")
         elif len(self) == NAMED + 1:
@@ -67,23 +80,21 @@ class Omissions(dict[int, LeftOut]):
 
 @dataclass
 class Heard(Generic[T]):
-    """A sample whose clips are being answered.
+    """A sample, and what its recording gave.
 
     Attributes:
         index: place of the sample.
-        results: what its clips so far gave, in order.
-        waiting: number of clips that wait for their batch.
-        read: whether all clips were taken from the recording.
-        fault: why it is left out.
-        more: whether the recording goes on behind what is heard of it.
+        seconds: how much of the recording was heard.
+        first_window: whether the recording goes on behind what was heard.
+        in_pieces: whether it was read in windows, because it is longer than one.
+        results: what its clip gave, or the whole of its windows: one entry.
     """
 
     index: int
+    seconds: float = 0.0
+    first_window: bool = False
+    in_pieces: bool = False
     results: list[T] = field(default_factory=list)
-    waiting: int = 0
-    read: bool = False
-    fault: AudioError | None = None
-    more: bool = False
 
 
 def listen(
@@ -95,16 +106,24 @@ def listen(
     left: Omissions,
     *,
     to_the_end: Callable[[Sample], bool],
+    whole: Callable[[Sample, Iterator[Window]], T],
     strict: bool,
     progress: str | None,
+    done: Mapping[int, bool] = MappingProxyType({}),
 ) -> Iterator[Heard[T]]:
-    """Give every sample that is not in `left` with the results of its clips, as soon as it has them all.
+    """Give every sample that is not in `left` with its result, as soon as it has one.
 
-    `wanted` are the references, and `respond` gives a result for each clip of a batch. Recordings for which
-    `to_the_end` is false are heard up to the end of their first window.
+    `wanted` are the references. `respond` gives a result for each clip of a batch, and `whole` one for the windows of a
+    recording of more than 30 s for which `to_the_end` is true; of others the first window is a clip. Each recording is
+    read once.
 
     Batches hold clips of one task and, as far as possible, of similar duration, the longest recordings first. Of a
     recording no more is in memory than what its batch holds.
+
+    Args:
+        done: the samples whose results an earlier, interrupted evaluation has given, with whether they were read in
+            pieces. They are not given again. Every other sample stands in the same batch as it would without them: an
+            answer may depend on the batch in its last bits.
 
     Raises:
         AudioError: with `strict`, a recording cannot be used.
@@ -127,52 +146,67 @@ def listen(
                 except AudioError as error:
                     _leave_out(index, samples[index], error, left, strict)
                 shown.step()
-    begun: list[Heard[T]] = []
     batch: list[tuple[Heard[T], Tensor | None]] = []
-    given = 0
-
-    def finished() -> Iterator[Heard[T]]:
-        nonlocal given
-        for heard in [heard for heard in begun if heard.read and not heard.waiting]:
-            begun.remove(heard)
-            shown.step()
-            if heard.fault is not None:
-                _leave_out(heard.index, samples[heard.index], heard.fault, left, strict)
-            else:
-                given += 1
-                yield heard
+    given = len(done)
 
     def flush() -> Iterator[Heard[T]]:
-        if batch:
-            results = respond([samples[heard.index] for heard, _ in batch], [clip for _, clip in batch])
+        nonlocal given
+        new = [heard for heard, _ in batch if heard.index not in done]
+        if new:
+            clips = [again(heard.index) if heard.index in done else clip for heard, clip in batch]
+            results = respond([samples[heard.index] for heard, _ in batch], clips)
             for (heard, _), result in zip(batch, results, strict=True):
                 heard.results.append(result)
-                heard.waiting -= 1
-            batch.clear()
-        yield from finished()
+        for heard, _ in batch:
+            shown.step()
+            if heard.index not in done:
+                given += 1
+                yield heard
+        batch.clear()
+
+    def again(index: int) -> Tensor | None:
+        """The clip of a sample that is done, for its place in a batch."""
+        try:
+            return hear(index)[1]
+        except AudioError as error:
+            fault = f"was answered before, but now {error.fault}; begin the evaluation anew"
+            raise AudioError(error.path, fault) from None
+
+    def hear(index: int) -> tuple[Heard[T], Tensor | None]:
+        heard: Heard[T] = Heard(index)
+        if not to_the_end(samples[index]):
+            return heard, next(_clips(samples[index], wanted[index], processor, heard, to_the_end=False))
+        found = _clip_or_windows(samples[index], wanted[index], processor, heard)
+        if isinstance(found, Tensor) or found is None:
+            return heard, found
+        heard.in_pieces = True
+        heard.results.append(whole(samples[index], found))
+        return heard, None
 
     with Progress(progress, len(places)) as shown:
         for order in _by_task([lengths[index] for index in places]):
             for place in order:
-                heard: Heard[T] = Heard(places[place])
-                begun.append(heard)
-                sample = samples[heard.index]
-                clips = _clips(sample, wanted[heard.index], processor, heard, to_the_end=to_the_end(sample))
-                while not heard.read:
+                index = places[place]
+                if index in done:
+                    if done[index]:
+                        shown.step()
+                    else:
+                        batch.append((Heard(index), None))
+                else:
                     try:
-                        clip = next(clips, _END)
+                        heard, clip = hear(index)
                     except AudioError as error:
-                        heard.fault, clip = error, _END
-                        batch[:] = [one for one in batch if one[0] is not heard]
-                        heard.waiting = 0
-                    if clip is _END:
-                        heard.read = True
-                        yield from finished()
-                        break
-                    heard.waiting += 1
+                        _leave_out(index, samples[index], error, left, strict)
+                        shown.step()
+                        continue
+                    if heard.in_pieces:
+                        shown.step()
+                        given += 1
+                        yield heard
+                        continue
                     batch.append((heard, clip))
-                    if len(batch) == batch_size:
-                        yield from flush()
+                if len(batch) == batch_size:
+                    yield from flush()
             yield from flush()
     if not given:
         raise ValueError(f"no sample can be used; the first: {left.in_order()[0]}")
@@ -189,7 +223,7 @@ def _clips(
 ) -> Iterator[Tensor | None]:
     """Log-mel features [n_mels, T_mel] of the windows of a sample's recording, at most 30 s each; None for text only.
 
-    Without `to_the_end` the first window alone is given, and `heard.more` says whether there are more.
+    Without `to_the_end` the first window alone is given, and `heard.first_window` says whether there are more.
 
     Raises:
         AudioError: the recording cannot be used.
@@ -204,15 +238,62 @@ def _clips(
         samples, peak = samples + len(piece), max(peak, float(np.abs(piece).max(initial=0.0)))
         following = next(pieces, None)
         if not to_the_end and following is not None:
-            heard.more, following = True, None
+            heard.first_window, following = True, None
         if following is None:
-            _refuse(sample, text, samples, peak, whole=not heard.more)
-        clip = processor.features(piece)
-        if not clip.isfinite().all():
-            fault = f"has samples up to {np.abs(piece).max():.3g}; export it again with a full scale of 1"
-            raise AudioError(sample.audio, fault)
-        yield clip
+            heard.seconds = samples / SAMPLING_RATE
+            _refuse(sample, text, samples, peak, whole=not heard.first_window)
+        yield _features(sample, processor, piece)
         piece = following
+
+
+def _features(sample: Sample, processor: SoundwaveProcessor, piece: np.ndarray) -> Tensor:
+    """Log-mel features [n_mels, T_mel] of samples. AudioError: they are so loud that the features are not finite."""
+    clip = processor.features(piece)
+    if not clip.isfinite().all():
+        fault = f"has samples up to {np.abs(piece).max():.3g}; export it again with a full scale of 1"
+        raise AudioError(sample.audio or "", fault)
+    return clip
+
+
+def _clip_or_windows(
+    sample: Sample, wanted: str, processor: SoundwaveProcessor, heard: Heard[Any]
+) -> Tensor | None | Iterator[Window]:
+    """The features [n_mels, T_mel] of a recording of one window, or else its windows; None for text only.
+
+    The windows are checked as they are taken, and the recording as a whole behind the last one.
+
+    Raises:
+        AudioError: the recording cannot be used.
+    """
+    if sample.audio is None:
+        return None
+    text = wanted if sample.task == "transcribe" else sample.text or ""
+    samples, peak = 0, 0.0
+
+    def measured() -> Iterator[np.ndarray]:
+        nonlocal samples, peak
+        assert sample.audio is not None
+        for block in read_blocks(sample.audio, offset=sample.offset, duration=sample.duration):
+            samples, peak = samples + len(block), max(peak, float(np.abs(block).max(initial=0.0)))
+            yield block
+
+    windows = cut_into_windows(measured())
+    first = next(windows)
+    second = next(windows, None)
+    if second is None:
+        heard.seconds = samples / SAMPLING_RATE
+        _refuse(sample, text, samples, peak, whole=True)
+        return _features(sample, processor, first.samples)
+
+    def checked() -> Iterator[Window]:
+        for window in chain([first, second], windows):
+            if peak > LOUD:
+                _features(sample, processor, window.samples)
+            yield window
+        heard.seconds = samples / SAMPLING_RATE
+        _refuse(sample, text, samples, peak, whole=True)
+
+    return checked()
 
 
 def _refuse(sample: Sample, text: str, samples: int, peak: float, whole: bool) -> None:

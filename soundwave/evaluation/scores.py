@@ -10,6 +10,7 @@ import regex
 
 from soundwave.data.collate import LeftOut
 from soundwave.evaluation.choices import named_option, option_of
+from soundwave.evaluation.classes import Confusion, label_of, named_label
 from soundwave.evaluation.words import UNSPACED, Rules, fold, lower, rules_for, words_of, words_of_pair
 
 ANSWER_RULES = "soundwave answers 2"  # name and version of the rules of `judge`; 0.1.0 had the first ones
@@ -57,15 +58,25 @@ class Verdict(NamedTuple):
     option: str | None = None
 
 
-def judge(reference: str, answer: str, prompt: str = "", *, turkish: bool | None = None) -> Verdict:
-    """Compare an answer with the reference: of a multiple choice the options that they name, else the texts.
+def judge(
+    reference: str,
+    answer: str,
+    prompt: str = "",
+    *,
+    turkish: bool | None = None,
+    labels: Sequence[str] | None = None,
+) -> Verdict:
+    """Compare an answer with the reference: the labels that they name, or of a multiple choice the options, or texts.
 
     Texts are compared as `normalise` gives them. An answer without text is never right.
 
     Args:
         prompt: the sample's prompt, which may list options.
         turkish: as in `normalise`; by default the reference decides.
+        labels: the labels of which the reference is one, if the sample has such.
     """
+    if labels is not None:
+        return Verdict(named_label(answer, labels) == label_of(reference, labels))
     if choice := option_of(reference, prompt):
         option = named_option(answer, choice[1])
         return Verdict(option == choice[0], True, option)
@@ -74,6 +85,23 @@ def judge(reference: str, answer: str, prompt: str = "", *, turkish: bool | None
     wanted, given = normalise(reference, turkish=turkish), normalise(answer, turkish=turkish)
     same = wanted == given or _same_capitals(reference, answer)
     return Verdict(same and bool(given))
+
+
+def classes_named(
+    reference: str, answer: str, prompt: str = "", *, labels: Sequence[str] | None = None
+) -> tuple[str, str | None] | None:
+    """The class of a reference, and that which an answer names, or None: the labels, else the texts of the options.
+
+    Options without texts are classes themselves. None: the sample has neither labels nor options. Arguments as in
+    `judge`.
+    """
+    if labels is not None:
+        return label_of(reference, labels) or reference, named_label(answer, labels)
+    if choice := option_of(reference, prompt):
+        label, options = choice
+        named, texts = named_option(answer, options), options if all(options.values()) else {}
+        return texts.get(label, label), None if named is None else texts.get(named, named)
+    return None
 
 
 def _same_capitals(one: str, other: str) -> bool:
@@ -102,6 +130,14 @@ class Scores:
         first_window: ids of the samples, not of transcription, of whose recording only the first 30 s were heard.
         in_pieces: ids of the recordings over 30 s that were transcribed in pieces.
         answers: (sample id, task, reference, answer) in the order of the samples.
+        intervals: for each task and score its bootstrap interval of 95 % (`soundwave.evaluation.intervals`).
+        bleu, chrf: for each task of translation the scores of sacrebleu, 0 to 100; `normaliser` has the signatures. A
+            task with several target languages has a score for each: "translate (de)".
+        macro_f1: for each task whose answers are one of a few classes the mean F1 of the classes.
+        confusion: for the same tasks what was answered (`soundwave.evaluation.classes.Confusion`).
+        kept_per_second: kept frames, which the language model reads, in a second of audio.
+        speed: `audio_seconds` that were answered, the `seconds` that this took with reading and features, and `rtfx`,
+            their quotient; of an evaluation that was gone on with only what it has answered itself.
     """
 
     wer: float | None = None
@@ -118,18 +154,36 @@ class Scores:
     cut_off: list[str] = field(default_factory=list)
     first_window: list[str] = field(default_factory=list)
     in_pieces: list[str] = field(default_factory=list)
+    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    bleu: dict[str, float] = field(default_factory=dict)
+    chrf: dict[str, float] = field(default_factory=dict)
+    macro_f1: dict[str, float] = field(default_factory=dict)
+    confusion: dict[str, Confusion] = field(default_factory=dict)
+    kept_per_second: float | None = None
+    speed: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """All but the answers, for JSON."""
         found = {name: value for name, value in vars(self).items() if name != "answers"}
+        found["confusion"] = {task: confusion._asdict() for task, confusion in self.confusion.items()}
         return found | {"left_out": [left._asdict() for left in self.left_out]}
 
     def text_of(self, task: str) -> str:
-        """A task's score on one line."""
+        """A task's scores on one line."""
+        if task in self.bleu:
+            return f"BLEU {self.bleu[task]:.1f} · chrF {self.chrf[task]:.1f}"
         if task != "transcribe":
-            return f"accuracy {self.accuracy[task]:.1%}"
+            f1 = f" · macro F1 {self.macro_f1[task]:.1%}" if task in self.macro_f1 else ""
+            return f"accuracy {self.accuracy[task]:.1%}{f1}"
         rates = {"WER": self.wer, "CER": self.cer}
         return " · ".join(f"{name} {rate:.1%}" for name, rate in rates.items() if rate is not None)
+
+    def interval_of(self, task: str) -> str:
+        """The bootstrap intervals of a task on one line."""
+        found = self.intervals.get(task, {})
+        scale = {name: 1 if name == "BLEU" else 100 for name in found}
+        texts = {name: f"{low * scale[name]:.1f} – {high * scale[name]:.1f}" for name, (low, high) in found.items()}
+        return " · ".join(text if len(texts) == 1 else f"{name} {text}" for name, text in texts.items())
 
 
 class WordErrors(NamedTuple):

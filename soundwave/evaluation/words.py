@@ -14,6 +14,9 @@ Whisper's basic normaliser would drop all marks (category M), and with them the 
 Both normalisers drop what stands in brackets, and punctuation. The English one writes numbers in digits and joins those
 said one by one ("seven five" is "75", one word), spells words the American way, opens contractions ("don't" is "do
 not"), and drops hesitations ("uh").
+
+`NORMALISERS` names what can be chosen instead: "english" and "basic" for all references, whatever their language,
+"characters" (the basic one, counted in characters), and "none", which splits at white space and changes nothing.
 """
 
 import unicodedata
@@ -35,6 +38,7 @@ WITHOUT_SPACES = {
     *("th", "tha", "thai", "lo", "lao", "km", "khm", "khmer", "my", "mya", "bur", "burmese"),
 }
 NO_LANGUAGE = {"", "na", "n/a", "nan", "none", "null", "unk", "unknown", "auto"}  # place-holders of manifests
+NORMALISERS = ("auto", "english", "basic", "characters", "none")
 OUTSIDE_ENGLISH = 0.1  # so large a share of English references may have letters such as é
 UNSPACED = (
     r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Bopomofo}\p{Yi}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tai_Le}\p{New_Tai_Lue}"
@@ -72,30 +76,39 @@ class Rules(NamedTuple):
     """How the words of a transcript are found.
 
     Attributes:
-        kind: Whisper's English normaliser, or its basic one with words or characters.
+        kind: Whisper's English normaliser, its basic one with words or characters, or none.
         marks: whether marks count in English.
         turkish: whether the lower case of I is ı, and that of İ is i.
     """
 
-    kind: Literal["english", "words", "characters"]
+    kind: Literal["english", "words", "characters", "none"]
     marks: bool = True
     turkish: bool = False
 
     @property
     def name(self) -> str:
         """The normaliser's name and version, for results."""
+        if self.kind == "none":
+            return "none (words between white space)"
         parts = [f"{LIBRARY} {'English' if self.kind == 'english' else 'basic'}"]
         parts += ["marks kept"] * self.marks + ["Turkish case"] * self.turkish
         return ", ".join(parts + ["characters"] * (self.kind == "characters"))
 
 
-def rules_for(references: Sequence[str], languages: str | None | Sequence[str | None] = None) -> list[Rules]:
+def rules_for(
+    references: Sequence[str], languages: str | None | Sequence[str | None] = None, normaliser: str = "auto"
+) -> list[Rules]:
     """The rules of each reference.
 
     Args:
         languages: language of all references, or of each: a code such as "en", "zh-CN" or "tur", or an English name.
             "und" stands for the rules of no language. None, and place-holders such as "na": the script decides.
+        normaliser: one of `NORMALISERS`; "auto" chooses by language and script.
+
+    Raises:
+        ValueError: there is no such normaliser.
     """
+    check_normaliser(normaliser)
     if languages is None or isinstance(languages, str):
         languages = [languages] * len(references)
     codes = [_code(language) for language in languages]
@@ -103,7 +116,21 @@ def rules_for(references: Sequence[str], languages: str | None | Sequence[str | 
     latin = [text for text in undecided if _is_latin(text) and not _TURKISH_LETTER.search(text)]
     outside = sum(any(c.isalpha() and not c.isascii() for c in text) for text in latin)
     english = outside <= OUTSIDE_ENGLISH * len(latin)
-    return [_rules(text, code, english) for text, code in zip(references, codes, strict=True)]
+    found = [_rules(text, code, english) for text, code in zip(references, codes, strict=True)]
+    if normaliser == "auto":
+        return found
+    if normaliser == "english":
+        return [Rules("english", marks=False)] * len(found)
+    if normaliser == "none":
+        return [Rules("none")] * len(found)
+    kind: Literal["words", "characters"] = "words" if normaliser == "basic" else "characters"
+    return [Rules(kind, turkish=rules.turkish) for rules in found]
+
+
+def check_normaliser(normaliser: str) -> None:
+    """Raise ValueError for what is not one of `NORMALISERS`."""
+    if normaliser not in NORMALISERS:
+        raise ValueError(f"normaliser = {normaliser!r}, but it must be one of {', '.join(NORMALISERS)}")
 
 
 def check_language(language: str | None) -> None:
@@ -189,6 +216,8 @@ def words_of_pair(reference: str, answer: str, rules: Rules) -> tuple[list[str],
 
 def _words(text: str, rules: Rules) -> list[str]:
     """The words, in which letters of Linear A stand for `_CAPITALS`."""
+    if rules.kind == "none":
+        return text.split()
     text = fold(text)
     if rules.kind == "english":
         english = _english()

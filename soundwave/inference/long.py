@@ -329,6 +329,11 @@ def read_whole(reader: Reader, blocks: Iterator[np.ndarray]) -> tuple[str, bool]
     Returns:
         The text, and whether the limit of new tokens has cut off a part of it.
     """
+    return read_windows(reader, cut_into_windows(blocks))
+
+
+def read_windows(reader: Reader, windows: Iterable[Window]) -> tuple[str, bool]:
+    """As `read_whole`, of a recording that `cut_into_windows` has cut."""
     recording, batch = Recording(0), []
 
     def read_batch() -> None:
@@ -337,7 +342,7 @@ def read_whole(reader: Reader, blocks: Iterator[np.ndarray]) -> tuple[str, bool]
                 recording.add(*settled, None)
         batch.clear()
 
-    for window in cut_into_windows(blocks):
+    for window in windows:
         if window.silent and not (window.before or window.after):
             continue
         batch.append(window)

@@ -6,7 +6,7 @@ window is cut at its pauses into pieces as long as what was read, and they are r
 text that is no part of what CTC reads is left alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from soundwave.inference.answer import LoadedModel, answer
 from soundwave.inference.timestamps import (
     ENERGY_FRAME,
     PAUSE,
+    Reading,
     TimedWord,
     frame_powers,
     is_quiet,
@@ -159,6 +160,7 @@ class Reader:
         batch_size: windows that are read together.
         max_new_tokens, draft, accept: as in `answer`.
         ctc: give what CTC reads, as of a model of stage I.
+        seen: called with the reading of each window that was read, second readings included.
     """
 
     def __init__(
@@ -170,9 +172,11 @@ class Reader:
         draft: str = "none",
         accept: float | None = None,
         ctc: bool = False,
+        seen: Callable[[Reading], None] | None = None,
     ):
         self.model, self.processor = loaded
         self.ctc = ctc or self.model.config.stage == 1
+        self.seen = seen
         self.batch_size, self.max_new_tokens, self.draft, self.accept = batch_size, max_new_tokens, draft, accept
 
     def read(self, windows: Sequence[Window], *, timed: bool = False) -> list[Text]:
@@ -205,6 +209,9 @@ class Reader:
                 accept=self.accept,
                 readings=readings,
             )
+        if self.seen is not None:
+            for reading in readings:
+                self.seen(reading)
         found = {}
         for place, (window, reading) in enumerate(zip(loud, readings, strict=True)):
             by_ctc = self.processor.ctc_text(reading.path.cpu(), self.model.blank)
