@@ -46,12 +46,15 @@ REQUIRES = [
 ]
 EXTRAS = {
     "serve": ["fastapi", "uvicorn", "python-multipart", "prometheus-client"],
+    "scores": ["sacrebleu"],  # BLEU and chrF of translations
     "dev": [
+        "sacrebleu",
         "fastapi",  # with the next three the server
         "uvicorn",
         "python-multipart",
         "prometheus-client",
         "openai",  # its client talks to the server
+        "pyarrow",  # data sets as Parquet and Arrow
         "pytest",
         "pytest-benchmark",
         "pytest-xdist",

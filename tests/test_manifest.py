@@ -200,11 +200,6 @@ def test_latin1_manifest(folder):
 @pytest.mark.parametrize(
     ("name", "text", "wanted"),
     [
-        ("m.csv", b"audio_filepath,text\na.wav,one\n", "a table (CSV)"),
-        ("m.jsonl", b'\xef\xbb\xbf"path";"sentence"\n"a.wav";"one"\n', "a table (CSV)"),
-        ("m.txt", b"sentence\tspeaker\none\tanna\n", "a table (CSV)"),
-        ("metadata.CSV", b"LJ001|one|one\n", "a table (CSV)"),  # LJ Speech has no header
-        ("m.jsonl", b"PAR1\0\0", "a Parquet file"),
         ("m.xlsx", b"PK\x03\x04\0", "a spreadsheet"),
     ],
 )

@@ -14,6 +14,7 @@ import soxr
 
 from soundwave.data.containers import CONVERT, RATES, Fault
 from soundwave.data.decoders import MISSING, Source, open_source
+from soundwave.data.members import member_of, open_member
 
 SAMPLING_RATE = 16_000  # Whisper's
 LONGEST_SECONDS = 30.0  # of one input of Whisper's encoder
@@ -54,7 +55,7 @@ def load_audio(
     """Read an audio file -> float32 [samples] at `sampling_rate` Hz, mono, full scale ±1.
 
     WAV, FLAC, Ogg (Vorbis, Opus), MP3, M4A (AAC), WebM, AIFF, AU, SPHERE, CAF and others are read. Channels are
-    averaged.
+    averaged. The path may also name a recording inside a file, as `soundwave.data.members` says.
 
     Args:
         offset, duration: the part to read, in seconds. With duration None it reaches to the end of the file; a
@@ -121,6 +122,12 @@ def seconds_of(path: str | Path) -> float:
 def _opened(path: str | Path) -> Iterator[Source]:
     """Open a file for reading; every error with it becomes an AudioError."""
     try:
+        member = member_of(path)
+        if member is not None:
+            with ExitStack() as stack:
+                inside, file = stack.enter_context(open_member(member))
+                yield _checked(open_source(inside, file, stack))
+            return
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise Fault("is not a file; name an audio file")
@@ -135,10 +142,7 @@ def _opened(path: str | Path) -> Iterator[Source]:
                     "is JSON, but not audio; name an audio file, or score a model on a manifest with "
                     "`soundwave evaluate MANIFEST --model FOLDER`"
                 )
-            source = open_source(path, file, stack)
-            if not RATES[0] <= source.rate <= RATES[1]:
-                raise Fault(f"its header says {source.rate} samples a second; {CONVERT}")
-            yield source
+            yield _checked(open_source(path, file, stack))
     except FileNotFoundError:
         raise AudioError(path, "does not exist; name an audio file") from None
     except OSError as error:
@@ -148,6 +152,12 @@ def _opened(path: str | Path) -> Iterator[Source]:
         raise AudioError(path, f"cannot be decoded ({reason}); {CONVERT}") from None
     except Fault as fault:
         raise AudioError(path, str(fault)) from None
+
+
+def _checked(source: Source) -> Source:
+    if not RATES[0] <= source.rate <= RATES[1]:
+        raise Fault(f"its header says {source.rate} samples a second; {CONVERT}")
+    return source
 
 
 def _bounds(source: Source, offset: float, duration: float | None) -> tuple[int, int]:

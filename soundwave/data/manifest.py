@@ -30,7 +30,9 @@ from soundwave.data.audio import shown
 from soundwave.data.chats import Refused
 from soundwave.data.chats import show as _show
 from soundwave.data.forms import AUDIO_KEYS, CHAT_KEYS, PART_KEYS, READ_KEYS, to_own_form
-from soundwave.data.source import CALLED, KEYS, MEANS, ONE_OBJECT_A_LINE, ManifestError, Source, parse, source_of
+from soundwave.data.members import split_member
+from soundwave.data.readers import source_of
+from soundwave.data.source import CALLED, KEYS, MEANS, ONE_OBJECT_A_LINE, ManifestError, Source, parse
 from soundwave.model.chat import Turn
 
 WANTED = {
@@ -93,7 +95,8 @@ def read_manifest(
 ) -> list[Sample]:
     """Read a manifest and check every line and every audio file, so that a missing file does not stop a run later.
 
-    `audio_filepath` is relative to the manifest's folder.
+    `audio_filepath` is relative to the manifest's folder. Tables, folders and other things that are read as manifests
+    are in `soundwave.data.readers`.
 
     Args:
         allow_outside: audio may lie outside the manifest's folder, also through a symbolic link. By default it may
@@ -116,7 +119,7 @@ def read_manifest(
             if note is not None:
                 note(told[about])
 
-    read = EntryReader(source, allow_outside=allow_outside, tell=tell)
+    read = EntryReader(source.path.name, source.root, allow_outside=allow_outside, tell=tell)
     entries = 0
     for place, entry in source.entries():
         entries += 1
@@ -143,21 +146,34 @@ class EntryReader:
     """Makes samples of the entries of one source, and looks at the audio files that they name.
 
     Args:
+        name, root: the name of the source, and the folder that audio paths are relative to.
+        allow_outside: as in `read_manifest`.
         tell: called with the place, what it is about, and a sentence for each thing that is passed over or replaced.
+        look: refuse audio files that cannot be read. Without it only those outside the root are refused.
     """
 
-    def __init__(self, source: Source, *, allow_outside: bool, tell: Callable[[str, str, str], None]):
-        self.root, self.allow_outside, self.tell = os.path.abspath(source.root), allow_outside, tell
-        self._name = shown(source.path.name)
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        *,
+        allow_outside: bool,
+        tell: Callable[[str, str, str], object],
+        look: bool = True,
+    ):
+        self.root, self.allow_outside, self.tell, self.look = os.path.abspath(root), allow_outside, tell, look
+        self._name = shown(name)
         self._real_folder = lru_cache(FOLDERS)(os.path.realpath)
 
-    def __call__(self, place: str, entry: bytes | dict[str, Any]) -> Sample:
+    def __call__(self, place: str, entry: bytes | dict[str, Any] | Refused) -> Sample:
         """The sample of one entry.
 
         Raises:
             AudioMissing: its audio file is missing, empty or unreadable.
             ManifestError, Refused: it is no sample. The message has neither file nor place.
         """
+        if isinstance(entry, Refused):
+            raise entry
         row = parse(entry) if isinstance(entry, bytes) else entry
         row = {key: value for key, value in row.items() if value is not None}
         try:
@@ -184,7 +200,8 @@ class EntryReader:
             raise ManifestError(f"{key} {_show(name)} is not a string; write a path relative to the manifest's folder")
         if "://" in name or name.startswith("data:"):
             raise ManifestError(f"{key} {_show(name)} is an address, no path; save the recording and name its file")
-        audio = os.path.abspath(os.path.join(self.root, name))
+        file, inside = split_member(name)
+        audio = os.path.abspath(os.path.join(self.root, file))
         fault: Exception | None = None
         try:
             status = os.lstat(audio)
@@ -193,6 +210,8 @@ class EntryReader:
         is_link = status is None or stat.S_ISLNK(status.st_mode)
         if not self.allow_outside:
             self._refuse_outside(key, name, audio, is_link)
+        if not self.look:
+            return Path(audio)
         try:
             if fault is not None:
                 raise fault
@@ -210,7 +229,7 @@ class EntryReader:
             raise AudioMissing(key, name, "is an empty file; record it again, or leave this line out")
         if not os.access(audio, os.R_OK):
             raise AudioMissing(key, name, "is not readable; give yourself permission to read it")
-        return Path(audio)
+        return Path(audio + inside)
 
     def _refuse_outside(self, key: str, name: str, audio: str, is_link: bool) -> None:
         """Refuse a path out of the root. The real path of a folder is found once for all files in it."""

@@ -7,7 +7,8 @@ readers of other forms (tables, folders of recordings, parquet) give their rows:
 
 `entries()` yields `(place, row)`: `place` stands in messages and in the samples' ids (`"12"`, `"7, object 2"`,
 `"b.parquet, row 3"`), `row` is a dict in the keys that `soundwave.data.forms` reads. Audio paths in it are relative to
-`root`, which they must not leave. It raises ManifestError, with the file and the place, for what cannot be read.
+`root`, which they must not leave. In place of a row that is none stands `Refused`, which says why. It
+raises ManifestError, with the file and the place, for what cannot be read.
 `stamp()` is any JSON value that changes when the content may have changed, such as the names, sizes and times of all
 files that are read; it is cheap, and opens none of them.
 
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from soundwave.data.audio import shown
+from soundwave.data.chats import Refused
 from soundwave.data.chats import show as _show
 from soundwave.data.forms import ANSWER_KEYS, AUDIO_KEYS, PROMPT_KEYS, TEXT_KEYS
 
@@ -70,7 +72,7 @@ class Source(NamedTuple):
 
     path: Path
     root: Path
-    entries: Callable[[], Iterator[tuple[str, bytes | dict[str, Any]]]]
+    entries: Callable[[], Iterator[tuple[str, bytes | dict[str, Any] | Refused]]]
     stamp: Callable[[], Any]
     is_lines: bool = False
 
