@@ -47,6 +47,7 @@ REQUIRES = [
 EXTRAS = {
     "serve": ["fastapi", "uvicorn", "python-multipart", "prometheus-client"],
     "scores": ["sacrebleu"],  # BLEU and chrF of translations
+    "parquet": ["pyarrow"],  # data sets as Parquet, or as Hugging Face's datasets save them
     "dev": [
         "sacrebleu",
         "fastapi",  # with the next three the server
