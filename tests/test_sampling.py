@@ -7,6 +7,7 @@ import pytest
 
 from soundwave.data.sampling import (
     BucketBatchSampler,
+    DynamicBatchSampler,
     group_counts,
     paper_temperature,
     temperature_weights,
@@ -52,6 +53,24 @@ def test_counts_are_whole_and_within_one_of_their_share(total, temperature):
     weights = temperature_weights(PAPER, temperature)
     assert sum(counts.values()) == total
     assert all(abs(counts[name] - total * weights[name]) < 1 for name in PAPER)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 6], ids=["T1", "T6", "T31"])
+@pytest.mark.parametrize("kind", ["by_count", "by_budget"])
+def test_100_000_draws_of_the_papers_mixture_are_within_a_hundredth_of_the_formula(kind, epoch):
+    sizes = group_counts(PAPER, 1.0, 100_000)
+    groups = [name for name, size in sizes.items() for _ in range(size)]
+    lengths = np.random.default_rng(0).uniform(0.5, 30, len(groups))
+    settings = {"seed": 5, "temperature": lambda _: paper_temperature(epoch)}
+    if kind == "by_count":
+        batches = list(BucketBatchSampler(lengths, groups, 16, **settings))
+    else:
+        sampler = DynamicBatchSampler(lengths, groups, lengths[:, None], [240], 1, **settings)
+        batches = [batch[:, 0].tolist() for batch in sampler._cut(0)]
+    drawn = Counter(groups[i] for batch in batches for i in batch)
+    assert sum(drawn.values()) == 100_000
+    weights = temperature_weights(PAPER, paper_temperature(epoch))
+    assert {name: drawn[name] / 100_000 for name in PAPER} == pytest.approx(weights, rel=0.01)
 
 
 def test_counts_at_temperature_1_are_the_groups_sizes():
@@ -150,3 +169,98 @@ def test_a_sample_without_a_group_is_refused():
 def test_an_empty_batch_is_refused():
     with pytest.raises(ValueError, match="batch_size = 0"):
         BucketBatchSampler([1.0], ["asr"], 0)
+
+
+# ---------------------------------------------------------------- batches by a budget
+
+COSTS = np.random.default_rng(2).uniform([0.5, 1], [30, 200], (len(GROUPS), 2)).round(3)
+BUDGET = (240.0, 1500.0)
+
+
+def dynamic(batches=100, costs=COSTS, budget=BUDGET, seed=0, temperature=None, **settings):
+    return DynamicBatchSampler(
+        costs[:, 0].tolist(), GROUPS, costs, budget, batches, seed=seed, temperature=temperature, **settings
+    )
+
+
+def loads_of(batches, costs=COSTS):
+    """What each batch takes of each budget, [batches, 2]."""
+    return np.array([costs[batch].sum(0) if batch else np.zeros(2) for batch in batches])
+
+
+@pytest.mark.parametrize("temperature", [None, paper_temperature], ids=["plain", "temperature"])
+def test_a_batch_is_as_full_as_its_budget_allows(temperature):
+    loads = loads_of(dynamic(100, temperature=temperature)) / BUDGET
+    assert (loads <= 1 + 1e-9).all()
+    # What is left is less than the next sample: here up to 30 of 240 s and 200 of 1500 tokens, on average half of it.
+    assert loads.max(1).mean() > 0.9
+
+
+def test_a_budget_is_met_to_the_last_thousandth():
+    costs = np.array([[0.1, 0.0]] * len(GROUPS))
+    sizes = [len(batch) for batch in dynamic(10, costs=costs, budget=(0.7, 1.0))]
+    assert set(sizes) == {7}  # 0.1 added up 7 times is 0.7000000000000001 in binary
+
+
+def test_a_budget_takes_every_sample_once_an_epoch_whatever_the_number_of_its_batches():
+    counts = [len(dynamic()._cut(epoch)) for epoch in range(3)]
+    batches = list(dynamic(sum(counts)))
+    starts = np.cumsum([0, *counts])
+    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        assert sorted(sum(batches[start:stop], [])) == list(range(len(GROUPS)))
+    assert batches[: counts[0]] != batches[counts[0] : 2 * counts[0]]
+
+
+def test_a_budget_gives_the_mixture_of_each_epochs_temperature():
+    counts = [len(dynamic(temperature=paper_temperature)._cut(epoch)) for epoch in range(3)]
+    batches = iter(list(dynamic(sum(counts), temperature=paper_temperature)))
+    for epoch, count in enumerate(counts):
+        drawn = Counter(GROUPS[i] for _ in range(count) for i in next(batches))
+        assert drawn == group_counts(dict(Counter(GROUPS)), paper_temperature(epoch), len(GROUPS))
+
+
+def test_a_run_of_more_batches_begins_with_the_same_ones_and_tells_its_epochs():
+    sampler, longer = dynamic(20, seed=3), dynamic(200, seed=3)
+    sampler.set_epoch(7)  # Trainer's epochs are not this sampler's
+    assert list(sampler) == list(longer)[:20] and len(sampler) == 20
+    first = len(longer._cut(0))
+    assert [longer.epoch_at(n) for n in (0, first // 2, first)] == [0, pytest.approx(first // 2 / first), 1.0]
+    assert dynamic(200, seed=3).epoch_at(first + 1) == longer.epoch_at(first + 1)  # not begun by an iteration
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_processes_share_batches_of_equal_length_and_count(ranks):
+    whole = dynamic(ranks=ranks)._cut(0)
+    shares = [list(dynamic(len(whole), rank=rank, ranks=ranks)) for rank in range(ranks)]
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(len(GROUPS)))
+    for batches in zip(*shares, strict=True):
+        loads, sizes = loads_of(batches), [len(batch) for batch in batches]
+        assert (loads <= np.array(BUDGET) + 1e-9).all()
+        if min(sizes) == max(sizes):  # dealt in turns: rows of rising lengths cancel each other
+            lengths = [COSTS[i, 0] for batch in batches for i in batch]
+            assert np.ptp(loads[:, 0]) <= np.ptp(lengths) + 1e-9
+    uneven = sum(len({len(batch) for batch in batches}) > 1 for batches in zip(*shares, strict=True))
+    assert uneven == (len(GROUPS) % ranks > 0)  # the last samples of the epoch
+
+
+def test_a_budget_may_be_capped_by_a_number_of_samples():
+    assert max(map(len, dynamic(batch_size=3))) == 3
+
+
+def test_batches_of_a_budget_hold_similar_lengths():
+    assert padding_share(list(dynamic(len(dynamic()._cut(0)))), COSTS[:, 0].tolist()) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": (29.0, 1500.0)}, r"costs\[\d+\] = .* is over the budget \[29.0, 1500.0\]"),
+        ({"budget": (240.0,)}, r"costs has shape \[347, 2\], but there are 347 samples and 1 budgets"),
+        ({"batches": 0}, "batches = 0, but it must be at least 1"),
+        ({"batch_size": 0}, "batch_size = 0"),
+    ],
+    ids=["too-small", "shape", "no-batches", "empty"],
+)
+def test_a_wrong_budget_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        dynamic(**settings)
