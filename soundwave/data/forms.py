@@ -427,7 +427,7 @@ def _settle_translation(row: dict[str, Any], note: Note, differ: bool | None) ->
     if row["task"] == "translate" and "prompt" not in row and "audio_filepath" in row:
         if not isinstance(row.get("target_lang"), str) or not _language(row["target_lang"])[0]:
             raise Refused('lacks "target_lang", which a translation without "prompt" needs; add one of them')
-        row["prompt"] = f"Translate the speech into {_language_name(row['target_lang'])}."
+        row["prompt"] = f"Translate the speech into {language_name(row['target_lang'])}."
 
 
 def _same_words(one: Any, other: Any) -> bool:
@@ -465,7 +465,8 @@ def _language(value: str) -> tuple[str, bool]:
     return code, code in LANGUAGES
 
 
-def _language_name(value: str) -> str:
+def language_name(value: str) -> str:
+    """The English name of a language that is given by its code or name ("German" for "de-CH")."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
     code, _ = _language(value)
