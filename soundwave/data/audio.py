@@ -114,8 +114,17 @@ def seconds_of(path: str | Path) -> float:
     Raises:
         AudioError: the file is missing, not audio, or seen to be cut short without decoding it.
     """
+    return rate_and_seconds_of(path)[1]
+
+
+def rate_and_seconds_of(path: str | Path) -> tuple[int, float]:
+    """Samples a second and length in seconds of a recording, as `seconds_of` finds it.
+
+    Raises:
+        AudioError: as in `seconds_of`.
+    """
     with _opened(path) as source:
-        return source.frames / source.rate
+        return source.rate, source.frames / source.rate
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def _beside(folder: Path, files: list[str]) -> Iterator[Entry]:
         if ending.lower() in ENDINGS:
             recordings.setdefault(stem, []).append(name)
     for stem, names in recordings.items():
-        place = names[0]
+        place = shown(names[0])
         if len(names) > 1:
             both = " and ".join(map(_show, names[:2]))
             yield place, Refused(f"{both} have one text; keep one of them")
@@ -190,19 +190,22 @@ def _beside(folder: Path, files: list[str]) -> Iterator[Entry]:
             )
         else:
             try:
-                yield place, {"audio_filepath": place, "text": _words_in(folder, texts[stem])}
+                yield place, {"audio_filepath": names[0], "text": _words_in(folder, texts[stem])}
             except Refused as error:
                 yield place, error
     for stem, name in texts.items():
         if stem not in recordings and _is_transcript(name):
-            yield name, Refused(f"has no recording: none is named {_show(stem)} with .wav or the like; move it away")
+            yield (
+                shown(name),
+                Refused(f"has no recording: none is named {_show(stem)} with .wav or the like; move it away"),
+            )
 
 
 def _librispeech(folder: Path, transcripts: list[str]) -> Iterator[Entry]:
     for name in transcripts:
-        place = os.path.dirname(name)
+        folder_of = os.path.dirname(name)
         there: dict[str, str] = {}
-        for file in sorted(os.listdir(folder / place), reverse=True):
+        for file in sorted(os.listdir(folder / folder_of), reverse=True):
             if os.path.splitext(file)[1].lower() in ENDINGS:
                 there[os.path.splitext(file)[0]] = file
         try:
@@ -210,7 +213,7 @@ def _librispeech(folder: Path, transcripts: list[str]) -> Iterator[Entry]:
         except Refused as error:
             raise ManifestError(f"{shown(folder)}: {error}") from None
         for number, line in _text_lines(folder / name):
-            where = f"{name}, line {number}"
+            where = f"{shown(name)}, line {number}"
             if isinstance(line, Refused):
                 yield where, line
                 continue
@@ -219,10 +222,10 @@ def _librispeech(folder: Path, transcripts: list[str]) -> Iterator[Entry]:
                 yield where, Refused(f"has no words after the name {_show(key)}; write what is said")
             else:
                 file = there.pop(key, f"{key}.flac")
-                yield where, {"audio_filepath": os.path.join(place, file), "text": words.strip()}
+                yield where, {"audio_filepath": os.path.join(folder_of, file), "text": words.strip()}
         for file in sorted(there.values()):
             yield (
-                os.path.join(place, file),
+                os.path.join(folder_of, file),
                 Refused(f"has no line in {_show(name)}; add one, or move the recording away"),
             )
 

@@ -30,7 +30,7 @@ from soundwave.data.audio import shown
 from soundwave.data.chats import Refused
 from soundwave.data.chats import show as _show
 from soundwave.data.containers import Fault
-from soundwave.data.forms import ANSWER_KEYS, AUDIO_KEYS, CHAT_KEYS, PROMPT_KEYS, READ_KEYS
+from soundwave.data.forms import ANSWER_KEYS, AUDIO_KEYS, CHAT_KEYS, PROMPT_KEYS, READ_KEYS, TEXT_KEYS
 from soundwave.data.members import Member, damaged, holds_bytes, import_pyarrow, open_arrow
 from soundwave.data.source import CALLED, KEYS, LONGEST_LINE, TOO_LONG, ManifestError, Source, stamp_of
 
@@ -156,6 +156,9 @@ def _cells(names: list[str], fields: list[str], in_clips: bool) -> dict[str, Any
         if "\0" in field:
             return Refused("holds a null byte; save the table as UTF-8 text")
     row: dict[str, Any] = {name: field for name, field in zip(names, fields, strict=True) if name and field.strip()}
+    silent = [name for name in names if name in TEXT_KEYS and name not in row]
+    if silent and not row.keys() & {*TEXT_KEYS, *PROMPT_KEYS, *ANSWER_KEYS}:
+        return Refused(f"has an empty cell in the column {_show(silent[0])}; write what is said, or leave the row out")
     for key in NUMBERS:
         if re.fullmatch(r"\s*\d{1,12}(\.\d*)?([eE][-+]?\d{1,2})?\s*", row.get(key, "")):
             row[key] = float(row[key])
