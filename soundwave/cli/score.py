@@ -1,10 +1,13 @@
-"""Commands that measure: `evaluate` and `report`."""
+"""Commands that measure: `evaluate`, `compare` and `report`."""
 
 import json
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.markup import escape
@@ -12,12 +15,45 @@ from rich.markup import escape
 from soundwave.cli import common
 from soundwave.cli.common import DEMO_MODEL, AcceptOption, Draft, DraftOption, ModelOption
 
+if TYPE_CHECKING:
+    from soundwave.data.manifest import Sample
+    from soundwave.evaluation.airbench import Judge
+    from soundwave.evaluation.protocols import Protocol
+    from soundwave.evaluation.results import Results
+    from soundwave.evaluation.scores import Scores
+
+
+class Normaliser(str, Enum):
+    """What transcripts are normalised with; `soundwave.evaluation.words` has the rules."""
+
+    auto = "auto"
+    english = "english"
+    basic = "basic"
+    characters = "characters"
+    none = "none"
+
 
 def evaluate(
-    manifest: Annotated[
-        Path, typer.Argument(help="Manifest: JSON lines with audio_filepath and text, or with task, prompt and answer.")
+    test: Annotated[
+        Path,
+        typer.Argument(
+            help="Manifest, with text or with task, prompt and answer; or the name of a test over a local copy of its "
+            "corpus, with --data: librispeech-test-clean, librispeech-test-other, covost2-en-de (any pair), meld, "
+            "vocalsound, airbench-foundation, airbench-chat.",
+            metavar="TEST",
+        ),
     ],
     model: ModelOption = DEMO_MODEL,
+    data: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder of the corpus of a named test.", metavar="FOLDER")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Folder for answers, scores and pictures. If the command is stopped, the same one goes on from there.",
+        ),
+    ] = None,
     ctc: Annotated[
         bool, typer.Option("--ctc", help="Score the text that CTC writes instead of the LLM's answers.")
     ] = False,
@@ -33,6 +69,16 @@ def evaluate(
             metavar="CODE",
         ),
     ] = None,
+    normaliser: Annotated[
+        Normaliser,
+        typer.Option(
+            help="auto: by language, Whisper's English one for English, its basic one with marks kept for others, "
+            "characters for scripts without spaces; else one for all; none: the words as they are."
+        ),
+    ] = Normaliser.auto,
+    prompt: Annotated[
+        str | None, typer.Option(help="What a named test asks instead of its own prompt.", metavar="TEXT")
+    ] = None,
     answers: Annotated[
         Path | None, typer.Option(dir_okay=False, help="File to write every answer to as it comes, as JSON lines.")
     ] = None,
@@ -44,77 +90,244 @@ def evaluate(
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
     ] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a server of OpenAI's chat completions that rates the answers of airbench-chat, such as "
+            "http://localhost:8000/v1; the key is taken from OPENAI_API_KEY. Without it nothing is sent anywhere.",
+            metavar="URL",
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Model of the judge.", metavar="NAME")] = None,
+    judge_prompt: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="File with another prompt for the judge.", metavar="FILE")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Score a model on a manifest: word error rate, and for other tasks the share of right answers.
+    """Score a model on a manifest or on a named test.
+
+    Transcripts get a word error rate (in scripts without spaces a character error rate), translations BLEU and chrF,
+    other tasks the share of right answers, with macro F1 where there are classes; all with bootstrap intervals.
 
     A recording over 30 s is transcribed in pieces; for another task its first 30 s are heard. A sample whose recording
     cannot be used is named and left out.
     """
     common.check_accept(draft, accept)
     from soundwave.data.collate import LeftOut
-    from soundwave.data.manifest import read_manifest
-    from soundwave.evaluation import run
     from soundwave.evaluation.progress import NAMED
     from soundwave.evaluation.words import check_language
 
     check_language(language)
     missing: list[LeftOut] = []
     leave_out = None if strict else lambda *fault: missing.append(LeftOut(*fault))
-    samples = read_manifest(manifest, allow_outside=allow_outside, leave_out=leave_out, note=common.warn)
+    protocol, samples = _samples(test, data, prompt, allow_outside, leave_out)
+    judge_of_chat = _judge(protocol, judge, judge_model, judge_prompt, out)
     for left in missing[:NAMED]:
         common.warn(f"left out: {left}")
     if len(missing) > NAMED:
         common.warn(f"left out: {len(missing) - NAMED} more samples, which --json lists")
     if not samples:
-        raise ValueError(f"{manifest}: every sample was left out")
+        raise ValueError(f"{test}: every sample was left out")
     if answers is not None:
-        if answers.resolve() in (manifest.resolve(), *(sample.audio for sample in samples)):
+        if answers.resolve() in (test.resolve(), *(sample.audio for sample in samples)):
             raise ValueError(f"{answers}: is read by this evaluation; name another file with --answers")
         answers.parent.mkdir(parents=True, exist_ok=True)
         answers.open("a").close()  # raises before the work what cannot be written
+    if any(sample.task != "transcribe" for sample in samples):
+        from soundwave.evaluation.translation import is_translation, require_sacrebleu
+
+        if any(is_translation(sample.task) for sample in samples):
+            require_sacrebleu()
+    settings: dict[str, Any] = {"batch_size": batch_size, "language": language, "normaliser": normaliser.value}
+    settings["strict"] = strict
+    how = {"max_new_tokens": max_new_tokens, "draft": draft.value, "accept": accept}
     network, processor = common.load_model(model)
+    ctc = ctc or network.config.stage == 1
     with ExitStack() as stack:
-        settings: dict[str, Any] = {"batch_size": batch_size, "language": language, "strict": strict}
-        settings["progress"] = None if quiet else f"evaluating {manifest.name}"
-        if answers is not None:
-            settings["each"] = _row_writer(answers, stack)
-        if ctc or network.config.stage == 1:
-            scores = run.evaluate_ctc(network, processor, samples, **settings)
-        else:
-            scores = run.evaluate(
-                network, processor, samples, max_new_tokens=max_new_tokens, draft=draft.value, accept=accept, **settings
-            )
-    scores.left_out[:0] = missing
+        settings["progress"] = None if quiet else f"evaluating {test.name}"
+        rows: list[dict[str, Any]] = []
+        settings["each"] = rows.append if answers is None else _row_writer(answers, stack, rows)
+        results = None
+        if out is not None:
+            results = stack.enter_context(_results(out, model, samples, network, ctc, settings, how))
+            settings["results"] = results
+        scores = _scores(network, processor, samples, ctc, settings, how)
+        scores.left_out[:0] = missing
+        extra = _more_scores(rows, results, samples, protocol, judge_of_chat)
+        if results is not None:
+            results.finish(scores.as_dict() | extra, scores.speed)
+            for task, confusion in scores.confusion.items():
+                results.draw(task, confusion)
     if as_json:
-        print(json.dumps(scores.as_dict(), ensure_ascii=False))
+        print(json.dumps(scores.as_dict() | extra, ensure_ascii=False))
         return
-    table = common.table("task", "samples", "score", "normaliser")
-    for task, count in scores.samples.items():
-        table.add_row(escape(task), str(count), scores.text_of(task), scores.normaliser.get(task, ""))
-    common.console.print(table)
-    for task, count in scores.unparsed.items():
-        if count:
-            common.say(f"{task}: {count} of {scores.samples[task]} answers name no option, and count as wrong")
+    _show(scores, protocol, extra)
     if scores.left_out:
         common.say(f"left out: {len(scores.left_out)} of {len(samples) + len(missing)} samples")
     if scores.cut_off:
         common.say(f"cut off after {max_new_tokens} tokens: {len(scores.cut_off)} answers; raise --max-new-tokens")
+
+
+def _samples(
+    test: Path, data: Path | None, prompt: str | None, allow_outside: bool, leave_out: Any
+) -> tuple["Protocol | None", list["Sample"]]:
+    """The samples of a manifest, or of a named test with its protocol."""
+    from soundwave.data.manifest import read_manifest
+    from soundwave.evaluation.protocols import names, protocol_named
+
+    protocol = None if test.exists() and data is None else protocol_named(str(test))
+    if protocol is None:
+        if data is not None:
+            raise ValueError(f"{test}: is no test; --data belongs to one of {names()}")
+        if prompt is not None:
+            raise ValueError("--prompt belongs to a named test; a manifest has prompts of its own")
+        if not test.exists() and re.fullmatch(r"[A-Za-z][\w-]*", str(test)):
+            raise ValueError(f"{test}: is neither a manifest nor a test; the tests are {names()}")
+        return None, read_manifest(test, allow_outside=allow_outside, leave_out=leave_out, note=common.warn)
+    if data is None:
+        raise ValueError(f"{test}: give the folder of its corpus with --data")
+    return protocol, protocol.read(data, prompt)
+
+
+def _judge(
+    protocol: "Protocol | None", url: str | None, model: str | None, prompt: Path | None, out: Path | None
+) -> "Judge | None":
+    """The judge of a chat, None without."""
+    chat = protocol is not None and protocol.name == "airbench-chat"
+    if url is None:
+        if model is not None or prompt is not None:
+            raise ValueError("--judge-model and --judge-prompt need --judge, the address of a server")
+        return None
+    if not chat or model is None or out is None:
+        lacks = "is for airbench-chat alone" if not chat else "needs --judge-model" if model is None else "needs --out"
+        raise ValueError(f"--judge {lacks}")
+    from soundwave.evaluation.airbench import JUDGE_PROMPT, Judge
+
+    text = JUDGE_PROMPT if prompt is None else prompt.read_text(encoding="utf-8")
+    return Judge(url, model, key=os.environ.get("OPENAI_API_KEY"), prompt=text)
+
+
+def _results(
+    out: Path,
+    model: Path,
+    samples: list["Sample"],
+    network: Any,
+    ctc: bool,
+    settings: Mapping[str, Any],
+    how: Mapping[str, Any],
+) -> Any:
+    """Opens the results in a folder, new ones or those of the same evaluation."""
+    from soundwave.evaluation.results import hash_of_model, hash_of_samples, open_results
+
+    about = {name: settings[name] for name in ("batch_size", "language", "normaliser")} | ({} if ctc else dict(how))
+    about |= {"model": hash_of_model(common.model_folder(model)), "test": hash_of_samples(samples), "ctc": ctc}
+    return open_results(out, about | {"device": network.device.type, "dtype": str(network.compute_dtype)})
+
+
+def _scores(
+    network: Any,
+    processor: Any,
+    samples: list["Sample"],
+    ctc: bool,
+    settings: Mapping[str, Any],
+    how: Mapping[str, Any],
+) -> "Scores":
+    from soundwave.evaluation import run
+
+    if ctc:
+        return run.evaluate_ctc(network, processor, samples, **settings)
+    scores = run.evaluate(network, processor, samples, **how, **settings)
+    if scores.speed and (seconds := run.seconds_to_first_token(network, processor, samples)) is not None:
+        scores.speed["seconds_to_first_token"] = seconds
+    return scores
+
+
+def _more_scores(
+    rows: list[dict[str, Any]],
+    results: "Results | None",
+    samples: list["Sample"],
+    protocol: "Protocol | None",
+    judge: "Judge | None",
+) -> dict[str, Any]:
+    """What a named test adds to the scores: the paper's figure, and the tables of AIR-Bench."""
+    from soundwave.evaluation import airbench
+
+    if protocol is None:
+        return {}
+    rows = rows if results is None else list(results.rows.values())
+    found: dict[str, Any] = {} if protocol.paper is None else {"paper": dict([protocol.paper])}
+    if protocol.name == "airbench-foundation":
+        found["airbench"] = {task: score._asdict() for task, score in airbench.score_foundation(rows, samples).items()}
+    if judge is not None and results is not None:
+        rated = airbench.judge_chat(rows, samples, judge, results.ratings(), results.add_rating)
+        found["airbench"] = airbench.score_chat(rated) | {"judge": judge.model}
+    return found
+
+
+def _show(scores: "Scores", protocol: "Protocol | None", extra: Mapping[str, Any]) -> None:
+    """Print the scores."""
+    if protocol is not None and protocol.name == "airbench-chat":
+        if "airbench" not in extra:
+            common.say(
+                f"answers: {sum(scores.samples.values())}; only a judge can rate them: --judge, --judge-model, --out"
+            )
+        _show_airbench(extra.get("airbench") or {})
+        return
+    paper = extra.get("paper") or {}
+    table = common.table("task", "samples", "score", "95 % interval", *(["paper"] if paper else []), "normaliser")
+    for task, count in scores.samples.items():
+        cells = [escape(task), str(count), scores.text_of(task), scores.interval_of(task)]
+        cells += [" · ".join(f"{name} {value:.1f}" for name, value in paper.items())] if paper else []
+        table.add_row(*cells, scores.normaliser.get(task, ""))
+    common.console.print(table)
+    for task, count in scores.unparsed.items():
+        if count:
+            common.say(f"{task}: {count} of {scores.samples[task]} answers name no option, and count as wrong")
+    _show_airbench(extra.get("airbench") or {})
     if scores.blank_share is not None:
         common.say(
             f"blank share {scores.blank_share:.2f} · kept per label {scores.kept_per_label:.2f} "
             f"· compression {scores.compression:.1f} x"
         )
+    elif scores.compression is not None:
+        common.say(f"compression {scores.compression:.1f} x · {scores.kept_per_second or 0:.1f} frames kept a second")
+    if scores.speed:
+        first = scores.speed.get("seconds_to_first_token")
+        told = "" if first is None else f" · {1000 * first:.0f} ms to the first token"
+        common.say(f"RTFx {scores.speed['rtfx']:.1f} ({scores.speed['audio_seconds']:.0f} s of audio){told}")
 
 
-def _row_writer(file: Path, stack: ExitStack) -> Callable[[dict[str, Any]], None]:
-    """A function that writes rows to a file as JSON lines, each at once. The file is emptied at the first row."""
+def _show_airbench(found: Mapping[str, Any]) -> None:
+    if not found:
+        return
+    if "judge" in found:
+        table = common.table("part", "answers", "model", "benchmark's answer", "wins", "ratings not read")
+        for part, score in found.items():
+            if part != "judge":
+                means = [f"{score[name]:.2f}" if name in score else "–" for name in ("model", "reference")]
+                wins = f"{score['wins']:.1%}" if "wins" in score else "–"
+                table.add_row(escape(part), str(score["answers"]), *means, wins, str(score["unread"]))
+    else:
+        table = common.table("task", "questions", "strict", "benchmark's rule", "name no option", "not counted by it")
+        for task, score in found.items():
+            own = "–" if score["benchmark"] is None else f"{score['benchmark']:.1%}"
+            counts = str(score["unparsed"]), str(score["dropped"])
+            table.add_row(escape(task), str(score["questions"]), f"{score['strict']:.1%}", own, *counts)
+    common.console.print(table)
+
+
+def _row_writer(file: Path, stack: ExitStack, rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
+    """A function that adds rows to a list, and writes them to a file as JSON lines, each at once.
+
+    The file is emptied at the first row.
+    """
     opened: list[TextIO] = []
 
     def write(row: dict[str, Any]) -> None:
         if not opened:
             opened.append(stack.enter_context(common.new_file(file)))
         print(json.dumps(row, ensure_ascii=False), file=opened[0], flush=True)
+        rows.append(row)
 
     return write
 

@@ -12,6 +12,8 @@ An answer names an option by its label, if that is
 or by its text, if that stands in the answer as whole words. An answer names none if it names several, if a label and a
 text disagree, or if it denies ("not B", "it cannot be B", "nicht B"; `_DENIES` has the words), unless the option comes
 first ("No, I cannot"). Digits name none as a part of another number ("-1", "1.5", "1,000", "1%"), and C none in "C#".
+
+Where a sample lists its options (`"options": {"A": "male", "B": "female"}`), its prompt is not read for them.
 """
 
 from collections.abc import Mapping
@@ -77,6 +79,11 @@ def _text(text: str) -> str:
     return regex.sub(r"(?<=\s)(?:or|and)$", "", text.rstrip(_ENDS + "([").lower()).strip(_ENDS)
 
 
+def texts_of(options: Mapping[str, str]) -> dict[str, str]:
+    """The texts of options that are known, as those of a prompt: in lower case, without punctuation at their end."""
+    return {label: _text(text) for label, text in options.items()}
+
+
 def named_option(answer: str, options: Mapping[str, str]) -> str | None:
     """The label of the one option that an answer names by the module's rule, or None.
 
@@ -112,9 +119,25 @@ def _without_texts(answer: str, options: Mapping[str, str]) -> tuple[str, set[st
     return answer, found
 
 
-def option_of(reference: str, prompt: str) -> tuple[str, Mapping[str, str]] | None:
-    """The option that a reference names, and the options; None if the sample is no choice."""
-    options = options_of(prompt)
+def listed_options(value: object) -> dict[str, str] | None:
+    """The options that a sample lists: two and more capitals with a text each. None if it lists none."""
+    if not isinstance(value, Mapping) or len(value) < 2:
+        return None
+    pairs = list(value.items())
+    if all(isinstance(label, str) and label in ANY and isinstance(text, str) and text.strip() for label, text in pairs):
+        return {str(label): str(text) for label, text in pairs}
+    return None
+
+
+def option_of(
+    reference: str, prompt: str, options: Mapping[str, str] | None = None
+) -> tuple[str, Mapping[str, str]] | None:
+    """The option that a reference names, and the options; None if the sample is no choice.
+
+    Args:
+        options: the options, if they are not those of the prompt: label, a capital -> text.
+    """
+    options = texts_of(options) if options else options_of(prompt)
     if options:
         label = named_option(reference, options)
         return None if label is None else (label, options)

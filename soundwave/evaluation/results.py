@@ -9,19 +9,22 @@ all files but `speed.json` end with the same bytes as those of an evaluation tha
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from soundwave import __version__
 from soundwave.data.audio import shown
 from soundwave.data.collate import LeftOut
+from soundwave.data.manifest import Sample
+from soundwave.evaluation.classes import Confusion, draw
+from soundwave.provenance import versions
 
-ABOUT, ANSWERS, LEFT_OUT, SCORES, SPEED = (
-    "evaluation.json", "answers.jsonl", "left_out.jsonl", "scores.json", "speed.json"
+ABOUT, ANSWERS, LEFT_OUT, SCORES, SPEED, RATINGS = (
+    "evaluation.json", "answers.jsonl", "left_out.jsonl", "scores.json", "speed.json", "ratings.jsonl"
 )  # fmt: skip
 KEYS = ("sample", "task", "reference", "answer", "normaliser")
 
@@ -48,6 +51,23 @@ class Results:
             self.left_out[one.sample] = one
             _append(self.folder / LEFT_OUT, one._asdict())
 
+    def ratings(self) -> dict[str, dict[str, Any]]:
+        """sample id -> what a judge said of its answer."""
+        return {row["sample"]: row for row in _read(self.folder / RATINGS, ("sample", "task"))}
+
+    def add_rating(self, rating: dict[str, Any]) -> None:
+        """Keep what a judge said, at once."""
+        _append(self.folder / RATINGS, rating)
+
+    def draw(self, task: str, confusion: Confusion) -> Path:
+        """Write the picture of a task's confusion matrix."""
+        name = re.sub(r"[^\w-]+", "-", task)[:80]
+        file = self.folder / f"confusion-{name}.png"
+        aside = file.with_name(f"{file.name}.new")
+        draw(confusion, task, aside)
+        os.replace(aside, file)
+        return file
+
     def finish(self, scores: Mapping[str, Any], speed: Mapping[str, Any]) -> None:
         """Write the scores, each file at once."""
         if speed:
@@ -66,7 +86,7 @@ def open_results(folder: Path, about: Mapping[str, Any]) -> Iterator[Results]:
         ValueError: the folder holds another evaluation, or other files, or a damaged one.
         BlockingIOError: another process evaluates into it.
     """
-    about = json.loads(json.dumps({"soundwave": __version__, **about}))
+    about = json.loads(json.dumps({"soundwave": versions(["soundwave"])["soundwave"], **about}))
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -103,6 +123,14 @@ def hash_of(*files: Path) -> str:
 def hash_of_model(folder: Path) -> str:
     """SHA-256 of what a model's folder holds of the model: its configuration and its trained weights."""
     return hash_of(folder / "config.json", *sorted(folder.glob("*.safetensors")))
+
+
+def hash_of_samples(samples: Iterable[Sample]) -> str:
+    """SHA-256 of samples: of their texts and of where their recordings are, but not of the recordings."""
+    found = hashlib.sha256()
+    for sample in samples:
+        found.update(sample.model_dump_json().encode() + b"\n")
+    return found.hexdigest()
 
 
 def read_answers(file: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from soundwave.data.audio import LONGEST_SECONDS, AudioError
 from soundwave.data.collate import LeftOut, answer_of, chat_fault, ctc_text_of, features, prompt_of
 from soundwave.data.manifest import Sample
+from soundwave.evaluation.choices import listed_options
 from soundwave.evaluation.classes import labels_of
 from soundwave.evaluation.listening import Heard, Omissions, check_batch_size, listen
 from soundwave.evaluation.listening import alike as alike
@@ -237,11 +238,12 @@ def evaluate(
             target = language or _language_of(sample, ("target_lang",))
             tokenizer = f"sacrebleu, tokenizer {tokenizer_for(target)}"
             return row | {"normaliser": tokenizer, "cut_off": answered.cut_off, "target_lang": target} | counted
-        labels = labels_of(sample.extra.get("labels"), reference)
-        verdict = judge(reference, text, sample.prompt or "", turkish=rules[index].turkish, labels=labels)
+        asked: dict[str, Any] = {"labels": labels_of(sample.extra.get("labels"), reference)}
+        asked["options"] = listed_options(sample.extra.get("options"))
+        verdict = judge(reference, text, sample.prompt or "", turkish=rules[index].turkish, **asked)
         row |= {"normaliser": ANSWER_RULES, "cut_off": answered.cut_off, "right": verdict.right}
         row |= {"option": verdict.option} if verdict.choice else {}
-        if classes := classes_named(reference, text, sample.prompt or "", labels=labels):
+        if classes := classes_named(reference, text, sample.prompt or "", **asked):
             row |= dict(zip(("class", "answered"), classes, strict=True))
         return row | counted
 

@@ -1,7 +1,7 @@
 """What answers are worth: word error rates, right answers, and `Scores`, which an evaluation returns."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -65,6 +65,7 @@ def judge(
     *,
     turkish: bool | None = None,
     labels: Sequence[str] | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Compare an answer with the reference: the labels that they name, or of a multiple choice the options, or texts.
 
@@ -74,10 +75,11 @@ def judge(
         prompt: the sample's prompt, which may list options.
         turkish: as in `normalise`; by default the reference decides.
         labels: the labels of which the reference is one, if the sample has such.
+        options: the options, if they are not to be read from the prompt: label -> text.
     """
     if labels is not None:
         return Verdict(named_label(answer, labels) == label_of(reference, labels))
-    if choice := option_of(reference, prompt):
+    if choice := option_of(reference, prompt, options):
         option = named_option(answer, choice[1])
         return Verdict(option == choice[0], True, option)
     if turkish is None:
@@ -88,7 +90,12 @@ def judge(
 
 
 def classes_named(
-    reference: str, answer: str, prompt: str = "", *, labels: Sequence[str] | None = None
+    reference: str,
+    answer: str,
+    prompt: str = "",
+    *,
+    labels: Sequence[str] | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> tuple[str, str | None] | None:
     """The class of a reference, and that which an answer names, or None: the labels, else the texts of the options.
 
@@ -97,9 +104,9 @@ def classes_named(
     """
     if labels is not None:
         return label_of(reference, labels) or reference, named_label(answer, labels)
-    if choice := option_of(reference, prompt):
-        label, options = choice
-        named, texts = named_option(answer, options), options if all(options.values()) else {}
+    if choice := option_of(reference, prompt, options):
+        label, found = choice
+        named, texts = named_option(answer, found), found if all(found.values()) else {}
         return texts.get(label, label), None if named is None else texts.get(named, named)
     return None
 
