@@ -40,7 +40,7 @@ OLD_IMPORTS = {("soundwave.data.audio", "soundwave.inference.long")}
 KERNELS_MAY_IMPORT = {"torch", "triton", "nvtx", *sys.stdlib_module_names}
 LAZY_ONLY = {"torchaudio", "flash_attn", "bitsandbytes", "nvtx"}
 NEVER = {"bench", "tests", "kernels"}
-TESTS_OF_BENCHES = {"tests/test_benchmarks.py", "tests/test_gpu_script.py", "tests/test_memory.py"}
+TESTS_OF_BENCHES = {f"tests/test_{name}.py" for name in ("benchmarks", "gpu_script", "memory", "resume")}
 
 
 class Import(NamedTuple):

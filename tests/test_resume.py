@@ -20,16 +20,15 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from bench import kills
 from soundwave.hardware import pick_dtype
 from soundwave.model.modeling import WEIGHTS_FILE
 from soundwave.training.callbacks import Interrupted, StopOnSignal
 from soundwave.training.checkpoints import WriteError, fault_of, newest_checkpoint, written_aside
 from soundwave.training.settings import ConfigError
-from tests.processes import WITHOUT_COMPILER
+from tests import processes
 from tests.short_runs import copy_recordings, lines, manifest_of, same_bits, train
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = Path(sys.executable).with_name("soundwave")
 STEPS = {"steps": 4, "save_steps": 1, "save_total_limit": 4, "seed": 3}
 
 
@@ -317,16 +316,16 @@ def test_a_checkpoint_past_the_last_step_is_refused(until, manifest, start):
 # ---------------------------------------------------------------- kill -9, Ctrl-C
 
 
-def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tiny_corpus, small_llm):
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tiny_corpus, small_llm, monkeypatch, capsys):
     # In stages I and III the kill comes while a checkpoint is written, in stage II between steps.
     words = ["--stages", 1, 2, 3, "--kills", 1, "--workers", 1, "--accumulation", 2, "--steps", 4, "--batch-size", 2]
     words += ["--language-model", small_llm, "--corpus", tiny_corpus]
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "kills.py", *map(str, words)], capture_output=True, text=True, cwd="/",
-        env=os.environ | WITHOUT_COMPILER,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = done.stdout.splitlines()
+    monkeypatch.setattr(kills, "subprocess", processes)
+    monkeypatch.setattr(sys, "argv", ["kills.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        kills.main()
+    assert not end.value.code
+    told = capsys.readouterr().out.splitlines()
     assert told[::2] == [f"stage {stage}, 1 workers, accumulation 2: same" for stage in (1, 2, 3)]
     assert all(line.startswith("  killed ") for line in told[1::2])
 
@@ -390,13 +389,13 @@ def test_a_signal_in_the_last_step_stops_what_would_follow_the_stage(manifest, s
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_ends_the_command_with_status_130(manifest, small_llm, tmp_path, number):
     settings = ["steps=500", "batch_size=1", "accumulation=1", "log_steps=1", f"language_model={small_llm}"]
-    process = subprocess.Popen(
-        [SCRIPT, "train", "1", f"train={manifest}", f"out={tmp_path / 'out'}", "workers=2", *settings, "--quiet"],
+    words = [processes.SCRIPT, "train", "1", f"train={manifest}", f"out={tmp_path / 'out'}", "workers=2", *settings]
+    process = processes.Popen(
+        [*words, "--quiet"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | WITHOUT_COMPILER,
     )
     # Ctrl-C in a terminal, and the signal of a service manager, reach the data workers too.
     when_logged(tmp_path / "out", 2, lambda: os.killpg(process.pid, number))
