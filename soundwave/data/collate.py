@@ -1,5 +1,6 @@
 """Make batches of samples: decode the audio, extract features, build prompts and labels."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -85,8 +86,8 @@ class CheckedCollator(Collator):
         super().__init__(processor, stage)
         self.frame_stack = frame_stack
 
-    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
-        """Make a batch.
+    def __call__(self, samples: Sequence[Sample | LeftOut]) -> dict[str, Any]:
+        """Make a batch; what stands for a sample that cannot be read is among those left out.
 
         Returns:
             The tensors of Collator, none if every sample was left out; `samples` and `tasks`, list[str], the ids and
@@ -95,6 +96,9 @@ class CheckedCollator(Collator):
         """
         kept, clips, left_out = [], [], []
         for sample in samples:
+            if isinstance(sample, LeftOut):
+                left_out.append(sample)
+                continue
             try:
                 clip = self.clip(sample)
             except AudioError as error:
@@ -168,8 +172,13 @@ def with_duration(sample: Sample) -> Sample:
 
 def tokens_of(sample: Sample) -> float:
     """Estimated work of a sample, in tokens of the language model."""
-    characters = len(text_of(prompt_of(sample))) + len(answer_of(sample))
-    return characters / CHARACTERS_A_TOKEN + TOKENS_A_SECOND * (sample.duration or 0.0 if sample.audio else 0.0)
+    seconds = sample.duration or 0.0 if sample.audio else 0.0
+    return characters_of(sample) / CHARACTERS_A_TOKEN + TOKENS_A_SECOND * seconds
+
+
+def characters_of(sample: Sample) -> int:
+    """Length of a sample's prompt and answer."""
+    return len(text_of(prompt_of(sample))) + len(answer_of(sample))
 
 
 def features(processor: SoundwaveProcessor, sample: Sample) -> Tensor | None:

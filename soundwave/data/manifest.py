@@ -211,7 +211,7 @@ class EntryReader:
         if not self.allow_outside:
             self._refuse_outside(key, name, audio, is_link)
         if not self.look:
-            return Path(audio)
+            return Path(audio + inside)
         try:
             if fault is not None:
                 raise fault
@@ -273,11 +273,9 @@ def _require(row: dict[str, Any]) -> None:
     task = row["task"]
     needed = ("audio_filepath", "text") if task == "transcribe" else ("prompt", "answer")
     missing = [key for key in needed if key not in row]
-    known, cutoff = (READ_KEYS + KEYS, 0.7) if missing else ((*KEYS, *CHAT_KEYS, *AUDIO_KEYS, "source", "target"), 0.85)
-    known = tuple(key for key in known if MEANS.get(key, key) not in row)  # what is given already is not meant
     others = (*KEYS, *PART_KEYS, "language", "source_len", "target_len")  # the last are SLAM-LLM's and FunASR's
     for key in (key for key in row if key not in others):
-        nearest = _nearest(key, known, cutoff)
+        nearest = _nearest(key, tuple(row), bool(missing))
         if isinstance(row[key], list | dict):
             nearest = [name for name in nearest if name in (*CHAT_KEYS, *AUDIO_KEYS, "history")]
         meant = CALLED.get(key.lower()) if missing else None
@@ -302,6 +300,9 @@ def _require(row: dict[str, Any]) -> None:
             raise ManifestError(f"{key} = {_show(row[key])} is empty; fill it in")
 
 
-@lru_cache(4096)  # the same keys come in every line
-def _nearest(key: str, known: tuple[str, ...], cutoff: float) -> list[str]:
+@lru_cache(512)  # the same keys come in every line
+def _nearest(key: str, given: tuple[str, ...], lacks: bool) -> list[str]:
+    """What a key may be a misspelling of, in a row that has the keys `given`, and may lack one that it needs."""
+    known, cutoff = (READ_KEYS + KEYS, 0.7) if lacks else ((*KEYS, *CHAT_KEYS, *AUDIO_KEYS, "source", "target"), 0.85)
+    known = tuple(name for name in known if MEANS.get(name, name) not in given)  # what is given already is not meant
     return difflib.get_close_matches(key.lower(), known, n=1, cutoff=cutoff)

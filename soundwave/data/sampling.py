@@ -50,7 +50,7 @@ class BucketBatchSampler(Sampler[list[int]]):
     """Batches of samples of similar length. Each epoch has another order and the same number of batches.
 
     Args:
-        lengths: length of each sample in any unit; a sample with None (text only) may be in any batch.
+        lengths: length of each sample in any unit; a sample with None or NaN (text only) may be in any batch.
         groups: group of each sample, e.g. its task.
         batch_size: samples per batch; one batch of an epoch may be smaller.
         seed: seed of the random draws; together with the epoch it decides all batches.
@@ -85,9 +85,12 @@ class BucketBatchSampler(Sampler[list[int]]):
             raise ValueError(f"rank = {rank}, but it must be 0 to {ranks - 1}, one below ranks")
         self.rank, self.ranks = rank, ranks
         self.lengths, self.batch_size, self.seed, self.temperature = lengths, batch_size, seed, temperature
-        self.members: dict[str, list[int]] = {}
-        for i, group in enumerate(groups):
-            self.members.setdefault(group, []).append(i)
+        self._lengths = np.array(lengths, dtype=np.float64)  # None becomes NaN
+        self._known = self._lengths[~np.isnan(self._lengths)]
+        numbers: dict[str, int] = {}
+        group_of = np.fromiter((numbers.setdefault(group, len(numbers)) for group in groups), np.int64, len(groups))
+        ends = np.bincount(group_of).cumsum()[:-1]
+        self.members = dict(zip(numbers, np.split(np.argsort(group_of, kind="stable"), ends), strict=True))
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -102,18 +105,20 @@ class BucketBatchSampler(Sampler[list[int]]):
         drawn, keys = self._shuffled(rng)
         size = self.batch_size * self.ranks
         bucket = BUCKET_BATCHES * size
-        batches = []
         for start in range(0, len(drawn), bucket):
-            order = start + np.argsort(keys[start : start + bucket], kind="stable")
-            batches += [drawn[order[i : i + size]] for i in range(0, len(order), size)]
-        for i in rng.permutation(len(batches)):
-            yield batches[i][self.rank :: self.ranks].tolist()
+            here = slice(start, start + bucket)
+            drawn[here] = drawn[here][np.argsort(keys[here], kind="stable")]
+        for i in rng.permutation(-(-len(drawn) // size)):
+            yield drawn[i * size : (i + 1) * size][self.rank :: self.ranks].tolist()
 
-    def _shuffled(self, rng: np.random.Generator) -> tuple[np.ndarray, list[float]]:
+    def _shuffled(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Indices of one epoch in random order, and the length by which each of them is sorted."""
         drawn = rng.permutation(self._draw(rng))
-        known = [length for length in self.lengths if length is not None] or [0.0]
-        keys = [known[rng.integers(len(known))] if self.lengths[i] is None else self.lengths[i] for i in drawn]
+        keys = self._lengths[drawn]
+        unknown = np.isnan(keys)
+        if unknown.any():
+            known = self._known if len(self._known) else np.zeros(1)
+            keys[unknown] = known[rng.integers(len(known), size=np.count_nonzero(unknown))]
         return drawn, keys
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:

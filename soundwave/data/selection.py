@@ -1,12 +1,17 @@
 """Choose the samples of the manifests that a stage trains on."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from soundwave.data.audio import LONGEST_SAMPLES, LONGEST_SECONDS, SAMPLING_RATE, AudioError
-from soundwave.data.collate import LeftOut, ctc_text_of, with_duration
-from soundwave.data.manifest import Sample, read_manifest
+import numpy as np
+
+from soundwave.data.audio import shown
+from soundwave.data.collate import LeftOut
+from soundwave.data.index import Index, Refusal, open_index
+from soundwave.data.samples import Samples
+from soundwave.data.scan import FIT
 
 
 class SampleError(ValueError):
@@ -22,7 +27,7 @@ class Selection(NamedTuple):
         unfit: number of those that stage I cannot learn from, because they have no recording with a text.
     """
 
-    samples: list[Sample]
+    samples: Samples
     read: int
     unfit: int
 
@@ -38,12 +43,14 @@ def select_samples(
 ) -> Selection:
     """Read manifests and choose the samples that a stage can train on.
 
+    A large manifest is read once; its index (`soundwave.data.index`) tells the same at each further start.
+
     Args:
         left_out: each sample that cannot be used is added to this list, with the reason.
         stage: stage 1 takes only recordings with a text, because its loss is CTC.
         allow_outside: audio may lie outside the folder of its manifest.
         strict: raise SampleError for a sample that cannot be used.
-        note: as in `read_manifest`.
+        note: as in `read_manifest`; it is also told what takes long.
 
     Raises:
         ManifestError: a manifest cannot be read.
@@ -55,27 +62,32 @@ def select_samples(
         if strict:
             raise SampleError(str(left_out[-1]))
 
-    read = [
-        sample
-        for path in manifests
-        for sample in read_manifest(path, allow_outside=allow_outside, leave_out=leave_out, note=note)
-    ]
-    fitting = [s for s in read if stage > 1 or (s.audio is not None and (ctc_text_of(s) or "").strip())]
-    samples = []
-    for sample in fitting:
+    def tell(index: Index) -> None:
+        for place, _, sentence in index.notes:
+            line = f"{shown(index.path)}:{place}: {sentence}"
+            note(line) if note is not None else warnings.warn(line, stacklevel=3)
+        for place, file, fault, _ in index.missing:
+            leave_out(f"{shown(index.path.name)}:{place}", file, fault)
+
+    indexes = []
+    for path in manifests:
         try:
-            samples.append(_checked_duration(sample))
-        except AudioError as error:
-            leave_out(sample.id, str(sample.audio), error.fault)
-    return Selection(samples, len(read), len(read) - len(fitting))
-
-
-def _checked_duration(sample: Sample) -> Sample:
-    sample = with_duration(sample)
-    if sample.audio and sample.duration and round(sample.duration * SAMPLING_RATE) > LONGEST_SAMPLES:
-        raise AudioError(
-            sample.audio,
-            f"duration = {sample.duration:g}, but at most {LONGEST_SECONDS:g} s can be trained on; cut it, or "
-            "give offset and duration",
-        )
-    return sample
+            indexes.append(open_index(path, allow_outside=allow_outside, say=note))
+        except Refusal as error:
+            tell(error.before)
+            raise
+        tell(indexes[-1])
+    chosen = []
+    for index in indexes:
+        takes = index.columns["flags"] & FIT > 0 if stage == 1 else np.ones(len(index.columns["flags"]), bool)
+        unfit = ~takes
+        for row, place, file, fault, _ in index.faults:
+            if takes[row]:
+                leave_out(f"{shown(index.path.name)}:{place}", file, fault)
+                takes[row] = False
+        chosen.append((np.flatnonzero(takes), int(unfit.sum())))
+    return Selection(
+        Samples(indexes, [rows for rows, _ in chosen]),
+        sum(len(index.columns["line"]) for index in indexes),
+        sum(unfit for _, unfit in chosen),
+    )
