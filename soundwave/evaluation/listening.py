@@ -135,6 +135,8 @@ def listen(
         try:
             lengths[index] = with_duration(samples[index])  # for the order alone: a header may be wrong
         except AudioError as error:
+            if index in done:
+                raise _changed(samples[index], error) from None
             _leave_out(index, samples[index], AudioError(samples[index].audio or "", error.fault), left, strict)
     places = list(lengths)
     if strict:
@@ -169,8 +171,7 @@ def listen(
         try:
             return hear(index)[1]
         except AudioError as error:
-            fault = f"was answered before, but now {error.fault}; begin the evaluation anew"
-            raise AudioError(error.path, fault) from None
+            raise _changed(samples[index], error) from None
 
     def hear(index: int) -> tuple[Heard[T], Tensor | None]:
         heard: Heard[T] = Heard(index)
@@ -210,6 +211,11 @@ def listen(
             yield from flush()
     if not given:
         raise ValueError(f"no sample can be used; the first: {left.in_order()[0]}")
+
+
+def _changed(sample: Sample, error: AudioError) -> AudioError:
+    fault = f"was answered before, but now {error.fault}; begin the evaluation anew"
+    return AudioError(sample.audio or "", fault)
 
 
 def _leave_out(index: int, sample: Sample, error: AudioError, left: Omissions, strict: bool) -> None:

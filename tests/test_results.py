@@ -1,0 +1,275 @@
+"""Results that an evaluation keeps in a folder: it goes on after a stop, and the files end with the same bytes.
+
+The test that kills processes does it once by default. Twenty times:
+
+    pytest tests/test_results.py -k killed --fuzz 20
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+from soundwave.cli import main
+from soundwave.data.audio import SAMPLING_RATE, AudioError
+from soundwave.data.collate import LeftOut
+from soundwave.data.manifest import Sample, read_manifest, write_manifest
+from soundwave.evaluation import results, run
+from soundwave.evaluation.results import open_results, read_answers
+from tests.processes import WITHOUT_COMPILER
+
+SCRIPT = Path(sys.executable).with_name("soundwave")
+KEPT = ("evaluation.json", "answers.jsonl", "left_out.jsonl", "scores.json")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A manifest of 14 samples: transcriptions, choices, a recording of 40 s, a silent one and one without words."""
+    folder = tmp_path_factory.mktemp("kept")
+    chance = np.random.default_rng(0)
+    rows = []
+    for i in range(9):
+        soundfile.write(folder / f"{i}.wav", 0.1 * chance.standard_normal(9000 + 900 * i), SAMPLING_RATE)
+        rows.append({"audio_filepath": f"{i}.wav", "text": "turn on the light"})
+    soundfile.write(folder / "long.wav", 0.1 * chance.standard_normal(40 * SAMPLING_RATE), SAMPLING_RATE)
+    soundfile.write(folder / "silent.wav", np.zeros(SAMPLING_RATE), SAMPLING_RATE)
+    rows += [{"audio_filepath": f"{name}.wav", "text": "stop"} for name in ("long", "silent")]
+    rows[4]["text"] = "..."
+    asked = {"task": "voice", "prompt": "Is it (A) male or (B) female?", "answer": "(A)"}
+    rows += [{"audio_filepath": f"{i}.wav"} | asked for i in (2, 7, 5)]
+    write_manifest(folder / "test.jsonl", rows)
+    return folder
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """The files of a folder but its lock and the times."""
+    return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.name not in (".lock", "speed.json")}
+
+
+class Stop(Exception):
+    """What stops an evaluation of a test."""
+
+
+class Model:
+    """As much of a model as `evaluate` looks at, when its answers are made up."""
+
+    config = SimpleNamespace(stage=3, keep="peaks")
+
+    def eval(self) -> None:
+        pass
+
+
+class Processor:
+    """As much of a processor as `listen` looks at."""
+
+    def features(self, samples):
+        import torch
+
+        return torch.zeros(1, len(samples) // 160)
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Answers that tell in which batch and at which place they were made; `asked` has the batches."""
+    asked = []
+
+    def answer(model, processor, prompts, audio, *, max_new_tokens, cut_off, **_):
+        asked.append([None if clip is None else clip.shape[1] for clip in audio])
+        return [f"{place} of {asked[-1]}" for place in range(len(prompts))]
+
+    monkeypatch.setattr(run, "answer", answer)
+    monkeypatch.setattr(run, "read_windows", lambda reader, windows: (f"{len(list(windows))} windows", False))
+    monkeypatch.setattr(run, "chat_fault", lambda *_: None)
+    return asked
+
+
+def evaluate(samples: list[Sample], out: Path, stop_after: int | None = None, **settings):
+    """Evaluate with made-up answers into `out`, and stop behind the row or omission number `stop_after`."""
+    with open_results(out, {"test": "it"}) as kept:
+        if stop_after is not None:
+            for name in ("add", "leave_out"):
+                setattr(kept, name, counting(getattr(kept, name), stop_after, kept))
+        scores = run.evaluate(Model(), Processor(), samples, batch_size=4, results=kept, **settings)
+        kept.finish(scores.as_dict(), scores.speed)
+    return scores
+
+
+def counting(keep, stop_after: int, kept):
+    def wrapped(one):
+        if len(kept.rows) + len(kept.left_out) >= stop_after:
+            raise Stop
+        keep(one)
+
+    return wrapped
+
+
+def test_an_evaluation_that_was_stopped_anywhere_ends_with_the_same_bytes(folder, made_up, tmp_path):
+    samples = read_manifest(folder / "test.jsonl")
+    whole = evaluate(samples, tmp_path / "whole")
+    batches, expected = list(made_up), contents(tmp_path / "whole")
+    assert whole.samples == {"transcribe": 9, "voice": 3} and len(whole.left_out) == 2 and whole.in_pieces
+    assert set(KEPT) <= set(expected)
+    for place in range(14):
+        made_up.clear()
+        out = tmp_path / f"stopped{place}"
+        with pytest.raises(Stop):
+            evaluate(samples, out, stop_after=place)
+        assert "scores.json" not in contents(out)
+        found = evaluate(samples, out)
+        assert contents(out) == expected, place
+        assert (found.wer, found.accuracy, found.answers) == (whole.wer, whole.accuracy, whole.answers)
+        assert all(batch in batches for batch in made_up)  # a sample stands in the batch that it would have had
+        assert len(made_up) <= len(batches) + 1  # the batch in which it stopped is answered twice, no other one is
+    made_up.clear()
+    assert evaluate(samples, tmp_path / "whole").answers == whole.answers and not made_up
+    assert contents(tmp_path / "whole") == expected
+
+
+@pytest.mark.parametrize("torn", [b'{"sample": "test.jsonl:9", "ta', b"\x00\x00\x00", b'{"a": 1}'], ids=repr)
+def test_a_torn_last_line_is_answered_again(folder, made_up, tmp_path, torn):
+    samples = read_manifest(folder / "test.jsonl")
+    evaluate(samples, tmp_path / "whole")
+    with pytest.raises(Stop):
+        evaluate(samples, tmp_path / "torn", stop_after=6)
+    for name in ("answers.jsonl", "left_out.jsonl"):
+        with open(tmp_path / "torn" / name, "ab") as file:
+            file.write(torn)
+    evaluate(samples, tmp_path / "torn")
+    assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
+
+
+def test_each_recording_is_read_once(folder, made_up, tmp_path, monkeypatch):
+    from soundwave.evaluation import listening
+
+    read = []
+    blocks = listening.read_blocks
+    monkeypatch.setattr(listening, "read_blocks", lambda path, **_: read.append(path.name) or blocks(path, **_))
+    samples = read_manifest(folder / "test.jsonl")[:11]
+    run.evaluate(Model(), Processor(), samples, batch_size=4)
+    assert sorted(read) == sorted(sample.audio.name for sample in samples if sample.text != "...")
+
+
+def test_a_recording_that_was_answered_and_is_now_gone_stops_it(folder, made_up, tmp_path):
+    samples = read_manifest(folder / "test.jsonl")
+    gone = tmp_path / "gone.wav"
+    gone.write_bytes((folder / "8.wav").read_bytes())
+    samples[8] = samples[8].model_copy(update={"audio": gone})  # in the first batch
+    with pytest.raises(Stop):
+        evaluate(samples, tmp_path / "out", stop_after=4)
+    for content in (b"", (folder / "silent.wav").read_bytes()):  # its header says so, or its samples
+        gone.write_bytes(content)
+        with pytest.raises(AudioError, match=r"gone.wav: was answered before, but now .*; begin the evaluation anew"):
+            evaluate(samples, tmp_path / "out")
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_another_evaluation_in_the_folder_is_refused_by_what_differs(tmp_path):
+    with open_results(tmp_path / "a", {"model": "x", "batch_size": 4}):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"a: holds another evaluation: batch_size = 4, but this one has 8; name"),
+        open_results(tmp_path / "a", {"model": "x", "batch_size": 8}),
+    ):
+        pass
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").touch()
+    with (
+        pytest.raises(ValueError, match=r"b: holds thesis.tex, which is no evaluation's; name a new folder"),
+        open_results(tmp_path / "b", {}),
+    ):
+        pass
+    for text in ("", "[]", "{"):
+        (tmp_path / "a" / "evaluation.json").write_text(text)
+        with (
+            pytest.raises(ValueError, match="evaluation.json: is damaged; name a new folder"),
+            open_results(tmp_path / "a", {}),
+        ):
+            pass
+
+
+def test_two_evaluations_at_once_are_refused(tmp_path):
+    with (
+        open_results(tmp_path / "a", {}),
+        pytest.raises(BlockingIOError, match="a: another evaluation writes here; wait for it, or name another"),
+        open_results(tmp_path / "a", {}),
+    ):
+        pass
+    with open_results(tmp_path / "a", {}):
+        pass
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    good = json.dumps(dict.fromkeys(results.KEYS, "a"))
+    (tmp_path / "answers.jsonl").write_text(f"{good}\nnonsense\n{good}\n")
+    with pytest.raises(ValueError, match=r"answers.jsonl:2: is no answer with the keys sample, task, reference, ans"):
+        read_answers(tmp_path)
+    (tmp_path / "answers.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"answers.jsonl: holds no answers"):
+        read_answers(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"none: does not exist; give what evaluate --answers or --out wrote"):
+        read_answers(tmp_path / "none")
+
+
+def test_a_sample_is_left_out_once(tmp_path):
+    for _ in range(2):
+        with open_results(tmp_path / "a", {}) as kept:
+            kept.leave_out(LeftOut("1", "a.wav", "is silent"))
+    assert (tmp_path / "a" / "left_out.jsonl").read_text().count("\n") == 1
+
+
+# ---------------------------------------------------------------- the command
+
+
+def command(monkeypatch, capsys, *words) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["soundwave", "evaluate", *map(str, words)])
+    capsys.readouterr()
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code
+    return (status, *capsys.readouterr())
+
+
+def test_an_evaluation_that_is_killed_ends_with_the_same_bytes(
+    folder, models_of_few_tokens, tmp_path, monkeypatch, capsys, fuzz
+):
+    chance = random.Random(0)
+    words = ["--model", models_of_few_tokens[3], "--batch-size", "2", "--max-new-tokens", "12"]
+    status, out, err = command(
+        monkeypatch, capsys, folder / "test.jsonl", *words, "--out", tmp_path / "whole", "--quiet"
+    )
+    assert status == 0, err
+    assert "RTFx" in out and "to the first token" in out and "frames kept a second" in out
+    assert "left out: 2 of 14 samples" in out
+    speed = json.loads((tmp_path / "whole" / "speed.json").read_text())
+    assert set(speed) == {"audio_seconds", "seconds", "rtfx", "seconds_to_first_token"}
+    answers = tmp_path / "killed" / "answers.jsonl"
+    process = [SCRIPT, "evaluate", folder / "test.jsonl", *words, "--out", tmp_path / "killed"]
+    for kill in range(fuzz(1)):
+        before, wanted = (answers.read_bytes().count(b"\n") if answers.exists() else 0), chance.randint(1, 3)
+        with subprocess.Popen([*map(str, process)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                              env=os.environ | WITHOUT_COMPILER) as started:  # fmt: skip
+            deadline, wait = time.monotonic() + 120, chance.choice([0.0, 0.02, 0.2])
+            while started.poll() is None and time.monotonic() < deadline:
+                if answers.exists() and answers.read_bytes().count(b"\n") >= before + wanted:
+                    time.sleep(wait)
+                    break
+                time.sleep(0.005)
+            started.send_signal(signal.SIGKILL)
+        if kill and (tmp_path / "killed" / "scores.json").exists():
+            break
+    status, _, err = command(monkeypatch, capsys, *process[2:], "--quiet")
+    assert status == 0, err
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
