@@ -5,17 +5,11 @@ block in the page. The page's scripts (`SCRIPTS`) draw them. They insert every w
 markup, and the page's content security policy permits only its own script and style, by their hashes.
 """
 
-import base64
-import hashlib
-import html
-import json
-import math
 from datetime import datetime, timezone
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from soundwave.report.page import page_of
 from soundwave.report.runs import (
     CURVES,
     REASONS,
@@ -33,8 +27,7 @@ from soundwave.report.utterances import describe
 
 __all__ = ["RunError", "write_report"]
 
-SCRIPTS = ("charts.js", "recordings.js", "page.js")  # joined to one script, in this order
-DIGITS = 6  # significant digits of a number
+SCRIPTS = ("charts.js", "frame.js", "recordings.js", "page.js")  # joined to one script, in this order
 NAMED = 5  # most samples that are named for a skipped step
 POINTS = 1000  # most points of a curve
 ALL_POINTS = 20_000  # most points of all curves of one kind together, so that a page stays below 5 MB
@@ -103,22 +96,7 @@ def make_page(runs: dict[str, Run], utterances: dict[str, Any]) -> str:
         ],
         "utterances": utterances,
     }
-    style, script = _file("page.css"), "\n".join(map(_file, SCRIPTS))
-    policy = (
-        f"default-src 'none'; img-src data:; media-src data:; script-src '{_hash(script)}'; style-src '{_hash(style)}'"
-    )
-    return Template(_file("page.html")).substitute(
-        policy=policy,
-        title=html.escape(" · ".join(runs)),
-        style=style,
-        script=script,
-        # The data hold no `<` for the HTML parser, so nothing in them can end the script element.
-        data=json.dumps(_plain(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
-    )
-
-
-def _file(name: str) -> str:
-    return files("soundwave.report").joinpath(name).read_text(encoding="utf-8")
+    return page_of(" · ".join(runs), data, SCRIPTS)
 
 
 def _pass(one: Pass, points: int) -> dict[str, Any]:
@@ -143,18 +121,3 @@ def _pass(one: Pass, points: int) -> dict[str, Any]:
 
 def _last(log: list[dict[str, Any]], name: str) -> Any:
     return next((entry[name] for entry in reversed(log) if entry.get(name) is not None), None)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: a number that is not finite becomes null, other floats are rounded."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    return value
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -5,7 +5,6 @@ const seconds = (value) => `${value.toFixed(2)} s`;
 // A token that does not begin with a space continues a word.
 const spoken = (text) => (text.trim() ? `“${text[0] === " " ? "" : "…"}${text.trim()}”` : text ? "space" : "blank");
 const WORTH_NAMING = 0.0005; // A smaller probability of an alternative would be shown as 0.0 %.
-const repaint = []; // functions that paint the canvases again, because their colours depend on the scheme
 
 /** Red, green and blue of a custom property in the current scheme. */
 function rgb(name) {
