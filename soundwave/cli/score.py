@@ -3,8 +3,9 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -330,6 +331,88 @@ def _row_writer(file: Path, stack: ExitStack, rows: list[dict[str, Any]]) -> Cal
         rows.append(row)
 
     return write
+
+
+def compare(
+    first: Annotated[
+        Path,
+        typer.Argument(help="What `soundwave evaluate` wrote (--out or --answers), or a model's folder.", metavar="A"),
+    ],
+    second: Annotated[Path, typer.Argument(help="The same of the other model.", metavar="B")],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="Page to write.", metavar="FILE")] = Path("compare.html"),
+    test: Annotated[
+        Path | None,
+        typer.Option(help="For models: the manifest or named test on which both are evaluated.", metavar="TEST"),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder of the corpus of a named test.", metavar="FOLDER")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch, for models.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, for models.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Compare two models on the same samples: paired intervals, a randomisation test, and a page to look at.
+
+    Models are evaluated into folders beside the page, which are kept: the same command goes on where it stopped.
+    """
+    models = [(folder / "config.json").is_file() for folder in (first, second)]
+    if any(models) and test is None:
+        raise ValueError(
+            f"{(first, second)[models.index(True)]}: is a model; name with --test what both are evaluated on"
+        )
+    if not any(models) and test is not None:
+        raise ValueError("--test is for models, but A and B are answers; leave it out")
+    if first.resolve() == second.resolve():
+        raise ValueError(f"{first} is given twice; name two")
+    for folder, is_model in zip((first, second), models, strict=True):
+        if not is_model and not folder.exists():
+            raise FileNotFoundError(
+                f"{folder}: does not exist; give answers of `soundwave evaluate`, or a model's folder"
+            )
+    places = []
+    for letter, folder, is_model in zip("ab", (first, second), models, strict=True):
+        place = out.with_name(f"{out.stem}-{letter}") if is_model else folder
+        if is_model and test is not None:
+            sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+            with redirect_stdout(sys.stderr if as_json else sys.stdout):
+                evaluate(test, model=folder, data=data, out=place, **sizes)
+        places.append(place)
+    from soundwave.evaluation.compare import compare_rows
+    from soundwave.evaluation.results import read_answers
+    from soundwave.report.comparison import write_comparison
+
+    found = compare_rows(*map(read_answers, places))
+    names = _two_names(first, second)
+    page = write_comparison(found, names, out, [] if test is None else [f"Test: {test.name}."])
+    if as_json:
+        scores = [score._asdict() for score in found.scores]
+        print(
+            json.dumps({"names": names, "alone": found.alone, "scores": scores, "page": str(page)}, ensure_ascii=False)
+        )
+        return
+    table = common.table("task", "score", "samples", *map(escape, names), "difference", "95 % interval", "p")
+    for one in found.scores:
+        scale = 1 if one.score == "BLEU" else 100
+        values = [f"{scale * value:.1f}" for value in one.values]
+        low, high = (f"{scale * bound:+.1f}" for bound in one.interval)
+        p = f"{one.p:.4f}" if one.p >= 0.001 else "< 0.001"
+        change = f"{scale * one.difference:+.1f}", f"{low} to {high}", p
+        table.add_row(escape(one.task), one.score, str(one.samples), *values, *change)
+    common.console.print(table)
+    for name, count in zip(names, found.alone, strict=True):
+        if count:
+            common.say(f"not compared: {count} samples that only {name} has answered")
+    common.say(f"page {page}")
+
+
+def _two_names(first: Path, second: Path) -> tuple[str, str]:
+    """The shortest ends of two paths that differ and say more than "model" or "answers.jsonl"."""
+    one, other = first.resolve().parts, second.resolve().parts
+    for length in range(1, max(len(one), len(other)) + 1):
+        names = "/".join(one[-length:]), "/".join(other[-length:])
+        if names[0] != names[1] and not {"model", "answers.jsonl"} & set(names):
+            return names
+    return str(first), str(second)
 
 
 def report(

@@ -53,7 +53,7 @@ class Protocol:
 
 def protocol_named(name: str) -> Protocol | None:
     """The protocol of a name, None if there is none."""
-    readers = {
+    readers: dict[str, Callable[[Path, str | None], list[Sample]]] = {
         **{name: partial(_librispeech, name.partition("-")[2]) for name in LIBRISPEECH},
         "meld": read_meld,
         "vocalsound": read_vocalsound,

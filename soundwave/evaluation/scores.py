@@ -209,6 +209,26 @@ def word_errors(reference: str, answer: str, rules: Rules) -> WordErrors:
     return WordErrors(found.substitutions + found.deletions + found.insertions, len(wanted))
 
 
+def align(reference: str, answer: str, rules: Rules) -> list[dict[str, str]]:
+    """Align two texts word by word.
+
+    Returns:
+        For each place the `kind` (equal, substitute, delete or insert) and the words `reference` and `given`; a
+        missing word is empty.
+    """
+    wanted, found = words_of_pair(reference, answer, rules)
+    if not wanted:
+        return [{"kind": "insert", "reference": "", "given": word} for word in found]
+    pairs = []
+    for chunk in jiwer.process_words([" ".join(wanted)], [" ".join(found)]).alignments[0]:
+        left = wanted[chunk.ref_start_idx : chunk.ref_end_idx]
+        right = found[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        for place in range(max(len(left), len(right))):
+            one, other = (words[place] if words else "" for words in (left, right))
+            pairs.append({"kind": chunk.type, "reference": one, "given": other})
+    return pairs
+
+
 def word_error_rate(
     references: Sequence[str], answers: Sequence[str], *, language: str | None | Sequence[str | None] = None
 ) -> float:

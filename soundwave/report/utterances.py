@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jiwer
 import numpy as np
 import soundfile
 import torch
@@ -23,8 +22,8 @@ from soundwave.backbones.wheels import EmbeddedError
 from soundwave.data.audio import SAMPLING_RATE, AudioError, load_audio
 from soundwave.data.collate import answer_of, ctc_text_of, prompt_of
 from soundwave.data.manifest import ManifestError, Sample, read_manifest
-from soundwave.evaluation.scores import has_words, judge
-from soundwave.evaluation.words import rules_for, words_of_pair
+from soundwave.evaluation.scores import align, has_words, judge
+from soundwave.evaluation.words import rules_for
 from soundwave.inference.answer import answer, load_model, read_ctc
 from soundwave.inference.long import windows
 from soundwave.model.chat import text_of
@@ -121,17 +120,7 @@ def align_words(reference: str, given: str, language: str | None = None) -> list
         For each place the `kind` (equal, substitute, delete or insert) and the words `reference` and `given`; a
         missing word is empty.
     """
-    wanted, found = words_of_pair(reference, given, rules_for([reference], language)[0])
-    if not wanted:
-        return [{"kind": "insert", "reference": "", "given": word} for word in found]
-    pairs = []
-    for chunk in jiwer.process_words([" ".join(wanted)], [" ".join(found)]).alignments[0]:
-        left = wanted[chunk.ref_start_idx : chunk.ref_end_idx]
-        right = found[chunk.hyp_start_idx : chunk.hyp_end_idx]
-        for place in range(max(len(left), len(right))):
-            one, other = (words[place] if words else "" for words in (left, right))
-            pairs.append({"kind": chunk.type, "reference": one, "given": other})
-    return pairs
+    return align(reference, given, rules_for([reference], language)[0])
 
 
 def cross_attention(shrinking: nn.Module, hidden: Tensor, kept: Tensor) -> Tensor:
