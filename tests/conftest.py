@@ -79,40 +79,14 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    """Lets Triton's interpreter note the names of its language that it replaces, which stay the same.
-
-    It looks through all members of the language in each call of a device function, and builds a table of dtypes for
-    each value: a third of the time of a kernel. What is replaced, and by what, is decided by its own code as before.
-    """
+    """Lets Triton's interpreter keep what it would build again for each value, see `tests/quick_interpreter.py`."""
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
-    import inspect
-    from functools import cache
-
-    from triton.runtime import interpreter
-
-    is_builtin = interpreter.tl.core.is_builtin
-
-    @cache  # the first call for a package comes before any of its members is replaced
-    def builtins_of(package) -> list[str]:
-        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
-
-    def patch_builtin(package, builder, scope) -> None:
-        for name in builtins_of(package):
-            if is_builtin(member := getattr(package, name)):
-                interpreter._patch_attr(package, name, member, builder, scope)
-
-    numpy_dtype = interpreter._get_np_dtype
-    scalars = cache(numpy_dtype)
-
-    def dtype_of(dtype):
-        is_scalar = type(dtype) is interpreter.tl.dtype  # types of pointers and blocks have no hash
-        return scalars(dtype) if is_scalar else numpy_dtype(dtype)
+    from tests.quick_interpreter import make_quick
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_builtin", patch_builtin)
-        patch.setattr(interpreter, "_get_np_dtype", dtype_of)
+        make_quick(patch)
         yield
 
 
