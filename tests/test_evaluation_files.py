@@ -36,9 +36,8 @@ from soundwave.data.manifest import Sample, read_manifest, write_manifest
 from soundwave.demo.espeak import Espeak
 from soundwave.evaluation import progress, run
 from soundwave.evaluation.listening import Heard, _clips
-from tests.processes import WITHOUT_COMPILER
+from tests import processes
 
-SCRIPT = Path(sys.executable).with_name("soundwave")
 BAD = {
     "missing": "does not exist",
     "empty": "is an empty file",
@@ -366,8 +365,8 @@ def test_a_killed_evaluation_leaves_the_answers_that_it_had(folder, model_folder
         "--max-new-tokens",
         "9",
     ]
-    command, env = [SCRIPT, "evaluate", *map(str, words)], os.environ | WITHOUT_COMPILER
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, env=env) as process:
+    command = [processes.SCRIPT, "evaluate", *map(str, words)]
+    with processes.Popen(command, cwd=folder, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (answers.exists() and answers.read_bytes().count(b"\n") > 1):
             time.sleep(0.05)

@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,10 +26,9 @@ from soundwave.training.callbacks import shown_figures
 from soundwave.training.settings import ConfigError, make_config
 from soundwave.training.stages import TRAINED, _arguments, build_model, build_sampler
 from soundwave.training.trainer import SoundwaveTrainer
-from tests.processes import WITHOUT_COMPILER
+from tests import processes
 from tests.short_runs import SETTINGS, copy_recordings, lines, manifest_of, same_bits, save_still_model, train
 
-SCRIPT = Path(sys.executable).with_name("soundwave")
 RATE = 16_000
 
 
@@ -134,8 +130,7 @@ def mixed(data, rows, start, tmp_path_factory):
     manifest = manifest_of(folder, rows + added, "mixed.jsonl")
     words = [f"train={manifest}", f"out={folder.parent / 'out'}", f"language_model={start['language_model']}"]
     words += ["steps=5", "batch_size=3", "accumulation=1", "log_steps=1", "warmup_steps=0", "save_steps=100"]
-    env = os.environ | WITHOUT_COMPILER
-    done = subprocess.run([SCRIPT, "train", "1", *words], capture_output=True, text=True, env=env)
+    done = processes.run([processes.SCRIPT, "train", "1", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr, folder.parent / "out"
 

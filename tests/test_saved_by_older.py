@@ -2,10 +2,7 @@
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import soundwave
-from tests.processes import WITHOUT_COMPILER
+from tests import processes
 
 SAVED = Path(__file__).with_name("data") / "saved_by_0.1.0"
-SCRIPT = Path(sys.executable).with_name("soundwave")
-ENVIRONMENT = os.environ | WITHOUT_COMPILER
 TRAIN = [
     "train", "2", "train=data/train.jsonl", "out=runs/2", "model=runs/1/model", "audio_tower=backbones/whisper",
     "language_model=backbones/llm", "steps=6", "dtype=float32", "batch_size=2", "accumulation=1", "learning_rate=1e-3",
@@ -35,7 +30,7 @@ def saved(tmp_path) -> Path:
 
 
 def command(folder: Path, *arguments: str) -> str:
-    done = subprocess.run([SCRIPT, *arguments], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT)
+    done = processes.run([processes.SCRIPT, *arguments], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -61,7 +56,7 @@ def test_training_goes_on_from_a_checkpoint_to_the_same_weights(saved):
     before = load_file(saved / "runs/2/model/model.safetensors")
     losses = [json.loads(line)["loss"] for line in (saved / "runs/2/log.jsonl").read_text().splitlines()]
     shutil.rmtree(saved / "runs/2/model")
-    refused = subprocess.run([SCRIPT, *TRAIN], cwd=saved, capture_output=True, text=True, env=ENVIRONMENT)
+    refused = processes.run([processes.SCRIPT, *TRAIN], cwd=saved, capture_output=True, text=True)
     # The recordings lie elsewhere now, and nothing else differs.
     assert "holds checkpoints of a run with data = 'cb3109118092a9ad' (now '" in refused.stderr
     assert "'); continue anyway" in refused.stderr and refused.stderr.count(" (now ") == 1
