@@ -123,7 +123,6 @@ def main() -> None:
         size = (many.parent / f".{many.name}.index").stat().st_size if options.lines > 10_000 else 0
         print(f"index         {size / 1e6:7.1f} MB")
         found = step("batches", many, few)
-        ratio = found["many"] / found["few"]
         many, few = found["many"], found["few"]
         print(f"a batch       {many:7.1f} ms at {options.lines} lines, {few:.1f} ms at {FEW} ({many / few:.3f})")
 
