@@ -31,7 +31,7 @@ import soundwave
 from soundwave.backbones import check, shards
 from soundwave.inference.answer import answer
 from soundwave.inference.long import transcribe
-from soundwave.model import modeling
+from soundwave.model import pretrained
 from soundwave.model.configuration import CONFIG_VERSION, SoundwaveConfig
 from soundwave.model.merging import merge
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
@@ -551,7 +551,7 @@ def unread(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a weight was read")
 
-    for place in ("model.modeling.read_tensors", "backbones.load.read_tensors", "model.released.copy_tensors"):
+    for place in ("model.pretrained.read_tensors", "backbones.load.read_tensors", "model.released.copy_tensors"):
         monkeypatch.setattr(f"soundwave.{place}", refuse)
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", refuse)
 
@@ -772,7 +772,7 @@ def test_a_language_model_with_a_cut_off_shard_is_told_before_the_encoder_is_rea
     shutil.copytree(small_llm, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    monkeypatch.setattr(modeling, "load_encoder", lambda *_: pytest.fail("the encoder was read"))
+    monkeypatch.setattr(pretrained, "load_encoder", lambda *_: pytest.fail("the encoder was read"))
     with pytest.raises(ValueError, match=f"{tmp_path} has a damaged safetensors file"):
         SoundwaveForConditionalGeneration.from_backbones(SoundwaveConfig(language_model=str(tmp_path)))
 

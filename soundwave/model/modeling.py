@@ -1,50 +1,34 @@
 """The Soundwave model: Whisper encoder (frozen) -> alignment adapter -> kept frames -> shrinking adapter -> LLM + LoRA.
 
-Every stage loads only what it needs: stage I loads no language model, only its output embedding, which is the CTC
-head.
+`pretrained` loads and saves its parts.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from peft.helpers import disable_input_dtype_casting
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from soundwave import eager, fused
-from soundwave.backbones.check import check_released, read_config, skeleton
-from soundwave.backbones.load import (
-    check_language_model_files,
-    find_ctc_head,
-    load_encoder,
-    load_language_model,
-    load_output_embedding,
-)
-from soundwave.backbones.released import is_released, our_name
-from soundwave.backbones.shards import WEIGHTS_FILE, Stored, fault_of_shapes, read_tensors, stored_in
 from soundwave.fused.arguments import expect
 from soundwave.fused.rows import Packed
 from soundwave.fused.sequences import splice_packed
 from soundwave.kernels.dispatch import to_device
 from soundwave.model.augment import spec_augment
-from soundwave.model.configuration import SoundwaveConfig
-from soundwave.model.hub import arguments_of_auto, copy_records, push
 from soundwave.model.packed import ATTENTION, decode_packed, encode_packed, reason_against_packing
+from soundwave.model.pretrained import WEIGHTS_FILE as WEIGHTS_FILE
+from soundwave.model.pretrained import SoundwavePreTrainedModel
+from soundwave.model.pretrained import freeze_all_but as freeze_all_but
 
 FP32_BYTES = 4
 BLANK_CHUNK_BYTES = 256 << 20  # of the logits in float32 that `initialise_blank` makes at once
-# The modules that hold the operations and the adapters, by `SoundwaveConfig.implementation`.
-OPERATIONS, ADAPTERS = {"fused": fused.functional, "eager": eager}, {"fused": fused, "eager": eager}
+OPERATIONS = {"fused": fused.functional, "eager": eager}  # the modules that hold them, by `config.implementation`
 
 
 @dataclass
@@ -69,260 +53,18 @@ class SoundwaveOutput(ModelOutput):
     cu_seqlens: Tensor | None = None
 
 
-class SoundwaveForConditionalGeneration(PreTrainedModel):
+class SoundwaveForConditionalGeneration(SoundwavePreTrainedModel):
     """Speech LLM of arXiv 2502.12900.
 
     `__init__` builds only the adapters; `from_backbones` and `from_pretrained` also load the backbones.
     """
 
-    config_class = SoundwaveConfig
-    config: SoundwaveConfig
-    audio_tower: Any  # Whisper's encoder; None until it is loaded
-    language_model: Any  # a causal language model; None in stage I
-    _head: Tensor | None  # its output embedding, in stage I
-    ctc_head: nn.Parameter | None  # the CTC head [V, D], if it has one of its own (`config.ctc_head`)
     main_input_name = "input_ids"
     accepts_loss_kwargs = False  # with True Trainer would not divide the loss by the accumulation steps
     _supports_sdpa = True
-
-    def __init__(
-        self,
-        config: SoundwaveConfig,
-        audio_tower: nn.Module | None = None,
-        language_model: PreTrainedModel | None = None,
-    ):
-        super().__init__(config)
-        adapters = ADAPTERS[config.implementation]
-        self.alignment = adapters.AlignmentAdapter(config)
-        self.shrinking = adapters.ShrinkingAdapter(config)
-        # With a zero projection the adapter at first only normalises the kept frames. The LLM then learns to read them
-        # in half the steps (docs/log.md).
-        nn.init.zeros_(self.shrinking.out_proj.weight)
-        own_head = config.ctc_head is not None  # then one of its rows is the blank
-        self.blank_weight = None if own_head else nn.Parameter(torch.zeros(config.hidden_size))
-        self.blank_bias = None if own_head else nn.Parameter(torch.zeros(()))
-        self.register_parameter("ctc_head", None)
-        self.post_init()
-        self.audio_tower = audio_tower
-        self.language_model = language_model
-        self._can_pack: bool | None = None  # whether the language model can, once that is known
-        self.register_buffer("_head", None, persistent=False)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Do nothing, because the modules initialise themselves."""
-
-    # ---------------------------------------------------------------- loading and saving
-
-    @classmethod
-    def from_backbones(
-        cls, config: SoundwaveConfig, *, dtype: torch.dtype = torch.float32, language_model: bool = True
-    ) -> "SoundwaveForConditionalGeneration":
-        """A model with new adapters on frozen pretrained backbones, in evaluation mode.
-
-        Args:
-            dtype: dtype of the backbones; the trained parts stay float32.
-            language_model: False loads only the CTC head, which is the language model's output embedding unless
-                `config.ctc_head` is set (stage I).
-
-        Raises:
-            ValueError: the language model has other sizes than the configuration.
-        """
-        for name in dict.fromkeys((config.audio_tower, config.language_model, config.ctc_head)):
-            if name is not None and is_released(name):
-                check_released(name)
-        width = read_config("audio_tower", config.audio_tower).d_model
-        if width != config.audio_hidden_size:
-            raise ValueError(
-                f"audio_hidden_size = {config.audio_hidden_size}, but audio_tower = {config.audio_tower!r} is {width} "
-                "wide; name a Whisper of the size that the adapters were trained with"
-            )
-        if language_model:
-            check_language_model_files(config.language_model)
-        ctc_head = None if config.ctc_head is None else find_ctc_head(config.ctc_head)
-        if ctc_head is not None:
-            cls._expect_sizes(config, f"{config.ctc_head} has a CTC head", ctc_head.shape)
-        model = cls(config)
-        if not language_model and config.ctc_head is None:
-            model._head = load_output_embedding(config.language_model).to(dtype)
-        model.audio_tower = load_encoder(config.audio_tower, dtype)
-        if language_model:
-            model.language_model = load_language_model(config.language_model, dtype, quantization=config.quantization)
-            if config.lora_rank:
-                model.add_lora()
-        if ctc_head is not None:
-            head = next(tensor for _, tensor in read_tensors({"": ctc_head}, [""]))
-            model.ctc_head = nn.Parameter(head.to(dtype), requires_grad=False)
-        if language_model or config.ctc_head is None:
-            cls._expect_sizes(config, f"{config.language_model} has an output embedding", model.head_weight.shape)
-        return model.eval()
-
-    @staticmethod
-    def _expect_sizes(config: SoundwaveConfig, what: str, shape: tuple[int, ...]) -> None:
-        rows, width = shape
-        if (rows, width) != (config.vocab_size, config.hidden_size):
-            sizes = f"vocab_size, hidden_size = {config.vocab_size}, {config.hidden_size}"
-            raise ValueError(f"{sizes}, but {what} of {rows} x {width}")
-
-    def add_lora(self) -> None:
-        """Add new LoRA matrices in float32 to the language model (peft).
-
-        Raises:
-            ValueError: the language model has no module of a name in `lora_target_modules`; peft would ignore the name.
-        """
-        from peft import LoraConfig
-
-        config = self.config
-        there = {name.rpartition(".")[2] for name, _ in self.language_model.named_modules()}
-        missing = [name for name in config.lora_target_modules if name not in there]
-        if missing:
-            raise ValueError(
-                f"lora_target_modules names {missing[0]!r}, but {config.language_model} has no such module: Soundwave "
-                "trains language models of Llama's layout"
-            )
-        self.language_model.add_adapter(
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=list(config.lora_target_modules),
-                task_type="CAUSAL_LM",
-            )
-        )
-        for name, parameter in self.language_model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        dtype: torch.dtype | str = torch.float32,
-        language_model: bool = True,
-        **config_changes: Any,
-    ) -> "SoundwaveForConditionalGeneration":
-        """Load the trained parts of `folder` onto the backbones that its configuration names; in evaluation mode.
-
-        Weights are read one after another. What can be told from the headers of the files is checked before.
-
-        Args:
-            folder: folder that `save_pretrained` wrote, with `config.json` and `model.safetensors`; or a checkpoint in
-                the layout of the released one, which holds its backbones, too. A text may be a Hub id, "owner/name".
-            dtype, language_model: as in `from_backbones`. The dtype may be a name, or "auto": the fastest one here.
-            config_changes: values that replace those of the saved configuration, e.g. `quantization="nf4"`. A model
-                without LoRA gets new matrices by `lora_rank=…`.
-
-        Raises:
-            FileNotFoundError: the folder holds no Soundwave model.
-            ValueError: the file is damaged, its parameters are not exactly those that the configuration calls trained,
-                or `config_changes` has an unknown name.
-        """
-        folder, dtype, config_changes = arguments_of_auto(folder, dtype, config_changes)
-        released = is_released(folder)
-        for name in ("config.json", *(() if released else (WEIGHTS_FILE,))):
-            if not (folder / name).is_file():
-                pickle = "; its pytorch_model.bin is a pickle, which is not read"
-                why = pickle if (folder / "pytorch_model.bin").is_file() else ""
-                raise FileNotFoundError(f"{folder} holds no Soundwave model: {name} is missing{why}")
-        config, unknown = SoundwaveConfig.from_pretrained(folder, return_unused_kwargs=True, **config_changes)
-        if unknown:
-            raise ValueError(f"{next(iter(unknown))!r} is no setting of SoundwaveConfig; correct its name")
-        if released:
-            stored = {ours: at for name, at in check_released(folder).items() if (ours := our_name(name))}
-        else:
-            try:
-                stored = stored_in(folder / WEIGHTS_FILE)
-            except SafetensorError as error:
-                raise ValueError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from None
-        if not language_model:
-            stored = {name: where for name, where in stored.items() if not name.startswith("language_model.")}
-        new_lora = bool(config.lora_rank) and not SoundwaveConfig.from_pretrained(folder).lora_rank
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            empty = cls(config)
-            if language_model and config.lora_rank and config.stage >= 2:
-                empty.language_model = skeleton(read_config("language_model", config.language_model))
-                if empty.language_model is not None:
-                    empty.add_lora()
-        lora_known = not language_model or empty.language_model is not None or not config.lora_rank
-        _refuse_misfit(
-            folder,
-            {name: where for name, where in stored.items() if lora_known or ".lora_" not in name},
-            empty._saved_shapes(new_lora),
-        )
-        model = cls.from_backbones(config, dtype=dtype, language_model=language_model)
-        _refuse_misfit(folder, stored, model._saved_shapes(new_lora))
-        own = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in read_tensors(stored, stored):
-                own[name].copy_(tensor)
-        config.name_or_path = folder
-        return model
-
-    def _saved_shapes(self, new_lora: bool = False) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the parameters in a saved model's file, which has no LoRA matrices if these are new."""
-        return {
-            name: tuple(parameter.shape)
-            for name, parameter in self.trained_state_dict().items()
-            if not (new_lora and ".lora_" in name)
-        }
-
-    def trained_state_dict(self) -> dict[str, Tensor]:
-        """The parameters that training has changed up to `config.stage`, by name. A saved model holds these."""
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if name.startswith(trained_prefixes(self.config.stage)) or (self.config.stage >= 2 and ".lora_" in name)
-        }
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write `config.json` and the trained parts (`model.safetensors`) to a folder.
-
-        Trainer passes `state_dict`, `is_main_process` and others; the state is always read from the model itself.
-
-        Raises:
-            ValueError: a model of this stage has LoRA matrices, but it was loaded without its language model.
-        """
-        if self.config.stage >= 2 and self.config.lora_rank and self.language_model is None:
-            raise ValueError(
-                f"the model has seen stage {self.config.stage}, but was loaded with language_model=False: "
-                "saving it would lose its LoRA matrices; load it whole"
-            )
-        if kwargs.get("push_to_hub"):
-            raise ValueError("push_to_hub = True, but save_pretrained does not upload; call model.push_to_hub(repo_id)")
-        if not kwargs.get("is_main_process", True):
-            return
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.config.save_pretrained(folder)
-        state = {name: parameter.detach().cpu().contiguous() for name, parameter in self.trained_state_dict().items()}
-        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        # safetensors lets only the owner read the file.
-        (folder / WEIGHTS_FILE).chmod((folder / "config.json").stat().st_mode)
-
-    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
-        """Upload the model to the Hub, with the card and the records of the folder that it was loaded from.
-
-        Args:
-            repo_id, settings: as in `soundwave.model.hub.push`.
-
-        Returns:
-            The address of the commit.
-        """
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            copy_records(self.config.name_or_path or folder, folder)
-            return push(folder, repo_id, **settings)
+    _can_pack: bool | None = None  # whether the language model can, once that is known
 
     # ---------------------------------------------------------------- parts
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The language model's output embedding [V, D]: the frozen rows of the CTC head."""
-        if self.language_model is not None:
-            return self.language_model.get_output_embeddings().weight
-        if self._head is None:
-            raise ValueError("the model has no language model and no output embedding; build it with from_backbones")
-        return self._head
 
     @property
     def blank(self) -> int:
@@ -448,19 +190,23 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         feature_lengths: Tensor | None,
         ctc_labels: Tensor | None,
         augment_seeds: Sequence[int] | None,
+        encoded: bool = False,
     ) -> tuple[Tensor, Tensor, eager.LinearCTCOutput]:
-        """`align`, packed if the model computes on packed rows."""
+        """`align`, packed if the model computes on packed rows; `encoded`: of the encoder's frames [N, E]."""
         if feature_lengths is None:
             feature_lengths = torch.full((input_features.shape[0],), input_features.shape[-1], device="cpu")
         # From here on the host reads them as often as it wants. The eager modules compute with them on the device.
         where = input_features.device if self.config.implementation == "eager" else torch.device("cpu")
         feature_lengths = to_device(feature_lengths, where)
         with self._autocast():
-            if self.training:
-                on_device = to_device(feature_lengths, input_features.device)
-                input_features = spec_augment(input_features, on_device, self.config, augment_seeds)
-            with torch.no_grad():
-                frames, lengths = self.encode(input_features, feature_lengths, self.packed)
+            if encoded:
+                frames, lengths = input_features, (feature_lengths + 1) // 2
+            else:
+                if self.training:
+                    on_device = to_device(feature_lengths, input_features.device)
+                    input_features = spec_augment(input_features, on_device, self.config, augment_seeds)
+                with torch.no_grad():
+                    frames, lengths = self.encode(input_features, feature_lengths, self.packed)
             hidden, lengths = self.alignment(frames, lengths)
             if ctc_labels is None:
                 return hidden, lengths, self._ctc(hidden, lengths)
@@ -684,6 +430,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         labels: Tensor | None = None,
         ctc_labels: Tensor | None = None,
         augment_seeds: Sequence[int] | None = None,
+        encoder_frames: Tensor | None = None,
     ) -> SoundwaveOutput:
         """One step of any stage.
 
@@ -695,6 +442,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             labels: int [B, L] aligned with `input_ids`, -100 where nothing is learned (prompt, padding).
             ctc_labels: int [A, U], the transcripts' tokens, padded with -100; all -100 without a transcript.
             augment_seeds: a seed of each recording for SpecAugment; None draws from torch's generator.
+            encoder_frames: [N, E] in place of `input_features`, what `encode` made of them before, packed. The model
+                must compute on packed rows and mask nothing (SpecAugment), and `feature_lengths` must be given.
 
         All but `input_features` may be on the CPU: what the host has to know, it then knows without waiting for a GPU.
 
@@ -705,15 +454,20 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         """
         with self._autocast():
             hidden = lengths = ctc = None
-            if input_features is not None:
+            if encoder_frames is not None:
+                self._expect_encoded(input_features, feature_lengths)
+                hidden, lengths, ctc = self._align(encoder_frames, feature_lengths, ctc_labels, None, encoded=True)
+                longest = int(feature_lengths.max())
+            elif input_features is not None:
                 hidden, lengths, ctc = self.align(
                     input_features, feature_lengths, ctc_labels, self.packed, augment_seeds
                 )
+                longest = input_features.shape[-1]
             out = SoundwaveOutput()
             if ctc is not None:
                 out.path, out.path_lengths, out.ctc_loss = ctc.path, lengths, ctc.loss
-            if self.packed and input_features is not None:
-                out.path = _padded(ctc.path, lengths, -(-input_features.shape[-1] // (2 * self.config.frame_stack)), -1)
+                if self.packed:
+                    out.path = _padded(ctc.path, lengths, -(-longest // (2 * self.config.frame_stack)), -1)
             if self.language_model is None or input_ids is None:
                 out.loss = out.ctc_loss
                 return out
@@ -743,6 +497,16 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 place = places.new_empty(len(wanted) + 1).scatter_(0, slot, places)[:-1]
                 self._add_lm_loss(out, states.flatten(0, 1).index_select(0, place - 1), wanted)
             return out
+
+    def _expect_encoded(self, input_features: Tensor | None, feature_lengths: Tensor | None) -> None:
+        """ValueError where frames of the encoder cannot take the place of `input_features`."""
+        masks = self.config.spec_augment_time_masks or self.config.spec_augment_mel_masks
+        if not self.packed:
+            raise ValueError("encoder_frames are packed, but this model computes on padded rows; set packed = True")
+        if input_features is not None or feature_lengths is None:
+            raise ValueError("encoder_frames need feature_lengths, and no input_features beside them")
+        if self.training and masks:
+            raise ValueError("encoder_frames cannot be masked, but SpecAugment is on; set its numbers of masks to 0")
 
     def _add_lm_loss(self, out: SoundwaveOutput, rows: Tensor, wanted: Tensor) -> None:
         """Set the losses of `out`: `rows` [n, D] are the states that predict the tokens `wanted` int64 [n]."""
@@ -806,42 +570,12 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
             return embeddings, mask, path
 
 
-def _refuse_misfit(folder: Path, stored: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> None:
-    """ValueError unless the stored parameters are exactly the expected ones."""
-    if set(stored) != set(expected):
-        missing, unknown = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
-        raise ValueError(
-            f"{folder / WEIGHTS_FILE} does not fit its configuration: "
-            f"{len(missing)} parameters missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
-        )
-    if fault := fault_of_shapes(stored, expected):
-        raise ValueError(fault)
-
-
 def _padded(rows: Tensor, lengths: Tensor, size: int, value: float = 0.0) -> Tensor:
     """Packed `rows` [N, ...] as [A, size, ...], with `value` past the lengths."""
     padded = Packed.of("rows", rows, lengths).pad(rows, value)
     return F.pad(padded, (*[0] * (2 * rows.dim() - 2), 0, size - padded.shape[1]), value=value)
 
 
-def trained_prefixes(stage: int) -> tuple[str, ...]:
-    """Prefixes of the parameters outside the language model that are trained at the end of a stage."""
-    alignment = ("alignment.", "blank_weight", "blank_bias")
-    return () if stage < 1 else alignment if stage == 1 else (*alignment, "shrinking.")
-
-
 def batch_to(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
     """A batch with its tensors on `device`."""
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def freeze_all_but(model: nn.Module, prefixes: Iterable[str]) -> list[str]:
-    """Let only parameters train whose name starts with one of `prefixes` ("lora": all LoRA matrices) -> their names."""
-    prefixes = tuple(prefixes)
-    trained = []
-    for name, parameter in model.named_parameters():
-        wanted = name.startswith(prefixes) or ("lora" in prefixes and ".lora_" in name)
-        parameter.requires_grad_(wanted)
-        if wanted:
-            trained.append(name)
-    return trained
