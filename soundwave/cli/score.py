@@ -390,7 +390,8 @@ def compare(
             json.dumps({"names": names, "alone": found.alone, "scores": scores, "page": str(page)}, ensure_ascii=False)
         )
         return
-    table = common.table("task", "score", "samples", *map(escape, names), "difference", "95 % interval", "p")
+    common.say(f"A {names[0]} · B {names[1]}")
+    table = common.table("task", "score", "samples", "A", "B", "B − A", "95 % interval", "p")
     for one in found.scores:
         scale = 1 if one.score == "BLEU" else 100
         values = [f"{scale * value:.1f}" for value in one.values]
@@ -406,11 +407,13 @@ def compare(
 
 
 def _two_names(first: Path, second: Path) -> tuple[str, str]:
-    """The shortest ends of two paths that differ and say more than "model" or "answers.jsonl"."""
-    one, other = first.resolve().parts, second.resolve().parts
+    """The shortest ends of two paths that differ and say more than "model" or "answers"."""
+    one, other = (
+        path.resolve().with_name(path.resolve().name.removesuffix(".jsonl")).parts for path in (first, second)
+    )
     for length in range(1, max(len(one), len(other)) + 1):
         names = "/".join(one[-length:]), "/".join(other[-length:])
-        if names[0] != names[1] and not {"model", "answers.jsonl"} & set(names):
+        if names[0] != names[1] and not {"model", "answers"} & set(names):
             return names
     return str(first), str(second)
 

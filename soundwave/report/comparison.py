@@ -16,7 +16,7 @@ from soundwave.evaluation.intervals import SURE
 from soundwave.evaluation.scores import align
 from soundwave.evaluation.words import Rules, rules_for
 
-EXAMPLES = 30  # answers that differ most, for each of the two models
+EXAMPLES = 30  # answers that differ most, of all tasks together, for each of the two models
 WIDTH, HEIGHT, MARGIN = 360, 34, 10  # of the picture of a score
 STYLE = """
 .compare svg { display: inline-block; vertical-align: middle; }
@@ -120,7 +120,9 @@ def _picture(one: Compared, scale: float) -> str:
     bounds = [scale * bound for pair in one.intervals for bound in pair] + [scale * value for value in one.values]
     low, high = min(bounds), max(bounds)
     room = (high - low) * 0.08 or 1.0
-    low, high = low - room, high + room
+    low, high = max(0.0, low - room), high + room
+    if one.score == "accuracy":
+        high = min(100.0, high)
 
     def x(value: float) -> float:
         return MARGIN + (WIDTH - 2 * MARGIN) * (scale * value - low) / (high - low)
@@ -138,23 +140,25 @@ def _picture(one: Compared, scale: float) -> str:
 
 def _examples(comparison: Comparison, names: tuple[str, str], sign: int) -> str:
     """The answers on which the second model is better (sign 1), or the first (sign -1), most different first."""
-    places = [place for place, gain in enumerate(comparison.gains) if sign * gain > 0]
-    places.sort(key=lambda place: -abs(comparison.gains[place]))
-    if not places:
+    tasks: dict[str, list[int]] = {}
+    for place in sorted(range(len(comparison.gains)), key=lambda place: -abs(comparison.gains[place])):
+        if sign * comparison.gains[place] > 0:
+            tasks.setdefault(comparison.pairs[place][0]["task"], []).append(place)
+    if not tasks:
         return ""
-    better = names[1] if sign > 0 else names[0]
-    shown = min(EXAMPLES, len(places))
-    texts = [_example(comparison.pairs[place], names) for place in places[:shown]]
-    title = f"Better by {escape(better)}"
-    return (
-        f"<section><h2>{title}</h2><p class='muted small'>{shown} of {len(places)} answers, those that differ most "
-        f"first.</p>{''.join(texts)}</section>"
-    )
+    better, most = escape(names[1] if sign > 0 else names[0]), -(-EXAMPLES // len(tasks))
+    parts = [
+        f"<h3 class='sub'>{escape(task)} <span class='muted'>({min(most, len(places))} of {len(places)} answers, those "
+        f"that differ most first)</span></h3>"
+        + "".join(_example(comparison.pairs[place], names) for place in places[:most])
+        for task, places in tasks.items()
+    ]
+    return f"<section><h2>Where {better} is better</h2>{''.join(parts)}</section>"
 
 
 def _example(pair: tuple[Mapping[str, Any], Mapping[str, Any]], names: tuple[str, str]) -> str:
     row = pair[0]
-    head = f"<p class='small muted'>{escape(row['sample'])} · {escape(row['task'])}</p>"
+    head = f"<p class='small muted'>{escape(row['sample'])}</p>"
     if row["task"] != "transcribe":
         head += f"<p>{escape(row['reference'])}</p>"
     answers = "".join(_answer(*one) for one in zip(pair, names, ("first", "second"), strict=True))
