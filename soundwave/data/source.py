@@ -18,7 +18,6 @@ until `stamp()` changes. For JSON lines (`is_lines`) it keeps the places of the 
 
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ KEYS = (
 )
 ONE_OBJECT_A_LINE = "a manifest is UTF-8 text with one JSON object on each line, or one JSON array of objects"
 NO_ARRAY = "write its objects one a line, without brackets"
-OTHER_FILES = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"PK\x03\x04": "a spreadsheet or another archive"}
+OTHER_FILES = {b"PK\x03\x04": "a spreadsheet or another archive"}
 # What other tools call our keys, where a spelling that is near would lead astray.
 CALLED: dict[str, str] = {
     **dict.fromkeys(
@@ -78,7 +77,7 @@ class Source(NamedTuple):
 
 
 def source_of(path: str | Path) -> Source:
-    """The source that a path names.
+    """The source that a file of JSON gives. `soundwave.data.readers.source_of` takes all that is read.
 
     Raises:
         ManifestError: the file cannot be read, or is of another kind.
@@ -90,7 +89,6 @@ def source_of(path: str | Path) -> Source:
             raise ManifestError(f"{shown(path)}: is a pipe or a device; save what it gives as a file (.jsonl)")
         head = file.read(65_536)
     _refuse_binary(path, head)
-    _refuse_table(path, head)
     is_array = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     entries = partial(_array if is_array else _lines, path)
     return Source(path, path.parent, entries, lambda: stamp_of(os.stat(path)), is_lines=not is_array)
@@ -180,19 +178,6 @@ def _refuse_binary(path: Path, head: bytes) -> None:
             raise ManifestError(f"{shown(path)}: is {name}; {ONE_OBJECT_A_LINE}")
     if b"\0" in head:
         raise ManifestError(f"{shown(path)}: is a binary file (audio?); {ONE_OBJECT_A_LINE}")
-
-
-def _refuse_table(path: Path, head: bytes) -> None:
-    """Refuse CSV by its name: its ending says so, or its first line is a header that names a column of ours."""
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not text or text.startswith((b"{", b"[")):
-        return
-    first = text.splitlines()[0].decode("utf-8", "replace")
-    fields = [field.strip(" \"'").lower() for field in re.split(r"[,;|\t]", first)]
-    header = len(fields) > 1 and any(field in KEYS or field in MEANS or field in CALLED for field in fields)
-    if header or path.suffix.lower() in (".csv", ".tsv"):
-        hint = 'write each row as a JSON object, {"audio_filepath": "…", "text": "…"}'
-        raise ManifestError(f"{shown(path)}: is a table (CSV); {ONE_OBJECT_A_LINE}: {hint}")
 
 
 def parse(line: bytes) -> dict[str, Any]:
