@@ -1,5 +1,6 @@
 """Commands about data: `splice` and `data check`."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,9 +88,10 @@ def check(
 
     source_of(manifest)  # a wrong path is told before the import of torch, which takes seconds
     common.quiet_transformers()
+    from tqdm import tqdm
+
     from soundwave import backbones
     from soundwave.curation.check import FAULTS, REMARKS, check_manifest
-    from soundwave.evaluation.progress import Progress
     from soundwave.model.configuration import SoundwaveConfig
     from soundwave.model.processing import SoundwaveProcessor
 
@@ -99,7 +101,8 @@ def check(
         processor, frame_stack = SoundwaveProcessor.for_config(config), config.frame_stack
     else:
         processor, frame_stack = SoundwaveProcessor.from_backbones(backbones.WHISPER, name), 2
-    with Progress(None if quiet else f"checking {manifest.name}", 0, "line") as progress:
+    hidden = quiet or not sys.stderr.isatty()
+    with tqdm(desc=f"checking {manifest.name}", unit=" lines", disable=hidden, leave=False) as bar:
         found = check_manifest(
             manifest,
             processor=processor,
@@ -109,7 +112,7 @@ def check(
             processes=processes,
             listen_to=clips if page is not None else 0,
             note=common.warn,
-            progress=progress.go_to,
+            progress=lambda done: bar.update(done - bar.n),
         )
     _print_contents(found)
     for kind, what in (FAULTS | REMARKS).items():
