@@ -101,7 +101,7 @@ def doctor() -> None:
 PANELS = {
     "Train": (train.demo, train.train, train.ablate, train.memory),
     "Use": (listen.transcribe, listen.ask, serve.serve),
-    "Score": (score.evaluate, score.report),
+    "Score": (score.evaluate, score.compare, score.report),
     "Data": (data.splice,),
     "Models": (models.convert, models.merge, models.card, models.push),
     "This machine": (doctor,),
