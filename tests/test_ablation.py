@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+import multiprocessing
 import shutil
 import signal
 import subprocess
@@ -20,7 +20,7 @@ from soundwave.demo import ablation
 from soundwave.evaluation import intervals
 from soundwave.training.checkpoints import newest_checkpoint
 from soundwave.training.settings import ConfigError
-from tests.processes import WITHOUT_COMPILER
+from tests import processes
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,7 @@ def done(settings, tmp_path_factory) -> tuple[Path, dict]:
 
 def started(*words: Path) -> subprocess.Popen:
     """A script in a process of its own, whose stderr is kept."""
-    environment = os.environ | WITHOUT_COMPILER
-    return subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, env=environment)
+    return processes.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
 
 
 def rows(file: Path) -> list[dict]:
@@ -227,8 +226,13 @@ def test_wrong_settings_are_told_before_anything_is_written(tmp_path, settings, 
 
 
 def test_trainings_side_by_side_give_what_one_after_the_other_does(done, settings, tmp_path, monkeypatch):
-    for name, value in WITHOUT_COMPILER.items():
+    # Processes are started as always when a signal is tested; here one imports what they need and is forked.
+    for name, value in processes.WITHOUT_COMPILER.items():
         monkeypatch.setenv(name, value)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["soundwave.demo.ablation", "soundwave.training.stages", "soundwave.evaluation.run"])
+    monkeypatch.setattr(ablation.multiprocessing, "get_context", lambda method: context)
+    shutil.copytree(done[0] / "corpus", tmp_path / "corpus")
     results = ablation.run_ablations(tmp_path, ["no-stage-1", "stacked-4"], jobs=2, **settings)
     for name, found in results.items():
         assert found["lm_loss"] == pytest.approx(done[1][name]["lm_loss"], rel=1e-3)
