@@ -83,11 +83,12 @@ def source_of(path: str | Path) -> Source:
         ManifestError: the file cannot be read, or is of another kind.
     """
     path = Path(path)
-    with _named(path), open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):  # it could be read once only
+    with _named(path):
+        kind = os.stat(path).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # it could be read once only
             raise ManifestError(f"{shown(path)}: is a pipe or a device; save what it gives as a file (.jsonl)")
-        head = file.read(65_536)
+        with open(path, "rb") as file:
+            head = file.read(65_536)
     _refuse_binary(path, head)
     is_array = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     entries = partial(_array if is_array else _lines, path)
