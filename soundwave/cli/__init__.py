@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from soundwave import __version__
-from soundwave.cli import common, data, listen, models, score, serve, train
+from soundwave.cli import common, curation, data, features, listen, models, score, serve, train
 from soundwave.training.distributed import LostProcess, is_first, name_beside_others
 
 app = typer.Typer(
@@ -102,10 +102,14 @@ PANELS = {
     "Train": (train.demo, train.train, train.ablate, train.memory),
     "Use": (listen.transcribe, listen.ask, serve.serve),
     "Score": (score.evaluate, score.compare, score.report),
-    "Data": (data.splice,),
+    "Data": (curation.curate, data.splice, features.features),
     "Models": (models.convert, models.merge, models.card, models.push),
     "This machine": (doctor,),
 }
+data_commands = typer.Typer(no_args_is_help=True, help="Check data, and build data by a recipe.")
+app.add_typer(data_commands, name="data", rich_help_panel="Data")
+data_commands.command()(data.check)
+data_commands.command()(curation.build)
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)

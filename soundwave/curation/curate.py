@@ -26,7 +26,6 @@ import json
 import os
 import re
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -40,18 +39,11 @@ from soundwave import backbones
 from soundwave.curation import hearing
 from soundwave.curation.hearing import Clip, Heard
 from soundwave.curation.journal import Journal
-from soundwave.data.audio import LONGEST_SECONDS, AudioError, seconds_of, shown
-from soundwave.data.chats import Refused
-from soundwave.data.manifest import (
-    AudioMissing,
-    EntryReader,
-    ManifestError,
-    Sample,
-    empty,
-    parse,
-    source_of,
-    write_manifest,
-)
+from soundwave.curation.lines import read_lines
+from soundwave.data.audio import LONGEST_SECONDS, AudioError, seconds_of
+from soundwave.data.manifest import Sample, write_manifest
+from soundwave.data.readers import source_of
+from soundwave.data.source import Source
 from soundwave.evaluation.progress import Progress
 from soundwave.evaluation.scores import has_words, word_errors
 from soundwave.evaluation.words import Rules, check_language, is_language, rules_for
@@ -111,6 +103,7 @@ class Curated:
         spent: seconds that it took.
         done_before: lines whose transcripts were there already.
         damaged: transcripts that were made again, because their checksum was wrong.
+        rates: word error rates of the lines that the other limits keep.
     """
 
     kept: Path
@@ -122,6 +115,7 @@ class Curated:
     spent: float = 0.0
     done_before: int = 0
     damaged: int = 0
+    rates: list[float] = field(default_factory=list)
 
 
 class _Line(NamedTuple):
@@ -181,9 +175,10 @@ def curate(
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}; give 1 or more")
     check_language(language)
+    source = source_of(manifest)
     hearing.check(whisper, language)
-    files = _files(Path(manifest), out)
-    lines = _lines(manifest, files.kept.parent, filters, language, allow_outside, note)
+    files = _files(source, out)
+    lines = _lines(source, files.kept.parent, filters, language, allow_outside, note)
     rules = {number: rule for number, (_, rule) in enumerate(lines) if rule is not None}
     lines = [line for line, _ in lines]
     batches = _batches(lines, batch_size)
@@ -212,11 +207,12 @@ def curate(
     return files
 
 
-def _files(manifest: Path, out: str | Path | None) -> Curated:
-    folder = manifest.parent if out is None else Path(out)
+def _files(source: Source, out: str | Path | None) -> Curated:
+    folder = Path(source.root if out is None else out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out = {folder} is a file; name a folder")
-    name = re.sub(r"\.(jsonl?|csv|tsv|parquet)?(\.gz)?$", "", manifest.name) or manifest.name
+    name = source.path.resolve().name
+    name = re.sub(r"(\.(jsonl?|csv|tsv|parquet|arrow))?(\.gz)?$", "", name) or name
     return Curated(*(folder / f"{name}-{kind}.jsonl" for kind in ("kept", "left-out", "transcripts")))
 
 
@@ -226,7 +222,7 @@ def _language_of(sample: Sample) -> str | None:
 
 
 def _lines(
-    manifest: str | Path,
+    source: Source,
     folder: Path,
     filters: Filters,
     language: str | None,
@@ -234,29 +230,12 @@ def _lines(
     note: Callable[[str], None] | None,
 ) -> list[tuple[_Line, Rules | None]]:
     """The lines of a manifest, looked at, and the rules by which their words are found."""
-    source = source_of(manifest)
-    told: set[str] = set()
-
-    def tell(place: str, about: str, sentence: str) -> None:
-        if about not in told:
-            told.add(about)
-            line = f"{shown(source.path)}:{place}: {sentence}"
-            note(line) if note is not None else warnings.warn(line, stacklevel=4)
-
-    read = EntryReader(source, allow_outside=allow_outside, tell=tell)
-    found: list[_Line] = []
-    for place, entry in source.entries():
-        try:
-            row = parse(entry) if isinstance(entry, bytes) else dict(entry)
-            try:
-                sample = read(place, dict(row))
-                found.append(_Line(sample.id, _row(sample, folder), sample))
-            except AudioMissing as error:
-                found.append(_Line(read.id_of(place), row, None, None, ("audio", error.fault)))
-        except (ManifestError, Refused) as error:
-            raise ManifestError(f"{shown(source.path)}:{place}: {error}") from None
-    if not found:
-        raise empty(source)
+    found = [
+        _Line(line.id, line.row, None, None, ("audio", line.fault))
+        if line.sample is None
+        else _Line(line.id, _row(line.sample, folder), line.sample)
+        for line in read_lines(source, allow_outside=allow_outside, note=note)
+    ]
     samples = [line.sample for line in found if line.sample is not None]
     languages = [language or _language_of(sample) for sample in samples]
     rules = iter(rules_for([sample.text or "" for sample in samples], languages))
@@ -353,6 +332,8 @@ def _write(
         else:
             left.append(line.row | {"sample": line.id, "reason": fault[0], "why": fault[1]} | figures)
         reason = fault[0] if fault else "kept"
+        if reason in ("kept", "wer"):
+            files.rates.append(figures["wer"])
         files.lines[reason] += 1
         files.hours[reason] += (seconds or 0.0) / 3600
     write_manifest(files.left_out, left)

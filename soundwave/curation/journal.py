@@ -59,7 +59,7 @@ class Journal:
                     self.results.setdefault(row[self.key], row)
                 else:
                     self.damaged += 1
-        with _named(self.path):
+        with named(self.path):
             self._file.truncate(end)
             if not end:
                 self._write(self._head)
@@ -78,7 +78,7 @@ class Journal:
     def write(self, results: Iterable[dict[str, Any]]) -> None:
         """Add results at once. Those whose number is there already are not added again."""
         new = {row[self.key]: row for row in results if row[self.key] not in self.results}
-        with _named(self.path):
+        with named(self.path):
             self._write(b"".join(map(_line, new.values())))
         self.results |= new
 
@@ -90,7 +90,7 @@ class Journal:
         """Put the results into the order of their numbers, so that the file does not tell how they came."""
         aside = self.path.with_name(f".{self.path.name}.partial")
         try:
-            with _named(aside), open(aside, "wb") as file:
+            with named(aside), open(aside, "wb") as file:
                 file.write(self._head)
                 file.writelines(_line(self.results[number]) for number in sorted(self.results))
                 file.flush()
@@ -110,7 +110,7 @@ class Journal:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Within its `with` block an error of the system gets the name of the file, which that of a write lacks."""
     try:
         yield

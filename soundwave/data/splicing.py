@@ -5,6 +5,7 @@ The index is a manifest (`soundwave.data.manifest`) whose lines also have `speak
     {"audio_filepath": "7_jackson_3.wav", "text": "seven", "speaker": "jackson", "split": "train"}
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Collection
 from functools import lru_cache
@@ -19,6 +20,9 @@ from .manifest import Sample, read_manifest, write_manifest
 GAP = (0.05, 0.3)  # s, length of the gaps between words, before the first and after the last
 NOISE = (1e-4, 3e-3)  # RMS of the noise in the gaps, full scale 1: -80 to -50 dB
 SILENT_SHARE = 0.5  # share of the strings that have digital silence in the gaps
+HOP = 160  # samples, 10 ms: parts of a sound are looked for in such steps
+FADE = 0.01  # s, at both ends of a sound
+SILENT = 1e-10  # mean square, full scale 1: -100 dB
 REPEAT_SHARE = 1 / 3  # share of the strings of two or more words that repeat one word
 
 Clips = dict[str, list[Sample]]  # label -> its clips
@@ -70,8 +74,8 @@ def splice_strings(
     rows = []
     for number in range(count):
         speaker = names[rng.integers(len(names))]
-        clips = _choose(rng, speakers[speaker], max_words)
-        audio = _join(rng, [load(clip.audio, offset=clip.offset, duration=clip.duration) for clip in clips])
+        clips = choose_words(rng, speakers[speaker], (1, max_words))
+        audio = join(rng, [load(clip.audio, offset=clip.offset, duration=clip.duration) for clip in clips])
         name = f"audio/{number:06d}.wav"
         soundfile.write(out / name, audio, SAMPLING_RATE, subtype="PCM_16")
         rows.append(
@@ -124,9 +128,12 @@ def _require_known(argument: str, names: Collection[str], known: Collection[str]
             raise ValueError(f'{argument}: "{name}" is not in the index; it has {", ".join(sorted(known))}')
 
 
-def _choose(rng: np.random.Generator, clips: Clips, max_words: int) -> list[Sample]:
-    """Clips of one speaker. Neighbouring words differ, but REPEAT_SHARE of the strings repeat one word."""
-    length = int(rng.integers(1, max_words + 1))
+def choose_words(rng: np.random.Generator, clips: Clips, words: tuple[int, int]) -> list[Sample]:
+    """Draw clips of one speaker, from `words[0]` to `words[1]` of them.
+
+    Neighbouring words differ, but REPEAT_SHARE of the strings repeat one word.
+    """
+    length = int(rng.integers(words[0], words[1] + 1))
     repeat = int(rng.integers(1, length)) if length > 1 and rng.random() < REPEAT_SHARE else None
     chosen: list[Sample] = []
     for place in range(length):
@@ -140,7 +147,7 @@ def _choose(rng: np.random.Generator, clips: Clips, max_words: int) -> list[Samp
     return chosen
 
 
-def _join(rng: np.random.Generator, clips: list[np.ndarray]) -> np.ndarray:
+def join(rng: np.random.Generator, clips: list[np.ndarray]) -> np.ndarray:
     """Join clips, each float32 [samples], with a gap before and after each -> float32 [samples]."""
     level = 0.0 if rng.random() < SILENT_SHARE else np.exp(rng.uniform(*np.log(NOISE)))
 
@@ -152,3 +159,31 @@ def _join(rng: np.random.Generator, clips: list[np.ndarray]) -> np.ndarray:
     for clip in clips:
         pieces += [clip, gap()]
     return np.concatenate(pieces)
+
+
+def loudest_part(samples: np.ndarray, seconds: float) -> np.ndarray:
+    """The part of so many seconds that has the most energy, float32 [samples] at 16 kHz; all of a shorter recording.
+
+    Parts begin at multiples of 10 ms. Of parts of the same energy it is the first.
+    """
+    length = round(seconds * SAMPLING_RATE)
+    if len(samples) <= length:
+        return samples
+    energy = np.concatenate([[0.0], np.cumsum(np.square(samples, dtype=np.float64))])
+    starts = np.arange(0, len(samples) - length + 1, HOP)
+    start = int(starts[np.argmax(energy[starts + length] - energy[starts])])
+    return samples[start : start + length]
+
+
+def at_level(sound: np.ndarray, speech: np.ndarray, decibels: float) -> np.ndarray:
+    """A sound so many dB above or below the power of speech, with a short fade at both ends against clicks.
+
+    Raises:
+        ValueError: the sound is silent.
+    """
+    powers = [float(np.square(samples, dtype=np.float64).mean()) for samples in (sound, speech)]
+    if powers[0] <= SILENT:
+        raise ValueError("is silent")
+    ramp = np.minimum(1.0, np.arange(1, len(sound) + 1) / (FADE * SAMPLING_RATE))
+    scale = math.sqrt(powers[1] / powers[0]) * 10 ** (decibels / 20)
+    return (sound * (scale * ramp * ramp[::-1])).astype(np.float32)

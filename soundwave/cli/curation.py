@@ -1,0 +1,108 @@
+"""Commands that choose and build data: `curate` and `data build`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from soundwave import backbones
+from soundwave.cli import common
+
+SHOWN = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # limits of the word error rate of which `curate` tells what they would keep
+
+
+def curate(
+    manifest: Annotated[Path, typer.Argument(help="Recordings with their texts; all that training reads.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Folder for the three files.", show_default="that of the manifest"),
+    ] = None,
+    whisper: Annotated[
+        str, typer.Option(help="Whisper that transcribes: a Hub id, a folder or an embedded name.")
+    ] = backbones.WHISPER,
+    wer: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Word error rate below which a line is kept. 0.1 suits Whisper-medium; a smaller one needs more.",
+        ),
+    ] = 0.1,
+    min_seconds: Annotated[float, typer.Option(min=0, max=30, help="Length of the shortest recording.")] = 3.0,
+    max_seconds: Annotated[float, typer.Option(min=0, max=30, help="Length of the longest recording.")] = 30.0,
+    max_characters: Annotated[int, typer.Option(min=1, help="Length of the longest text.")] = 200,
+    max_frames: Annotated[
+        float, typer.Option(min=0, help="Frames of 10 ms for each character of the text, at most.")
+    ] = 100.0,
+    language: Annotated[
+        str | None,
+        typer.Option(help="Language of all recordings, such as en.", show_default="that of each line, or its script"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Recordings that are transcribed together.")] = 16,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes (with --ray: actors), each with a Whisper.", show_default="one a core, or a GPU"
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each process; other texts may come of more.")] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Transcribe on a Ray cluster: that of RAY_ADDRESS, or one on this machine.")
+    ] = False,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Leave out lines with a wrong transcript: those whose text is not what a Whisper hears.
+
+    For data/train.jsonl it writes train-kept.jsonl, train-left-out.jsonl with the reasons, and train-transcripts.jsonl.
+    After a kill the same command goes on. With another --wer nothing is transcribed again.
+    """
+    common.quiet_transformers()
+    from soundwave.curation.curate import Filters
+    from soundwave.curation.curate import curate as curate_manifest
+
+    filters = Filters(wer, min_seconds, max_seconds, max_characters, max_frames)
+    found = curate_manifest(
+        manifest,
+        out=out,
+        whisper=whisper,
+        filters=filters,
+        batch_size=batch_size,
+        workers=workers,
+        threads=threads,
+        language=language,
+        ray=ray,
+        allow_outside=allow_outside,
+        note=common.warn,
+        progress=None if quiet else f"curating {manifest.name}",
+    )
+    if found.damaged:
+        common.warn(f"{found.transcripts}: {found.damaged} damaged lines were transcribed again")
+    table = common.table("lines", "", "hours")
+    for reason, count in found.lines.items():
+        table.add_row(reason if reason == "kept" else f"left out: {reason}", str(count), f"{found.hours[reason]:.2f}")
+    common.console.print(table)
+    kept = [f"{limit:g}: {sum(rate < limit for rate in found.rates)}" for limit in sorted({*SHOWN, wer})]
+    common.say(f"kept by --wer {' · '.join(kept)} of the {len(found.rates)} lines that the other limits keep")
+    if found.heard:
+        speed = found.heard / found.spent
+        common.say(f"{found.heard:.0f} s of audio in {found.spent:.0f} s: {speed:.1f} audio-seconds a second")
+    common.say(f"kept {found.kept} · left out {found.left_out}")
+
+
+def build(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of sources and tasks.", metavar="RECIPE.yaml")],
+    out: Annotated[Path, typer.Argument(help="Folder to build, which must not exist yet.", metavar="OUT")],
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Build a manifest and its recordings from manifests: spliced speakers, sounds between speech, questions.
+
+    The same recipe gives the same bytes. After a kill the same command goes on.
+    """
+    from soundwave.curation.build import build as build_recipe
+
+    built = build_recipe(recipe, out, note=common.warn, progress=None if quiet else f"building {out.name}")
+    counts = " · ".join(f"{task} {count}" for task, count in built.samples.items())
+    common.say(f"{counts} · {built.hours:.2f} hours")
+    common.say(f"manifest {built.manifest}{' (it was there already)' if built.was_there else ''}")
