@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from soundwave import __version__
 from soundwave.cli import common, curation, data, features, listen, models, score, serve, train
-from soundwave.training.distributed import LostProcess, is_first, name_beside_others
+from soundwave.training.distributed import LostProcess, is_first, name_beside_others, refuse_several
 
 app = typer.Typer(
     help="Teach a text LLM to hear: train and use Soundwave (arXiv 2502.12900) on one GPU, or on a laptop.\n\n"
@@ -21,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
 )
 TRAINING = ("train", "demo", "ablate")  # commands that continue from their newest checkpoint
+OF_SEVERAL = "train"  # the command that several processes of a launcher do together
 
 
 def main() -> None:
@@ -79,12 +80,15 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
-    """The options that need no command."""
+    """The options that need no command. Before a command is read, several processes of it are refused."""
+    if context.invoked_subcommand not in (None, OF_SEVERAL):
+        refuse_several(context.invoked_subcommand)
 
 
 def doctor() -> None:

@@ -44,6 +44,15 @@ def count_launched() -> int:
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
+def refuse_several(command: str) -> None:
+    """ValueError: a launcher has started several processes of a command that only one can do."""
+    if (count := count_launched()) > 1:
+        raise ValueError(
+            f"a launcher has started {count} processes of `soundwave {command}`, which runs in one: leave the launcher "
+            f"out. Several train a stage together: torchrun --nproc-per-node {count} --no-python soundwave train 1 …"
+        )
+
+
 def name_beside_others() -> str:
     """What to put before an error that is printed now: nothing in the first process, else the name of this one.
 
