@@ -403,7 +403,7 @@ def _find(source: Source, allow_outside: bool, renew: str | None = None) -> Inde
             ending. Without it the index counts as stale.
     """
     for place in index_files(source.path):
-        with suppress(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        with suppress(OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, struct.error):
             if (found := _read(place, source, allow_outside)) and _is_fresh(*found, place, source, renew):
                 return found[0]
     return None
