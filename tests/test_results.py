@@ -198,6 +198,19 @@ def test_another_evaluation_in_the_folder_is_refused_by_what_differs(tmp_path):
             pass
 
 
+def test_what_is_known_after_loading_must_be_the_same_too(tmp_path):
+    for _ in range(2):
+        with open_results(tmp_path / "a", {"model": "x"}) as kept:
+            kept.settle(device="cpu", dtype="torch.float32")
+    with (
+        open_results(tmp_path / "a", {"model": "x"}) as kept,
+        pytest.raises(
+            ValueError, match='holds another evaluation: dtype = "torch.float32", but this one has "torch.bf'
+        ),
+    ):
+        kept.settle(device="cpu", dtype="torch.bfloat16")
+
+
 def test_two_evaluations_at_once_are_refused(tmp_path):
     with (
         open_results(tmp_path / "a", {}),
@@ -245,31 +258,64 @@ def command(monkeypatch, capsys, *words) -> tuple[int, str, str]:
 def test_an_evaluation_that_is_killed_ends_with_the_same_bytes(
     folder, models_of_few_tokens, tmp_path, monkeypatch, capsys, fuzz
 ):
-    chance = random.Random(0)
+    chance, kills = random.Random(0), fuzz(1)
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    write_manifest(folder / "many.jsonl", rows * -(-kills // 4))
     words = ["--model", models_of_few_tokens[3], "--batch-size", "2", "--max-new-tokens", "12"]
-    status, out, err = command(
-        monkeypatch, capsys, folder / "test.jsonl", *words, "--out", tmp_path / "whole", "--quiet"
-    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, out, err = command(monkeypatch, capsys, folder / "many.jsonl", *words, "--out", whole, "--quiet")
     assert status == 0, err
-    assert "RTFx" in out and "to the first token" in out and "frames kept a second" in out
-    assert "left out: 2 of 14 samples" in out
-    speed = json.loads((tmp_path / "whole" / "speed.json").read_text())
+    assert "RTFx" in out and "to the first token" in out and "frames kept a second" in out and "left out: " in out
+    speed = json.loads((whole / "speed.json").read_text())
     assert set(speed) == {"audio_seconds", "seconds", "rtfx", "seconds_to_first_token"}
-    answers = tmp_path / "killed" / "answers.jsonl"
-    process = [SCRIPT, "evaluate", folder / "test.jsonl", *words, "--out", tmp_path / "killed"]
-    for kill in range(fuzz(1)):
-        before, wanted = (answers.read_bytes().count(b"\n") if answers.exists() else 0), chance.randint(1, 3)
-        with subprocess.Popen([*map(str, process)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                              env=os.environ | WITHOUT_COMPILER) as started:  # fmt: skip
-            deadline, wait = time.monotonic() + 120, chance.choice([0.0, 0.02, 0.2])
+    answers, process = killed / "answers.jsonl", [folder / "many.jsonl", *words, "--out", killed]
+    for _ in range(kills):
+        before = answers.read_bytes().count(b"\n") if answers.exists() else 0
+        wanted, wait = chance.choice(
+            [(0, chance.uniform(0, 8)), (1, 0.0), (1, 0.02), (2, 0.2)] if kills > 1 else [(3, 0)]
+        )
+        with subprocess.Popen(
+            [SCRIPT, "evaluate", *map(str, process)],
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | WITHOUT_COMPILER,
+        ) as started:
+            deadline = time.monotonic() + 120
             while started.poll() is None and time.monotonic() < deadline:
-                if answers.exists() and answers.read_bytes().count(b"\n") >= before + wanted:
-                    time.sleep(wait)
+                if wanted == 0 or answers.exists() and answers.read_bytes().count(b"\n") >= before + wanted:
                     break
                 time.sleep(0.005)
+            time.sleep(wait)
+            assert started.poll() is None  # else it was not killed, but had ended
             started.send_signal(signal.SIGKILL)
-        if kill and (tmp_path / "killed" / "scores.json").exists():
-            break
-    status, _, err = command(monkeypatch, capsys, *process[2:], "--quiet")
+        assert not (killed / "scores.json").exists()
+    status, _, err = command(monkeypatch, capsys, *process, "--quiet")
     assert status == 0, err
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert contents(killed) == contents(whole)
+
+
+def test_mistakes_are_one_line_before_a_model_is_loaded(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("soundwave.cli.common.load_model", lambda *_: pytest.fail("a model was loaded"))
+    test, model = folder / "test.jsonl", tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (tmp_path / "file").touch()
+    out = ("--out", tmp_path / "out")
+    for words, fault in (
+        (("meld",), "meld: give the folder of its corpus with --data"),
+        (("librispeach",), "librispeach: is neither a manifest nor a test; the tests are librispeech-test-clean, "),
+        ((test, "--data", folder), "test.jsonl: is no test; --data belongs to one of librispeech-test-clean"),
+        ((test, "--prompt", "x"), "--prompt belongs to a named test"),
+        (("meld", "--data", tmp_path), "holds no test_sent_emo.csv or test/test_sent_emo.csv; give --data the folder"),
+        (("meld", "--data", tmp_path / "none"), "none: is no folder; give --data the folder of MELD"),
+        ((test, "--judge", "http://x/v1"), "--judge is for airbench-chat alone"),
+        ((test, "--judge-model", "x"), "--judge-model and --judge-prompt need --judge"),
+        ((test, "--model", model, "--out", folder), "which is no evaluation's; name a new folder"),
+        ((test, "--model", model, "--out", tmp_path / "file" / "x"), "Not a directory"),
+    ):
+        status, _, err = command(monkeypatch, capsys, *words)
+        assert status == 1 and fault in err.splitlines()[-1], (words, err)
+    with open_results(out[1], {"batch_size": 1}):
+        pass
+    status, _, err = command(monkeypatch, capsys, test, "--model", model, *out)
+    assert status == 1 and "out: holds another evaluation: " in err

@@ -142,16 +142,18 @@ def evaluate(
     settings: dict[str, Any] = {"batch_size": batch_size, "language": language, "normaliser": normaliser.value}
     settings["strict"] = strict
     how = {"max_new_tokens": max_new_tokens, "draft": draft.value, "accept": accept}
-    network, processor = common.load_model(model)
-    ctc = ctc or network.config.stage == 1
     with ExitStack() as stack:
+        results = None
+        if out is not None:
+            results = stack.enter_context(_results(out, model, samples, settings, {} if ctc else how))
+            settings["results"] = results
+        network, processor = common.load_model(model)
+        ctc = ctc or network.config.stage == 1
+        if results is not None:
+            results.settle(ctc=ctc, device=network.device.type, dtype=str(network.compute_dtype))
         settings["progress"] = None if quiet else f"evaluating {test.name}"
         rows: list[dict[str, Any]] = []
         settings["each"] = rows.append if answers is None else _row_writer(answers, stack, rows)
-        results = None
-        if out is not None:
-            results = stack.enter_context(_results(out, model, samples, network, ctc, settings, how))
-            settings["results"] = results
         scores = _scores(network, processor, samples, ctc, settings, how)
         scores.left_out[:0] = missing
         extra = _more_scores(rows, results, samples, protocol, judge_of_chat)
@@ -209,20 +211,14 @@ def _judge(
 
 
 def _results(
-    out: Path,
-    model: Path,
-    samples: list["Sample"],
-    network: Any,
-    ctc: bool,
-    settings: Mapping[str, Any],
-    how: Mapping[str, Any],
+    out: Path, model: Path, samples: list["Sample"], settings: Mapping[str, Any], how: Mapping[str, Any]
 ) -> Any:
     """Opens the results in a folder, new ones or those of the same evaluation."""
     from soundwave.evaluation.results import hash_of_model, hash_of_samples, open_results
 
-    about = {name: settings[name] for name in ("batch_size", "language", "normaliser")} | ({} if ctc else dict(how))
-    about |= {"model": hash_of_model(common.model_folder(model)), "test": hash_of_samples(samples), "ctc": ctc}
-    return open_results(out, about | {"device": network.device.type, "dtype": str(network.compute_dtype)})
+    about = {name: settings[name] for name in ("batch_size", "language", "normaliser")} | dict(how)
+    about |= {"model": hash_of_model(common.model_folder(model)), "test": hash_of_samples(samples)}
+    return open_results(out, about)
 
 
 def _scores(

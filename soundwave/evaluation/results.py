@@ -40,6 +40,18 @@ class Results:
     def __init__(self, folder: Path, rows: Mapping[str, dict[str, Any]], left_out: Mapping[str, LeftOut]):
         self.folder, self.rows, self.left_out = folder, dict(rows), dict(left_out)
 
+    def settle(self, **about: Any) -> None:
+        """Add what is known of the evaluation only once its model is loaded.
+
+        Raises:
+            ValueError: an earlier part has other values.
+        """
+        file = self.folder / ABOUT
+        found = json.loads(file.read_text(encoding="utf-8"))
+        known = {name: found[name] for name in about if name in found}
+        _refuse_others(file, {**found, **about} if known else found)
+        write(file, {**found, **about})
+
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row, at once."""
         self.rows[row["sample"]] = row
@@ -133,7 +145,7 @@ def hash_of_samples(samples: Iterable[Sample]) -> str:
     return found.hexdigest()
 
 
-def read_answers(file: Path) -> list[dict[str, Any]]:
+def read_answers(file: str | Path) -> list[dict[str, Any]]:
     """The rows of answers that an evaluation has written: a file, or the folder of one.
 
     The last line may be torn, if the evaluation was killed or still runs; it is left out.
@@ -141,6 +153,7 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: there is no such file. ValueError: a line is no answer; the message names it.
     """
+    file = Path(file)
     file = file / ANSWERS if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{shown(file)}: does not exist; give what evaluate --answers or --out wrote")
@@ -197,7 +210,7 @@ def _refuse_others(file: Path, about: Mapping[str, Any]) -> None:
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"{shown(file)}: is damaged; name a new folder")
-    differ = [name for name in {**found, **about} if found.get(name) != about.get(name)]
+    differ = [name for name in about if found.get(name) != about[name]]
     if differ:
         first = min(differ)
         raise ValueError(
