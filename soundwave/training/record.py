@@ -24,7 +24,7 @@ from soundwave.training.settings import ConfigError, StageConfig
 
 # Settings that may change when a run continues from a checkpoint, because no weight depends on them.
 FREE = ("out", "log_steps", "save_steps", "save_total_limit", "workers", "resume", "allow_outside")
-FREE += ("strict", "max_skipped", "quiet")
+FREE += ("strict", "max_skipped", "quiet", "sharding")
 # Settings that must not change, because they decide which weights are trained and the form of the optimiser's state.
 BOUND = ("stage", "optimizer", "train_shrinking")
 # Values of the model's configuration that must not change, because they decide the shapes of its weights.

@@ -76,6 +76,11 @@ class StageConfig(BaseModel):
     quantization: Literal["auto", "nf4", "none"] = Field(
         "auto", description="Quantisation of the LLM; auto: nf4 on CUDA, none on the CPU"
     )
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none",
+        description="fsdp2: the processes of a launcher share the LLM's frozen layers, in 16 or 32 bits; none: each "
+        "holds the whole LLM",
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Dtype of the frozen backbones; auto: the faster one"
     )

@@ -5,7 +5,6 @@ II   both adapters and LoRA             next token + 0.3 CTC; tasks drawn at a t
 III  LoRA, or LoRA + shrinking adapter  next token
 """
 
-import os
 import re
 import sys
 from collections import Counter
@@ -24,7 +23,7 @@ from soundwave.data.collate import CheckedCollator, LeftOut, tokens_of
 from soundwave.data.manifest import Sample
 from soundwave.data.sampling import BucketBatchSampler, paper_temperature
 from soundwave.data.selection import select_samples
-from soundwave.hardware import memory_named, pick_device, pick_dtype
+from soundwave.hardware import GIB, memory_named, pick_device, pick_dtype
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_all_but
 from soundwave.model.processing import SoundwaveProcessor
@@ -46,6 +45,7 @@ from soundwave.training.record import (
     tell_where_it_goes_on,
 )
 from soundwave.training.settings import ConfigError, StageConfig
+from soundwave.training.sharding import check_sharding, shard_layers, sharded_sizes, shares_of
 from soundwave.training.text_only import how_many, own_answers, read_answers
 from soundwave.training.trainer import SoundwaveTrainer
 
@@ -75,18 +75,10 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
         LostProcess: another process of the run has ended.
     """
     device, _ = pick_device()
-    _refuse_sharding()
+    check_sharding(config, device.type)
     with joined(device.type) as processes, alone_in(config.out) if processes.first else nullcontext():
         processes.wait()  # until the first one has locked the folder
         return _train_stage(config, device, processes)
-
-
-def _refuse_sharding() -> None:
-    if is_launched() and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise ConfigError(
-            "accelerate launch asks for FSDP, but every process holds the whole model here: launch with "
-            "`torchrun --no-python`, or with --multi_gpu, and keep quantization=nf4"
-        )
 
 
 def _train_stage(
@@ -110,7 +102,9 @@ def _train_stage(
 
     advice = "close other programs, or use quantization=nf4"
     with memory_named("while the backbones were loaded", advice), _loading_bar(config):
-        model = build_model(config, device).to(device)
+        model = build_model(config, device)
+        if config.sharding == "none":
+            model = model.to(device)
     if checkpoint:
         refuse_misfit(config, checkpoint, model.config)
     journal = Journal(config.out, writes=processes.first)
@@ -121,9 +115,11 @@ def _train_stage(
     processor = SoundwaveProcessor.for_config(model.config)
     if config.stage > 1 and processor.writes_date:
         _tell(config, f"the chat template writes today's date: prompts say {processor.template_date} on every day")
-    mixed_in = _mixed_in(config, model, processor, samples, bool(checkpoint), processes)
+    mixed_in = _mixed_in(config, model, device, processor, samples, bool(checkpoint), processes)
     trained = TRAINED[config.stage] + (("shrinking.",) if config.stage == 3 and config.train_shrinking else ())
     freeze_all_but(model, trained)
+    if config.sharding != "none":
+        _shard(config, model, device)
     collator = CheckedCollator(processor, config.stage, frame_stack=model.config.frame_stack)
     if config.model is None and checkpoint is None:
         own = samples[processes.rank :: processes.count]
@@ -140,6 +136,7 @@ def _train_stage(
         journal=journal,
         strict=config.strict,
         processes=processes,
+        sharded=config.sharding != "none",
         max_skipped=config.max_skipped,
         callbacks=[Board(), clock, stop],
     )
@@ -180,6 +177,7 @@ def _train_stage(
 def _mixed_in(
     config: StageConfig,
     model: SoundwaveForConditionalGeneration,
+    device: torch.device,
     processor: SoundwaveProcessor,
     samples: list[Sample],
     goes_on: bool,
@@ -195,9 +193,23 @@ def _mixed_in(
             f"mixing in {count} text-only answers of the language model itself, so that it goes on following "
             "instructions: the data has none (text_only=0 leaves them out)",
         )
-        own_answers(file, model, processor, count, config.seed)
+        where = model.device  # before a model is sharded, that is the machine's memory
+        own_answers(file, model.to(device), processor, count, config.seed)
+        model.to(where)
     processes.wait()
     return read_answers(file)
+
+
+def _shard(config: StageConfig, model: SoundwaveForConditionalGeneration, device: torch.device) -> None:
+    """Share the language model's layers among the processes, and bring the rest of the model to the device."""
+    shard_layers(model.language_model, device.type)
+    model.to(device)
+    own, whole = shares_of(model.language_model)
+    _tell(
+        config,
+        f"{count_launched()} processes share the language model's frozen layers: {own / GIB:.2f} GiB of "
+        f"{whole / GIB:.2f} GiB in each",
+    )
 
 
 def samples_of_step(config: StageConfig) -> str:
@@ -337,6 +349,9 @@ def build_model(config: StageConfig, device: torch.device) -> SoundwaveForCondit
 def _tell_what_is_loaded(config: StageConfig, model: SoundwaveConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Say what is loaded and how large it is, and refuse what the memory cannot hold."""
     parts = sizes_of(model, dtype, language_model=config.stage > 1)
+    if config.sharding != "none":  # the whole is read into the machine's memory first
+        refuse_what_does_not_fit(parts, torch.device("cpu"))
+        parts = sharded_sizes(parts, model, dtype)
     refuse_what_does_not_fit(parts, device)
     _tell(config, f"loading {', and '.join(part.text for part in parts)}")
 

@@ -31,6 +31,7 @@ from soundwave.training.callbacks import ignore_interrupts
 from soundwave.training.checkpoints import STATE_FILE, WriteError, clear_place, newest_checkpoint, rotate, written_aside
 from soundwave.training.distributed import Processes
 from soundwave.training.journal import Journal, say, write_text
+from soundwave.training.sharding import Replica
 
 LOSSES = ("loss", "lm_loss", "ctc_loss")
 MEL_FRAMES_A_SECOND = 100
@@ -71,6 +72,7 @@ class SoundwaveTrainer(Trainer):
         journal: records the log, the samples left out and the steps skipped; None makes one for `args.output_dir`.
         strict: raise SampleError for a sample that is left out.
         processes: those that train together; None for this one alone.
+        sharded: they share the language model's layers (`shard_layers`).
         max_skipped: FloatingPointError is raised after so many skipped steps in a row.
 
     Raises:
@@ -86,10 +88,11 @@ class SoundwaveTrainer(Trainer):
         journal: Journal | None = None,
         strict: bool = False,
         processes: Processes | None = None,
+        sharded: bool = False,
         max_skipped: int = 10,
         **kwargs: Any,
     ):
-        self.processes = processes or Processes()
+        self.processes, self.sharded = processes or Processes(), sharded
         super().__init__(*args, **kwargs)
         if not self.args.max_grad_norm > 0:
             # Trainer clips nothing then, and steps that are not finite are found where it clips.
@@ -229,7 +232,7 @@ class SoundwaveTrainer(Trainer):
     # ---------------------------------------------------------------- several processes
 
     def _wrap_model(self, model: torch.nn.Module, training: bool = True, dataloader: Any = None) -> torch.nn.Module:
-        """As in Trainer; of several processes each holds the whole model, and their gradients are averaged.
+        """As in Trainer; of several processes each trains the whole model, and their gradients are averaged.
 
         Every process has to give every parameter a gradient. A batch of text alone uses no adapter, while those of
         other processes may, so `compute_loss` adds what is idle. With `find_unused_parameters` torch would walk through
@@ -240,6 +243,8 @@ class SoundwaveTrainer(Trainer):
         wrapped = super()._wrap_model(model, training, dataloader)
         if wrapped is not model or not training or self.processes.count == 1 or self.is_fsdp_enabled:
             return wrapped
+        if self.sharded:
+            return Replica(model)
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
         buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}  # torch 2.13
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **buffers)
@@ -273,6 +278,8 @@ class SoundwaveTrainer(Trainer):
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
         """As in Trainer. If loss or gradient is not finite, the gradients are dropped, so that no weight changes."""
+        if isinstance(model, Replica):
+            model.average_gradients()
         if self.processes.count > 1:
             for parameter in self._idle(self._recordings):  # the optimiser leaves alone what has no gradient
                 parameter.grad = None
