@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def next_command(connection: socket.socket) -> list[str]:
             os.chdir(asked["folder"])
             os.environ.clear()
             os.environ.update(asked["environment"])
+            tempfile.tempdir = None  # TMPDIR may be another one
             return asked["words"]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,8 +21,8 @@ from soundwave.training import stages
 from soundwave.training.checkpoints import newest_checkpoint
 from soundwave.training.distributed import Processes
 from soundwave.training.settings import ConfigError
+from tests import processes
 from tests.in_processes import run
-from tests.processes import WITHOUT_COMPILER
 from tests.short_runs import SETTINGS, copy_recordings, lines, manifest_of, same_bits, save_still_model, train
 
 HERE = Path(__file__).resolve().parent
@@ -124,16 +125,29 @@ def runs(data, still, small_vocabulary, folder) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def pair(runs, killed, folder) -> SimpleNamespace:
-    """What two processes make of `runs`: results by name of the run, for each rank; outputs by rank."""
+    """What two processes make of `runs`: results by name of the run, for each rank; outputs by rank.
+
+    They have what a launcher gives them; the run `killed` has the launcher itself.
+    """
     outs = {name: folder / ("stopped" if name == "resumed" else name) for name in runs}
     todo = [one | {"settings": one["settings"] | {"out": outs[name]}} for name, one in runs.items()]
     (folder / "runs.json").write_text(json.dumps(todo, default=str))
-    done = subprocess.run(
-        [*LAUNCH, "--redirects", "3", "--log-dir", folder / "logs", HERE / "in_processes.py", folder / "runs.json"],
-        env=os.environ | WITHOUT_COMPILER, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    said = [path.read_text() for path in sorted((folder / "logs").rglob("stderr.log"))]
-    assert done.returncode == 0, done.stderr[-3000:] + "".join(said)[-6000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started, logs = [], [folder / f"{rank}.stderr" for rank in (0, 1)]
+    for rank, log in enumerate(logs):
+        given = master | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        with open(log, "w") as file:
+            command = [sys.executable, HERE / "in_processes.py", folder / "runs.json"]
+            started.append(processes.Popen(command, env=os.environ | processes.WITHOUT_COMPILER | given, stderr=file))
+    try:
+        ended = [process.wait(600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    said = [log.read_text() for log in logs]
+    assert ended == [0, 0], "".join(said)[-6000:]
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
     return SimpleNamespace(outs=outs, said=said, found=dict(zip(runs, zip(*found, strict=True), strict=True)))
 
@@ -256,8 +270,12 @@ def killed(runs, folder) -> SimpleNamespace:
     command = [SCRIPT, "train", "1", *words, f"out={out}"]
     process = subprocess.Popen(
         [*LAUNCH, "--redirects", "3", "--log-dir", logs, "--no-python", *command],
-        env=os.environ | WITHOUT_COMPILER, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
-    )  # fmt: skip
+        env=os.environ | processes.WITHOUT_COMPILER,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    )
     while not (out / "checkpoint-2").exists():
         second = second or child(process.pid, 1)
         assert process.poll() is None, printed(logs, 0)

@@ -264,11 +264,18 @@ def check_options(_: Home, words: list[str]) -> None:
         command = [sys.executable, *(words[1:4] if words[1] == "-m" else words[1:2])]  # of a module also its command
     else:
         command = [BIN / Path(words[0]).name]
+    said = help_of(*command)
+    assert said.lower().lstrip().startswith("usage") or "Usage:" in said, f"{line}: it has no --help"
+    for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
+        assert option in said, f"{line}: its help has no {option}"
+
+
+@cache
+def help_of(*command: str | Path) -> str:
+    """What a command prints with --help; asked once."""
     done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.lower().lstrip().startswith("usage") or "Usage:" in done.stdout, f"{line}: it has no --help"
-    for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
-        assert option in done.stdout, f"{line}: its help has no {option}"
+    return done.stdout
 
 
 def run_wrapped(home: Home, words: list[str]) -> None:
@@ -281,10 +288,9 @@ def run_wrapped(home: Home, words: list[str]) -> None:
 def run_launched(home: Home, words: list[str]) -> None:
     """A launcher in front of our command: its help names the options; the command is run by itself."""
     start, launcher = words.index("soundwave"), words[:2] if words[0] == "accelerate" else words[:1]
-    done = subprocess.run([BIN / launcher[0], *launcher[1:], "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    said = help_of(BIN / launcher[0], *launcher[1:])
     for option in [word for word in words[:start] if word.startswith("--")]:
-        assert option in done.stdout, f"{shlex.join(words)}: its help has no {option}"
+        assert option in said, f"{shlex.join(words)}: its help has no {option}"
     run_command(home, words[start:])
 
 
