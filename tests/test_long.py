@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from soundwave.inference import reading
 from soundwave.inference.answer import LoadedModel
 from soundwave.inference.long import transcribe, transcribe_each
 from soundwave.inference.reading import Text, Window, cut_into_windows, join, share_read, split
-from soundwave.inference.results import FolderOfFiles, JsonLines, plan
+from soundwave.inference.results import FolderOfFiles, JsonLines, plan, settings_of
 from soundwave.inference.timestamps import TimedWord, text_of
 from soundwave.inference.transcript import Segment, Transcript
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
@@ -140,24 +141,44 @@ def loaded(models_of_few_tokens) -> LoadedModel:
     return LoadedModel(model, SoundwaveProcessor.from_pretrained(folder))
 
 
-@pytest.fixture
-def forgetful(loaded, monkeypatch) -> LoadedModel:
-    """It writes the first sentence of a clip only: six times the word of its length, in mel frames. CTC reads all."""
+Sentences = list[list[str]]
 
-    def words_of_clip(features) -> list[list[str]]:
+
+@pytest.fixture
+def hearing(loaded, monkeypatch) -> Callable[..., list[Sentences]]:
+    """Let the model hear six times the word of its length, in mel frames, in each sentence of a clip.
+
+    `write` makes of them what the language model writes, `read` what CTC reads, by default all. The clips come back.
+    """
+
+    def sentences_of(features) -> Sentences:
         loud = (features.max(0).values > features.max() - 1.0).numpy()
         edges = np.flatnonzero(np.diff(np.concatenate([[False], loud, [False]])))
         runs = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a > 30]
         return [[f"w{b - a}"] * 6 for a, b in runs]
 
-    def answer(model, processor, prompts, clips, *, readings, **_):
-        found = [words_of_clip(clip) for clip in clips]
-        readings += [_Read([word for sentence in words for word in sentence]) for words in found]
-        return [" ".join(words[0]) if words else "" for words in found]
+    def install(write, read=all_words):
+        asked: list[Sentences] = []
 
-    monkeypatch.setattr(reading, "answer", answer)
-    monkeypatch.setattr(SoundwaveProcessor, "ctc_text", lambda self, path, blank: path.text)
-    return loaded
+        def answer(model, processor, prompts, clips, *, readings, **_):
+            found = [sentences_of(clip) for clip in clips]
+            asked.extend(found)
+            readings += [_Read(read(sentences).split()) for sentences in found]
+            return [write(sentences) for sentences in found]
+
+        monkeypatch.setattr(reading, "answer", answer)
+        monkeypatch.setattr(SoundwaveProcessor, "ctc_text", lambda self, path, blank: path.text)
+        return asked
+
+    return install
+
+
+def all_words(sentences: Sentences) -> str:
+    return " ".join(word for sentence in sentences for word in sentence)
+
+
+def first_sentence(sentences: Sentences) -> str:
+    return all_words(sentences[:1])
 
 
 class _Read:
@@ -170,12 +191,53 @@ class _Read:
         return self
 
 
-def test_what_is_left_out_is_read_again_in_smaller_windows(forgetful):
-    audio = sentences(1.5, 2.0, 2.5, 3.0)
-    words = transcribe(audio, forgetful, batch_size=2).text.split()
-    assert len(words) == 24
-    lengths = [int(word[1:]) for word in words[::6]]
-    assert lengths == pytest.approx([150, 200, 250, 300], abs=4)
+def lengths(text: str) -> list[int]:
+    """Those of the sentences of a text, in mel frames."""
+    assert len(text.split()) % 6 == 0
+    return [int(word[1:]) for word in text.split()[::6]]
+
+
+def test_what_is_left_out_is_read_again_in_smaller_windows(loaded, hearing):
+    hearing(first_sentence)
+    text = transcribe(sentences(1.5, 2.0, 2.5, 3.0), loaded, batch_size=2).text
+    assert lengths(text) == pytest.approx([150, 200, 250, 300], abs=4)
+
+
+def test_a_text_that_nobody_says_is_read_again_phrase_by_phrase(loaded, hearing):
+    asked = hearing(lambda heard: all_words(heard) if len(heard) == 1 else "call: call call temperature call: call")
+    text = transcribe(sentences(1.5, 2.0, 2.5, 3.0), loaded, batch_size=2).text
+    assert lengths(text) == pytest.approx([150, 200, 250, 300], abs=4) and len(asked) == 5
+
+
+def test_a_text_stays_that_ctc_reads_otherwise_in_its_phrases_too(loaded, hearing):
+    asked = hearing(all_words, read=lambda heard: "one two three four five six " * len(heard))
+    text = transcribe(sentences(1.5, 2.0, 2.5), loaded).text
+    assert lengths(text) == pytest.approx([150, 200, 250], abs=4) and len(asked) == 4  # once more, and no further
+
+
+def test_a_text_stays_if_its_pieces_agree_with_ctc_less(loaded, hearing):
+    """CTC writes five labels behind a sentence of two phrases, so that words seem to be missing."""
+    hearing(
+        lambda heard: all_words(heard) if len(heard) > 1 else "night: ten",
+        read=lambda heard: f"{all_words(heard)} male slow normal slow normal",
+    )
+    assert lengths(transcribe(sentences(1.5, 2.0), loaded).text) == pytest.approx([150, 200], abs=4)
+
+
+def test_words_that_overlapping_pieces_double_do_not_count(loaded, hearing, monkeypatch):
+    """Each piece hears its word in the part that it shares with the piece before, so that one word is left of all."""
+    monkeypatch.setattr(reading, "timed_words", lambda *_: [timed("piece", 0.0, 0.1)])
+    window = Window(noise(9.0))
+
+    def is_whole(heard: Sentences) -> bool:
+        return int(heard[0][0][1:]) > 500
+
+    asked = hearing(
+        lambda heard: "whole" if is_whole(heard) else "piece",
+        read=lambda heard: "whole b c d e f" if is_whole(heard) else "piece",
+    )
+    assert reading.Reader(loaded).read([window])[0].text == "whole"
+    assert len(asked) == 1 + len(split(window, 0.0)) > 4
 
 
 # ---------------------------------------------------------------- results
@@ -236,6 +298,37 @@ def test_a_changed_recording_another_model_and_missing_times_are_read_again(file
     assert fill(out, files, model="other") == ["a.wav", "b.wav", "c.wav"] and len(rows(out)) == 3
     assert fill(out, files, model="other", times=True) == ["a.wav", "b.wav", "c.wav"] and len(rows(out)) == 3
     assert fill(out, files, model="other") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model": "other"}, 'model was "m" and is "other"'),
+        ({"accept": 0.9}, "accept was null and is 0.9"),
+        ({"draft": "none"}, 'draft was "ctc" and is "none"'),
+        ({"trained": 2}, "the weights of the model have changed"),
+        ({"new": True}, "new was not known and is true"),
+        ({"times": True}, "its words have no times"),
+    ],
+)
+def test_rows_that_other_settings_made_are_read_again_and_the_reason_is_told(files, tmp_path, change, reason):
+    out, settings = tmp_path / "x.jsonl", {"trained": 1, "draft": "ctc", "accept": None}
+    fill(out, files[:2], settings=settings)
+    same = JsonLines(out, files[:2], "m", settings=settings)
+    same.close()
+    assert same.finished == set(files[:2]) and not same.again
+    changed = {"model": "m", "times": False, **settings, **change}
+    other = JsonLines(out, files, changed.pop("model"), times=changed.pop("times"), settings=changed)
+    other.close()
+    assert other.finished == set() and other.again == {reason: 2}
+
+
+def test_weights_that_are_trained_again_are_another_setting(tmp_path):
+    assert settings_of(tmp_path, draft="ctc") == {"trained": None, "draft": "ctc"}
+    for number, name in enumerate(("model-1.safetensors", "config.json"), 5):
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, ns=(number, number))
+    assert settings_of(tmp_path) == {"trained": 5}
 
 
 def test_rows_of_other_recordings_stay(files, tmp_path):

@@ -70,7 +70,7 @@ def transcribe(
     from soundwave.data.files import find_recordings
     from soundwave.evaluation.progress import Progress, aside
     from soundwave.inference.formats import TIMED, render
-    from soundwave.inference.results import FolderOfFiles, JsonLines, line_of, plan, row_of
+    from soundwave.inference.results import FolderOfFiles, JsonLines, line_of, plan, row_of, settings_of
 
     files, passed_over = find_recordings(recordings)
     if not any(file.exists() for file in files):
@@ -90,7 +90,10 @@ def transcribe(
         results: JsonLines | FolderOfFiles | None = None
         file_of_all: TextIO | None = None
         if kind == "lines" and target is not None:
-            results = JsonLines(target, files, str(model), times=timed)
+            settings = settings_of(model, draft=draft.value, accept=accept, max_new_tokens=max_new_tokens)
+            results = JsonLines(target, files, str(model), times=timed, settings=settings)
+            for reason, count in results.again.items():
+                common.warn(f"{out}: {count} recording{'s are' if count > 1 else ' is'} read again: {reason}")
         elif kind == "folder" and target is not None:
             results = FolderOfFiles(target, files, chosen)
         if results is not None:

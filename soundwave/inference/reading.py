@@ -1,9 +1,10 @@
 """Read windows of recordings: their text, and what two of them that overlap say together.
 
-A language model that was trained on sentences may write the first sentence of a window and end. That would lose speech
-without a word, so its text is compared with what CTC reads: where `MISSED` words and more have no counterpart, the
-window is cut at its pauses into pieces as long as what was read, and they are read again, until nothing is missing. A
-text that is no part of what CTC reads is left alone.
+A language model that was trained on sentences may write the first sentence of a window and end, or write what nobody
+says. That would lose speech without a word, so its text is compared with what CTC reads: where `MISSED` words and more
+have no counterpart, the window is cut at its pauses into pieces as long as what was read, and they are read again,
+until nothing is missing. If CTC reads less than half of the text's words, the phrases between the pauses are read
+again. As CTC may be wrong, what is read again is taken only if it agrees with CTC better than the text did.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -185,15 +186,20 @@ class Reader:
         Args:
             timed: give the words with their times. Windows that overlap others have them anyway.
         """
-        texts: list[Text] = []
-        for start in range(0, len(windows), self.batch_size):
-            texts += self._read_batch(windows[start : start + self.batch_size], timed)
-        return texts
+        return [text for text, _ in self._read(windows, timed)]
 
-    def _read_batch(self, windows: Sequence[Window], timed: bool) -> list[Text]:
+    def _read(self, windows: Sequence[Window], timed: bool, *, again: bool = False) -> list[tuple[Text, int]]:
+        """The text of each window and its `agreement` with CTC; `again`: of pieces of a window that was read wrong."""
+        found: list[tuple[Text, int]] = []
+        for start in range(0, len(windows), self.batch_size):
+            found += self._read_batch(windows[start : start + self.batch_size], timed, again)
+        return found
+
+    def _read_batch(self, windows: Sequence[Window], timed: bool, again: bool) -> list[tuple[Text, int]]:
+        nothing = Text("", ()), 0
         loud = [window for window in windows if not window.silent]
         if not loud:
-            return [Text("", ())] * len(windows)
+            return [nothing] * len(windows)
         clips, cut, readings = [self.processor.features(window.samples) for window in loud], [], []
         if self.ctc:
             readings = read_clips(self.model, self.processor, clips)
@@ -212,22 +218,30 @@ class Reader:
         if self.seen is not None:
             for reading in readings:
                 self.seen(reading)
-        found = {}
+        found: dict[int, tuple[Text, int]] = {}
         for place, (window, reading) in enumerate(zip(loud, readings, strict=True)):
             by_ctc = self.processor.ctc_text(reading.path.cpu(), self.model.blank)
             text = " ".join((by_ctc if self.ctc else texts[place]).split())
-            share = None if self.ctc or place in cut else share_read(text, by_ctc)
-            pieces = [] if share is None else split(window, share)
+            agreed = agreement(text, by_ctc)
             wanted = bool(timed or window.before or window.after)
+            pieces, wrong = [], False
+            if not self.ctc and place not in cut and (share := share_read(text, by_ctc)) is not None:
+                pieces = split(window, share)
+            elif not self.ctc and not again and agreed < 0 and len(by_ctc.split()) >= MISSED:
+                pieces, wrong = split(window, 0.0, overlap=False), True
             if pieces:
-                found[id(window)] = join(pieces, self.read(pieces, timed=wanted))
-                continue
+                parts = self._read(pieces, wanted, again=again or wrong)
+                joined = join(pieces, [part for part, _ in parts])
+                doubled = sum(len(part.text.split()) for part, _ in parts) - len(joined.text.split())
+                if (better := sum(each for _, each in parts) - doubled) > agreed:
+                    found[id(window)] = joined, better
+                    continue
             words = timed_words(self.model, self.processor, reading, text, window.samples) if wanted else None
             words = words and [
                 word._replace(start=word.start + window.start, end=word.end + window.start) for word in words
             ]
-            found[id(window)] = Text(text, None if words is None else tuple(words), place in cut)
-        return [found.get(id(window), Text("", ())) for window in windows]
+            found[id(window)] = Text(text, None if words is None else tuple(words), place in cut), agreed
+        return [found.get(id(window), nothing) for window in windows]
 
 
 def share_read(text: str, by_ctc: str) -> float | None:
@@ -235,20 +249,31 @@ def share_read(text: str, by_ctc: str) -> float | None:
 
     None if nothing is missing, or if the text is no part of what CTC reads: then CTC may be wrong.
     """
-    a, b = by_ctc.casefold().split(), text.casefold().split()
-    matcher = SequenceMatcher(None, a, b, autojunk=False)
-    matched = sum(block.size for block in matcher.get_matching_blocks())
+    a, b, matcher, matched = _matched(text, by_ctc)
     missed = max(
         ((i2 - i1) - (j2 - j1) for kind, i1, i2, j1, j2 in matcher.get_opcodes() if kind != "equal"), default=0
     )
     return matched / len(a) if missed >= MISSED and 2 * matched >= len(b) else None
 
 
-def split(window: Window, share: float) -> list[Window]:
+def agreement(text: str, by_ctc: str) -> int:
+    """How many words of a text CTC reads, too, less those that it does not read."""
+    _, b, _, matched = _matched(text, by_ctc)
+    return 2 * matched - len(b)
+
+
+def _matched(text: str, by_ctc: str) -> tuple[list[str], list[str], SequenceMatcher, int]:
+    """The words that CTC reads, those of a text, how they match, and how many do."""
+    a, b = by_ctc.casefold().split(), text.casefold().split()
+    matcher = SequenceMatcher(None, a, b, autojunk=False)
+    return a, b, matcher, sum(block.size for block in matcher.get_matching_blocks())
+
+
+def split(window: Window, share: float, *, overlap: bool = True) -> list[Window]:
     """Pieces of a window of which a model has read only `share`: phrases between pauses, or else windows that overlap.
 
     Where it has read more than half, two phrases and more stay together, up to 0.6 of the window's length. Empty if the
-    window is too short to be cut. Silence around the phrases is left out.
+    window is too short to be cut, or without pauses if nothing may `overlap`. Silence around the phrases is left out.
     """
     if window.seconds <= SHORTEST:
         return []
@@ -261,6 +286,8 @@ def split(window: Window, share: float) -> list[Window]:
         for a, b in quiet_runs(quiet)
         if a > 0 and b < len(quiet) and (b - a) * size >= PAUSE * SAMPLING_RATE
     ]
+    if not cuts and not overlap:
+        return []
     if not cuts:
         parts = list(cut_into_windows(iter([window.samples]), seconds=max(target, SHORTEST), overlap=SHORTEST / 4))
     else:

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -12,7 +12,7 @@ from soundwave.inference.formats import ENDINGS, verbose
 from soundwave.inference.transcript import Transcript
 
 TIMED_ENDINGS = (".srt", ".vtt", ".tsv")
-STATE = ("bytes", "modified", "model")  # of a row: the recording's size and time, and the model that has read it
+STATE = ("bytes", "modified")  # of a row: the recording's size and time of change
 
 
 class State(NamedTuple):
@@ -29,6 +29,12 @@ class State(NamedTuple):
         except OSError:
             return None
         return cls(status.st_size, status.st_mtime_ns)
+
+
+def settings_of(model: Path, **settings: Any) -> dict[str, Any]:
+    """Settings of `JsonLines` with `trained`, when the weights in the folder of a model were written (ns)."""
+    written = [file.stat().st_mtime_ns for file in model.iterdir() if file.suffix in (".safetensors", ".bin")]
+    return {"trained": max(written, default=None), **settings}
 
 
 def row_of(file: Path, transcript: Transcript, *, times: bool = False) -> dict[str, Any]:
@@ -48,25 +54,36 @@ def line_of(row: dict[str, Any]) -> str:
 class JsonLines:
     """A file of JSON lines, one for each recording, that a later run with the same command continues.
 
-    A row counts as finished if the recording has the same size and time of change as when it was read, and the model is
-    the same. Other rows of these recordings are removed, because they are read again; rows of other recordings stay. A
-    last line that a kill has torn is removed. The file is locked against a second run.
+    A row counts as finished if the recording has the same size and time of change as when it was read, and the model
+    and the settings are the same. Other rows of these recordings are removed, because they are read again; rows of
+    other recordings stay. A last line that a kill has torn is removed. The file is locked against a second run.
 
     Args:
         path: the file; it is made, with its folder, if it is not there.
         files: the recordings of this run.
         model: what the rows call the model.
         times: the rows have words and segments.
+        settings: by which texts differ, in JSON's types. They are written into each row.
 
     Attributes:
         finished: those of the recordings that need not be read.
+        again: why others are read again that the file has a row of: each reason, and of how many.
 
     Raises:
         ValueError: the file holds something else, or another run writes it.
     """
 
-    def __init__(self, path: Path, files: Sequence[Path], model: str, *, times: bool = False):
-        self.path, self.model, self.times = path, model, times
+    def __init__(
+        self,
+        path: Path,
+        files: Sequence[Path],
+        model: str,
+        *,
+        times: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ):
+        self.path, self.times, self.again = path, times, Counter[str]()
+        self._made_by = {"model": model, **(settings or {})}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._locked()
         self._before = {str(file): State.of(file) for file in files}
@@ -86,17 +103,27 @@ class JsonLines:
                 raise ValueError(f"{path}: line {number} is no transcript; name another file, or a new one")
             mended |= torn
             kept.append((row, line))
-        rows = {row["file"]: (row, line) for row, line in kept if self._is_valid(row)}
+        faults = {row["file"]: self._fault(row) for row, _ in kept}
+        rows = {row["file"]: (row, line) for row, line in kept if self._fault(row) is None}
         self.finished = {file for file in files if str(file) in rows}
+        self.again.update(fault for name, fault in faults.items() if fault is not None and name not in rows)
         if mended or len(rows) < len(kept):
             self._replace(b"".join(line + b"\n" for _, line in rows.values()))
 
-    def _is_valid(self, row: dict[str, Any]) -> bool:
+    def _fault(self, row: dict[str, Any]) -> str | None:
+        """Why the recording of a row is read again; None if it need not be."""
         if row["file"] not in self._before:
-            return True
+            return None
         now = self._before[row["file"]]
-        known = now is not None and [row.get(name) for name in STATE] == [*now, self.model]
-        return known and (not self.times or "words" in row)
+        if now is None or [row.get(name) for name in STATE] != [*now]:
+            return "the recording has changed"
+        for name, value in self._made_by.items():
+            if name not in row or row[name] != value:
+                if name == "trained" and row.get(name):
+                    return "the weights of the model have changed"
+                before = json.dumps(row[name], ensure_ascii=False) if name in row else "not known"
+                return f"{name} was {before} and is {json.dumps(value, ensure_ascii=False)}"
+        return "its words have no times" if self.times and "words" not in row else None
 
     def _locked(self) -> IO[bytes]:
         file = self.path.open("ab")
@@ -122,7 +149,7 @@ class JsonLines:
         """Add the row of a recording."""
         state = self._before[str(file)]
         row = row_of(file, transcript, times=self.times)
-        row |= dict(zip(STATE, [*(state or (None, None)), self.model], strict=True))
+        row |= dict(zip(STATE, state or (None, None), strict=True)) | self._made_by
         self._file.write(line_of(row).encode("utf-8", "surrogateescape"))
         self._file.flush()
 
