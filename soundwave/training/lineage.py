@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from soundwave.data.manifest import Sample
+from soundwave.data.samples import Samples
 from soundwave.model.hub import TRAINING_FILE
 from soundwave.training.settings import StageConfig
-
-LICENCES = ("license", "licence")  # keys of a manifest's lines
 
 
 def write_lineage(
@@ -60,21 +61,18 @@ def data_of(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
     Licences are those of the lines' key `license`, with the number of lines that name it.
     """
-    manifests: dict[str, list[Sample]] = {}
-    for sample in samples:
-        manifests.setdefault(sample.id.rpartition(":")[0], []).append(sample)
+    samples = Samples.of(samples)
+    seconds = np.nan_to_num(samples.seconds()).tolist()
+    manifests: dict[str, list[tuple[float, str, str]]] = {}
+    for name, *found in zip(samples.manifests(), seconds, samples.tasks(), samples.licences(), strict=True):
+        manifests.setdefault(name, []).append(tuple(found))
     return [
         {
             "manifest": name,
             "samples": len(found),
-            "hours": round(sum(sample.duration or 0.0 for sample in found if sample.audio) / 3600, 4),
-            "tasks": dict(Counter(sample.task for sample in found)),
-            "licences": dict(Counter(licence for sample in found if (licence := licence_of(sample)))),
+            "hours": round(sum(seconds for seconds, _, _ in found) / 3600, 4),
+            "tasks": dict(Counter(task for _, task, _ in found)),
+            "licences": dict(Counter(licence for _, _, licence in found if licence)),
         }
         for name, found in manifests.items()
     ]
-
-
-def licence_of(sample: Sample) -> str | None:
-    """The licence that a manifest's line states."""
-    return next((str(sample.extra[key]) for key in LICENCES if sample.extra.get(key)), None)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from soundwave.data.manifest import Sample
+from soundwave.data.samples import LINES, Samples
 from soundwave.hardware import pick_dtype
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.provenance import commit, versions
@@ -189,7 +190,7 @@ def earlier_note(config: StageConfig, checkpoint: Path | None) -> dict[str, Any]
 
 def note_of(
     config: StageConfig,
-    samples: list[Sample],
+    samples: Samples,
     device: torch.device,
     earlier: dict[str, Any] | None,
     processes: int = 1,
@@ -209,8 +210,8 @@ def note_of(
     if config.dtype == "auto":  # a CPU decides by a short timing, which may have another result the next time
         found = str(pick_dtype(device.type)[0]).removeprefix("torch.")
         settings["dtype"] = earlier["config"].get("dtype", found) if earlier else found
-    tasks = dict(Counter(sample.task for sample in samples))
-    data = _digest(samples)
+    tasks = dict(Counter(samples.tasks()))
+    data = _digest(samples, earlier.get("data") if earlier else None)
     if earlier:
         old = earlier["config"] | {"samples": earlier["tasks"], "data": earlier.get("data", data)}
         new = settings | {"samples": tasks, "data": data}
@@ -252,8 +253,10 @@ def _refuse(config: StageConfig, changed: dict[str, tuple[Any, Any]], *, resume_
         )
 
 
-def _digest(samples: list[Sample]) -> str:
-    """Hash of the samples and their order."""
+def _digest(samples: Iterable[Sample], earlier: str | None = None) -> str:
+    """Hash of the samples and their order, comparable with that of an earlier run."""
+    if isinstance(samples, Samples) and (found := samples.digest()) and (earlier or found).startswith(LINES):
+        return found
     digest = hashlib.sha256()
     for sample in samples:
         # Runs of version 0.1 knew no chats.

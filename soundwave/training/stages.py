@@ -8,7 +8,7 @@ III  LoRA, or LoRA + shrinking adapter  next token
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from soundwave.backbones.check import check_language_model
 from soundwave.data.audio import AudioError
-from soundwave.data.collate import CheckedCollator, LeftOut, tokens_of
+from soundwave.data.collate import CheckedCollator, LeftOut
 from soundwave.data.manifest import Sample
+from soundwave.data.samples import Samples, TrainingSet
 from soundwave.data.sampling import BucketBatchSampler, paper_temperature
 from soundwave.data.selection import select_samples
 from soundwave.hardware import GIB, memory_named, pick_device, pick_dtype
@@ -126,13 +127,14 @@ def _train_stage(
         with memory_named("while the blank's bias was set", _smaller_batch(config)):
             _initialise_blank(config, model, processor, _first_clips(collator, own, config.batch_size), processes)
 
+    all_samples = samples + mixed_in
     clock, stop = Clock(journal, note), StopOnSignal(processes)
     trainer = SoundwaveTrainer(
         model=model,
         args=_arguments(config, device),
-        train_dataset=[*samples, *mixed_in],
+        train_dataset=TrainingSet(all_samples),
         data_collator=collator,
-        batch_sampler=build_sampler(config, [*samples, *mixed_in], processes),
+        batch_sampler=build_sampler(config, all_samples, processes),
         journal=journal,
         strict=config.strict,
         processes=processes,
@@ -164,7 +166,7 @@ def _train_stage(
             with written_aside(folder) as aside:
                 model.save_pretrained(aside)
                 losses = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
-                write_lineage(aside, config, note, [*samples, *mixed_in], losses, journal.seconds)
+                write_lineage(aside, config, note, all_samples, losses, journal.seconds)
         except WriteError as error:
             fault = error
     if (fault := processes.of_first(fault)) is not None:
@@ -179,7 +181,7 @@ def _mixed_in(
     model: SoundwaveForConditionalGeneration,
     device: torch.device,
     processor: SoundwaveProcessor,
-    samples: list[Sample],
+    samples: Samples,
     goes_on: bool,
     processes: Processes,
 ) -> list[Sample]:
@@ -249,7 +251,7 @@ def _smaller_batch(config: StageConfig) -> str:
     )
 
 
-def _first_clips(collator: CheckedCollator, samples: list[Sample], count: int) -> list[torch.Tensor]:
+def _first_clips(collator: CheckedCollator, samples: Iterable[Sample], count: int) -> list[torch.Tensor]:
     """Features [n_mels, T_mel] of the first `count` samples that have audio."""
     clips: list[torch.Tensor] = []
     for sample in samples:
@@ -356,19 +358,18 @@ def _tell_what_is_loaded(config: StageConfig, model: SoundwaveConfig, dtype: tor
     _tell(config, f"loading {', and '.join(part.text for part in parts)}")
 
 
-def build_sampler(config: StageConfig, samples: list[Sample], processes: Processes | None = None) -> BucketBatchSampler:
+def build_sampler(
+    config: StageConfig, samples: Iterable[Sample], processes: Processes | None = None
+) -> BucketBatchSampler:
     """The batches of a stage: samples of similar length, which stage II draws at a temperature.
 
     The length is what a stage pads: frames in stage I, and in the others also the language model's input (prompts,
     answers and kept frames).
     """
-    if config.stage == 1:
-        lengths = [None if sample.audio is None else sample.duration or 0.0 for sample in samples]
-    else:
-        lengths = [tokens_of(sample) for sample in samples]
+    samples = Samples.of(samples)
     return BucketBatchSampler(
-        lengths,
-        [sample.task for sample in samples],
+        samples.seconds() if config.stage == 1 else samples.tokens(),
+        samples.tasks(),
         config.batch_size,
         seed=config.seed,
         temperature=paper_temperature if config.stage == 2 and config.temperature else None,
@@ -414,7 +415,7 @@ def _config_changes(config: StageConfig, model: Path) -> dict[str, Any]:
     return changes
 
 
-def _select(config: StageConfig, left_out: list[LeftOut]) -> list[Sample]:
+def _select(config: StageConfig, left_out: list[LeftOut]) -> Samples:
     """The samples that this stage trains on. Samples that cannot be used are added to `left_out`.
 
     Raises:

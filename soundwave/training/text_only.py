@@ -14,6 +14,7 @@ import torch
 from soundwave.backbones.load import token_ids
 from soundwave.data.instructions import instructions
 from soundwave.data.manifest import Sample, read_manifest
+from soundwave.data.samples import Samples
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, batch_to
 from soundwave.model.processing import SoundwaveProcessor
 from soundwave.training.journal import write_text
@@ -24,9 +25,9 @@ LONGEST = 64  # tokens; an answer that is longer is cut behind its last whole se
 AT_ONCE = 32  # answers
 
 
-def how_many(stage: int, share: float, samples: list[Sample]) -> int:
+def how_many(stage: int, share: float, samples: Samples) -> int:
     """How many text-only answers are mixed in: none in stage I, and none where the data has its own."""
-    return 0 if stage == 1 or any(sample.audio is None for sample in samples) else int(share * len(samples))
+    return 0 if stage == 1 or samples.has_text_only() else int(share * len(samples))
 
 
 def own_answers(
