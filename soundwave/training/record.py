@@ -255,8 +255,10 @@ def _refuse(config: StageConfig, changed: dict[str, tuple[Any, Any]], *, resume_
 
 def _digest(samples: Iterable[Sample], earlier: str | None = None) -> str:
     """Hash of the samples and their order, comparable with that of an earlier run."""
-    if isinstance(samples, Samples) and (found := samples.digest()) and (earlier or found).startswith(LINES):
-        return found
+    if isinstance(samples, Samples) and (found := samples.digest()):
+        if (earlier or found).startswith(LINES):
+            return found
+        say(f"comparing {len(samples)} samples with those of the run, which an older version began: once, for a while")
     digest = hashlib.sha256()
     for sample in samples:
         # Runs of version 0.1 knew no chats.
