@@ -1,5 +1,6 @@
 """Load the backbones: Whisper's encoder, and a language model (also in 4 bits) or only its output embedding."""
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -98,12 +99,15 @@ class _WhisperEncoder(WhisperEncoder):
     _keys_to_ignore_on_load_unexpected = [r"^(model\.)?decoder\.", r"^proj_out\."]
 
 
-def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | None = None) -> PreTrainedModel:
+def load_language_model(
+    name: str, dtype: torch.dtype, *, quantization: str | None = None, layers: bool = True
+) -> PreTrainedModel:
     """A frozen causal language model, which is a Hub id, a folder or an embedded name.
 
     Args:
         dtype: dtype of the weights; of quantised weights the dtype of the products.
         quantization: "nf4" (4 bits, double quantisation, through bitsandbytes) or None.
+        layers: False leaves the layers out; what remains are the embeddings.
 
     Raises:
         ValueError: the model has no output embedding, or the files are damaged or lack weights.
@@ -121,6 +125,8 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
     kind: Any = AutoModelForCausalLM
     if is_released(name):
         kind, settings["config"] = _ReleasedLlama, read_config("language_model", name)
+    if not layers:
+        settings["config"] = _without_layers(read_config("language_model", name))
     with _damage_named(name):
         model, info = kind.from_pretrained(
             resolve(name),
@@ -142,6 +148,15 @@ def load_language_model(name: str, dtype: torch.dtype, *, quantization: str | No
     head.register_forward_pre_hook(_contiguous)
     model.generation_config = _only_special_tokens(model)
     return model.requires_grad_(False)
+
+
+def _without_layers(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None):
+        text.layer_types = []
+    return config
 
 
 class _ReleasedLlama(LlamaForCausalLM):

@@ -1,13 +1,24 @@
 """The command `serve`."""
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from soundwave import __version__
 from soundwave.cli import common
 from soundwave.cli.common import DEMO_MODEL, ModelOption
+
+if TYPE_CHECKING:
+    from soundwave.inference.answer import LoadedModel
+
+
+class EngineName(str, Enum):
+    """Where the language model runs."""
+
+    here = "here"
+    vllm = "vllm"
 
 
 def serve(
@@ -45,6 +56,16 @@ def serve(
             metavar="CODE",
         ),
     ] = None,
+    engine: Annotated[
+        EngineName,
+        typer.Option(
+            help="Where the language model runs: here, in this process, or in a vLLM server, which gets prompts as "
+            "embeddings. That needs a model that `soundwave merge` wrote."
+        ),
+    ] = EngineName.here,
+    vllm_url: Annotated[
+        str, typer.Option(help="With --engine vllm: the address of `vllm serve … --enable-prompt-embeds`.")
+    ] = "http://127.0.0.1:8001",
     audio_first: Annotated[
         bool,
         typer.Option(
@@ -86,7 +107,7 @@ def serve(
     bound = bind(host, port)
     if not keys and not bound.getsockname()[0].startswith(("127.", "::1")):
         common.warn("everybody who reaches this address may use the model; give a key with --api-key-file", "note")
-    loaded = common.load_model(model)
+    loaded = common.load_model(model) if engine is EngineName.here else _loaded_for_vllm(model, vllm_url)
     from soundwave.serve.server import serve as serve_model
 
     name = name or name_of(model)
@@ -101,3 +122,14 @@ def serve(
         version=__version__,
         ready=lambda address: print(f"serving {name} at {address}", flush=True),
     )
+
+
+def _loaded_for_vllm(folder: Path, url: str) -> "LoadedModel":
+    common.quiet_transformers()
+    from soundwave.hardware import keep_memory_flat
+    from soundwave.serve.engine import Vllm, check_merged, load_for
+
+    check_merged(folder)
+    server = Vllm(url)
+    keep_memory_flat()
+    return load_for(server, folder)

@@ -53,6 +53,8 @@ class DraftCounts:
 
 def reason_against_drafts(language_model: Any) -> str:
     """The reason why a language model cannot check drafts exactly; empty if it can."""
+    if getattr(language_model, "runs_elsewhere", False):
+        return "it runs in another process"
     config = language_model.config.get_text_config()
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
     if kinds:

@@ -8,6 +8,9 @@ the window that has waited longest and adds the next ones of the same kind (tran
 full or its oldest window has waited for `max_wait_ms`. Windows of several recordings and requests meet in a batch; one
 that is so short or long that more than half of the batch would be padding waits for the next.
 
+Where the language model is in another process, `ELSEWHERE` batches are answered at a time, each by a thread of its own:
+one is encoded while others are written.
+
 Every request ends once, with `Done` or with `Failed`. A request that is cancelled leaves the queue at once; in a chat
 that is being answered its row ends with the next token. If a batch fails, its halves are tried alone, so that one bad
 request does not take others with it, and a batch that is too large for the memory still gets its answers.
@@ -16,7 +19,7 @@ request does not take others with it, and a batch that is too large for the memo
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -38,6 +41,7 @@ from soundwave.serve.errors import ApiError, shutting_down
 from soundwave.serve.settings import Limits
 
 AHEAD = 2  # batches of windows that are read ahead
+ELSEWHERE = 4  # batches that are answered at a time, if the language model is in another process
 SHORTEST = 2.0  # s; what a window costs besides its length is as much as this
 WASTE = 2.0  # a batch is at most this many times as long, with its padding, as its windows
 FRAMES_PER_SECOND = 25  # of speech that the language model gets at most, if nothing is shrunk
@@ -156,24 +160,26 @@ class Engine:
         self.seconds_per_request = 1.0
         self.changed = threading.Condition()
         self.jobs: set[Job] = set()
+        self.busy: Counter[Job] = Counter()  # how many windows of each are with the model
         self.to_read: deque[Job] = deque()
         self.items: deque[Item] = deque()
         self.closing = False
+        batches = ELSEWHERE if getattr(self.model.language_model, "runs_elsewhere", False) else 1
         self.threads = [
             threading.Thread(target=target, name=f"soundwave-{name}", daemon=True)
-            for name, target in (("reader", self._read), ("model", self._work))
+            for name, target in (("reader", self._read), *[("model", self._work)] * batches)
         ]
 
     # ------------------------------------------------------------ called by the server
 
     def start(self) -> None:
-        """Start both threads."""
+        """Start the threads."""
         for thread in self.threads:
             thread.start()
 
     @property
     def is_running(self) -> bool:
-        """Both threads are alive, and the engine is not closing."""
+        """All threads are alive, and the engine is not closing."""
         return not self.closing and all(thread.is_alive() for thread in self.threads)
 
     @property
@@ -325,6 +331,9 @@ class Engine:
             began = time.monotonic()
             self._answer(batch)
             took = time.monotonic() - began
+            with self.changed:
+                self.busy -= Counter(item.job for item in batch)
+                self.changed.notify_all()
             self.on_batch(batch[0].job.kind, len(batch), sum(item.seconds for item in batch), took)
             del batch  # its samples
 
@@ -332,15 +341,17 @@ class Engine:
         """Wait for windows and take a batch of them; empty if the engine closes."""
         with self.changed:
             while not self.closing:
-                if not self.items:
+                free = [item for item in self.items if item.job not in self.busy]
+                if not free:
                     self.changed.wait()
                     continue
-                left = self.items[0].arrived + self.limits.max_wait_ms / 1000 - time.monotonic()
-                if len(self.items) < self.limits.max_batch and left > 0:
+                left = free[0].arrived + self.limits.max_wait_ms / 1000 - time.monotonic()
+                if len(free) < self.limits.max_batch and left > 0:
                     self.changed.wait(left)
                     continue
-                batch = choose(self.items, self.limits.max_batch)
+                batch = choose(free, self.limits.max_batch)
                 taken = set(map(id, batch))
+                self.busy += Counter(item.job for item in batch)
                 self.items = deque(item for item in self.items if id(item) not in taken)
                 self.changed.notify_all()
                 return batch
@@ -358,7 +369,8 @@ class Engine:
             memory, fault = is_out_of_memory(error), error
             if len(batch) == 1:
                 log.error("a request could not be answered", exc_info=error)
-                self._end(batch[0].job, Failed(_out_of_memory() if memory else _internal(error)))
+                ours = error if isinstance(error, ApiError) else _out_of_memory() if memory else _internal(error)
+                self._end(batch[0].job, Failed(ours))
                 return
             log.warning("a batch of %d failed, its halves are tried: %r", len(batch), error)
             fault.__traceback__ = None  # it holds the tensors of the batch
@@ -453,17 +465,24 @@ class Engine:
 
 
 def choose(items: Sequence[Item], most: int) -> list[Item]:
-    """The oldest item, and those after it that go well with it into one batch of at most `most`."""
+    """The oldest item, and those after it that go well with it into one batch of at most `most`.
+
+    The windows of a recording keep their order: one of them that has to wait keeps those behind it waiting, too.
+    """
     batch = [items[0]]
     longest = total = max(items[0].seconds, SHORTEST)
+    waits: set[Job] = set()
     for item in list(items)[1:]:
         if len(batch) == most:
             break
         seconds = max(item.seconds, SHORTEST)
         padded = max(longest, seconds) * (len(batch) + 1)
-        if item.job.kind == batch[0].job.kind and padded <= WASTE * (total + seconds):
+        fits = item.job.kind == batch[0].job.kind and padded <= WASTE * (total + seconds)
+        if fits and item.job not in waits:
             batch.append(item)
             longest, total = max(longest, seconds), total + seconds
+        else:
+            waits.add(item.job)
     return batch
 
 

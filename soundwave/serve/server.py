@@ -18,7 +18,7 @@ from soundwave.data.collate import TRANSCRIBE_PROMPT
 from soundwave.inference.answer import LoadedModel, answer, read_ctc
 from soundwave.serve.app import create_app
 from soundwave.serve.batches import Engine
-from soundwave.serve.errors import shutting_down
+from soundwave.serve.errors import ApiError, shutting_down
 from soundwave.serve.metrics import Metrics
 from soundwave.serve.settings import Limits
 
@@ -44,10 +44,16 @@ def serve(
         bound: what `bind` returned; it listens once the model has read its first sound.
         name, keys, languages, audio_first, version: as in `create_app`.
         ready: called with the server's address when it listens.
+
+    Raises:
+        ValueError: the model cannot answer, because its language model is in another process that refuses to.
     """
     for name_of_logger in ("python_multipart", "uvicorn.error"):  # a line for each junk request would fill the disk
         logging.getLogger(name_of_logger).setLevel(logging.ERROR)
-    warm_up(loaded)
+    try:
+        warm_up(loaded)
+    except ApiError as error:  # of an engine in another process
+        raise ValueError(f"the model cannot answer: {error.detail}") from None
     metrics = Metrics()
     engine = Engine(loaded, limits, metrics.on_batch)
     app = create_app(
