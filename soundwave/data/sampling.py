@@ -66,7 +66,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        lengths: Sequence[float | None],
+        lengths: Sequence[float | None] | np.ndarray,
         groups: Sequence[str],
         batch_size: int,
         *,
@@ -155,7 +155,7 @@ class DynamicBatchSampler(BucketBatchSampler):
 
     def __init__(
         self,
-        lengths: Sequence[float | None],
+        lengths: Sequence[float | None] | np.ndarray,
         groups: Sequence[str],
         costs: Sequence[Sequence[float]] | np.ndarray,
         budget: Sequence[float],
