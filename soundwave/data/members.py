@@ -32,6 +32,7 @@ PATTERN = re.compile(
 )
 INSTALL = "install pyarrow: pip install 'soundwave-fused[parquet]'"
 ROWS_AT_ONCE = 8  # of a Parquet column: the recordings that are in memory at a time
+PAGE = 1 << 20  # bytes of a Parquet column that are read at once, and not a whole row group
 OPEN_COLUMNS = 4  # of a thread
 TAR_BLOCK = 512  # bytes of a header
 
@@ -202,7 +203,7 @@ class _ParquetColumn:
     def __init__(self, path: str, column: str):
         pyarrow = import_pyarrow()
         try:
-            self.file = pyarrow.parquet.ParquetFile(path)
+            self.file = pyarrow.parquet.ParquetFile(path, buffer_size=PAGE, pre_buffer=False)
         except (pyarrow.ArrowException, OSError) as error:
             raise Fault(damaged("Parquet", error)) from None
         self.path = _column_of(self.file.schema_arrow, column)
