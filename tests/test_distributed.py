@@ -268,8 +268,8 @@ def killed(runs, folder) -> SimpleNamespace:
     out, logs, second = folder / "killed", folder / "logs of killed", None
     words = [f"{name}={'null' if value is None else value}" for name, value in runs["killed"]["settings"].items()]
     command = [SCRIPT, "train", "1", *words, f"out={out}"]
-    process = subprocess.Popen(
-        [*LAUNCH, "--redirects", "3", "--log-dir", logs, "--no-python", *command],
+    process = processes.Popen(
+        [sys.executable, *LAUNCH, "--redirects", "3", "--log-dir", logs, "--no-python", *command],
         env=os.environ | processes.WITHOUT_COMPILER,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -279,7 +279,7 @@ def killed(runs, folder) -> SimpleNamespace:
     while not (out / "checkpoint-2").exists():
         second = second or child(process.pid, 1)
         assert process.poll() is None, printed(logs, 0)
-        time.sleep(0.02)
+        time.sleep(0.02 if second else 0.2)  # until then all processes of the machine are looked through
     os.kill(second, signal.SIGKILL)
     start = time.monotonic()
     process.communicate(timeout=60)

@@ -43,10 +43,9 @@ from soundwave.serve.batches import Done, Engine, Item, Job, Text, choose
 from soundwave.serve.errors import ApiError
 from soundwave.serve.metrics import Metrics
 from soundwave.serve.settings import Limits, bind, name_of, read_keys
-from tests.processes import WITHOUT_COMPILER
+from tests import processes
 from tests.serving import InThread
 
-SCRIPT = Path(sys.executable).with_name("soundwave")
 SENTENCES = ("turn on the light", "seven five two", "what time is it in the kitchen", "stop")
 QUESTION = "Who speaks?"
 KEY = "a-key-of-the-tests"
@@ -84,9 +83,9 @@ class Server:
     """A process that serves a model."""
 
     def __init__(self, folder: Path, *words: str, **variables: str):
-        environment = os.environ | WITHOUT_COMPILER | {"OMP_NUM_THREADS": "1"} | variables
-        command = [str(SCRIPT), "serve", "--model", str(folder), "--port", "0", *words]
-        self.process = subprocess.Popen(
+        environment = os.environ | processes.WITHOUT_COMPILER | {"OMP_NUM_THREADS": "1"} | variables
+        command = [processes.SCRIPT, "serve", "--model", str(folder), "--port", "0", *words]
+        self.process = processes.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
         line = self.process.stdout.readline()
