@@ -13,7 +13,7 @@ import pytest
 from soundwave.inference import reading
 from soundwave.inference.answer import LoadedModel
 from soundwave.inference.long import transcribe, transcribe_each
-from soundwave.inference.reading import Text, Window, cut_into_windows, join, share_read, split
+from soundwave.inference.reading import Text, Window, cut_into_windows, join, share_read, split, together
 from soundwave.inference.results import FolderOfFiles, JsonLines, plan, settings_of
 from soundwave.inference.timestamps import TimedWord, text_of
 from soundwave.inference.transcript import Segment, Transcript
@@ -222,6 +222,36 @@ def test_a_text_stays_if_its_pieces_agree_with_ctc_less(loaded, hearing):
         read=lambda heard: f"{all_words(heard)} male slow normal slow normal",
     )
     assert lengths(transcribe(sentences(1.5, 2.0), loaded).text) == pytest.approx([150, 200], abs=4)
+
+
+def test_phrases_that_ctc_does_not_confirm_are_read_with_the_phrase_behind_the_shorter_pause(loaded, hearing):
+    """A sentence has a pause; the language model writes it only as a whole, and other sentences only alone."""
+
+    def write(heard: Sentences) -> str:
+        sizes = [int(sentence[0][1:]) for sentence in heard]
+        known = len(sizes) == 1 and sizes[0] > 220 or len(sizes) == 2 and max(sizes) < 220
+        return all_words(heard) if known else "I hear: call"
+
+    audio = np.concatenate([sentences(2.5), sentences(1.5, pause=0.25), sentences(2.0), sentences(3.0)])
+    for batch_size in (1, 3):
+        hearing(write)
+        text = transcribe(audio, loaded, batch_size=batch_size).text
+        assert lengths(text) == pytest.approx([250, 150, 200, 300], abs=4)
+
+
+@pytest.mark.parametrize(
+    ("agreed", "runs"),
+    [
+        ([1, 1, 1, 1], []),
+        ([1, -1, 1, 1], [range(1, 3)]),
+        ([-1, 1, -1, -1], [range(0, 4)]),
+        ([1, 1, 1, -1], [range(2, 4)]),
+        ([-1, 1, 1, -1], [range(0, 2), range(2, 4)]),
+    ],
+)
+def test_a_phrase_is_put_to_the_nearer_neighbour(agreed, runs):
+    pieces = [Window(noise(1), start) for start in (0.0, 1.5, 2.7, 4.0)]  # pauses of 0.5, 0.2 and 0.3 s
+    assert together(pieces, agreed) == runs
 
 
 def test_words_that_overlapping_pieces_double_do_not_count(loaded, hearing, monkeypatch):

@@ -4,7 +4,8 @@ A language model that was trained on sentences may write the first sentence of a
 says. That would lose speech without a word, so its text is compared with what CTC reads: where `MISSED` words and more
 have no counterpart, the window is cut at its pauses into pieces as long as what was read, and they are read again,
 until nothing is missing. If CTC reads less than half of the text's words, the phrases between the pauses are read
-again. As CTC may be wrong, what is read again is taken only if it agrees with CTC better than the text did.
+again. A phrase whose text CTC does not read may have been cut off inside of a sentence: it is read once more with the
+phrase beside it. As CTC may be wrong, what is read again is taken only if it agrees with CTC better.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -188,14 +189,19 @@ class Reader:
         """
         return [text for text, _ in self._read(windows, timed)]
 
-    def _read(self, windows: Sequence[Window], timed: bool, *, again: bool = False) -> list[tuple[Text, int]]:
-        """The text of each window and its `agreement` with CTC; `again`: of pieces of a window that was read wrong."""
+    def _read(self, windows: Sequence[Window], timed: bool, again: int = 0) -> list[tuple[Text, int]]:
+        """The text of each window and its `agreement` with CTC.
+
+        Args:
+            again: 1 for pieces of a window whose text CTC does not confirm, which are not cut for that reason again;
+                2 for pieces that were put together, which are not cut at all.
+        """
         found: list[tuple[Text, int]] = []
         for start in range(0, len(windows), self.batch_size):
             found += self._read_batch(windows[start : start + self.batch_size], timed, again)
         return found
 
-    def _read_batch(self, windows: Sequence[Window], timed: bool, again: bool) -> list[tuple[Text, int]]:
+    def _read_batch(self, windows: Sequence[Window], timed: bool, again: int) -> list[tuple[Text, int]]:
         nothing = Text("", ()), 0
         loud = [window for window in windows if not window.silent]
         if not loud:
@@ -224,13 +230,14 @@ class Reader:
             text = " ".join((by_ctc if self.ctc else texts[place]).split())
             agreed = agreement(text, by_ctc)
             wanted = bool(timed or window.before or window.after)
-            pieces, wrong = [], False
-            if not self.ctc and place not in cut and (share := share_read(text, by_ctc)) is not None:
+            pieces, confirmed = [], agreed >= 0
+            share = None if self.ctc or place in cut or again == 2 else share_read(text, by_ctc)
+            if share is not None:
                 pieces = split(window, share)
-            elif not self.ctc and not again and agreed < 0 and len(by_ctc.split()) >= MISSED:
-                pieces, wrong = split(window, 0.0, overlap=False), True
+            elif not self.ctc and not again and not confirmed and len(by_ctc.split()) >= MISSED:
+                pieces = split(window, 0.0, overlap=False)
             if pieces:
-                parts = self._read(pieces, wanted, again=again or wrong)
+                pieces, parts = self._read_pieces(window, pieces, wanted, again if confirmed else 1)
                 joined = join(pieces, [part for part, _ in parts])
                 doubled = sum(len(part.text.split()) for part, _ in parts) - len(joined.text.split())
                 if (better := sum(each for _, each in parts) - doubled) > agreed:
@@ -242,6 +249,18 @@ class Reader:
             ]
             found[id(window)] = Text(text, None if words is None else tuple(words), place in cut), agreed
         return [found.get(id(window), nothing) for window in windows]
+
+    def _read_pieces(
+        self, window: Window, pieces: list[Window], timed: bool, again: int
+    ) -> tuple[list[Window], list[tuple[Text, int]]]:
+        """Read the pieces of a window, and once more `together` those that CTC does not confirm."""
+        parts = self._read(pieces, timed, again)
+        runs = [run for run in together(pieces, [agreed for _, agreed in parts]) if len(run) < len(pieces)]
+        wider = [_span(window, pieces[run[0]], pieces[run[-1]]) for run in runs]
+        for run, whole, part in reversed(list(zip(runs, wider, self._read(wider, timed, 2), strict=True))):
+            if part[1] > sum(parts[place][1] for place in run):
+                pieces[run[0] : run[-1] + 1], parts[run[0] : run[-1] + 1] = [whole], [part]
+        return pieces, parts
 
 
 def share_read(text: str, by_ctc: str) -> float | None:
@@ -304,6 +323,28 @@ def split(window: Window, share: float, *, overlap: bool = True) -> list[Window]
     parts[0] = parts[0]._replace(before=window.before)
     parts[-1] = parts[-1]._replace(after=window.after)
     return parts if len(parts) > 1 else []
+
+
+def together(pieces: Sequence[Window], agreed: Sequence[int]) -> list[range]:
+    """Runs of pieces that are read together, because a text has a negative `agreement` with CTC.
+
+    Each such piece is put together with the neighbour behind the shorter pause. Pieces that overlap have none.
+    """
+    gaps = [b.start - a.start - a.seconds for a, b in zip(pieces, pieces[1:], strict=False)]
+    closed = set()
+    for place, each in enumerate(agreed):
+        beside = [gap for gap in (place - 1, place) if 0 <= gap < len(gaps) and not pieces[gap + 1].before]
+        if each < 0 and beside:
+            closed.add(min(beside, key=lambda gap: gaps[gap]))
+    firsts = [place for place in range(len(pieces)) if place - 1 not in closed]
+    runs = [range(a, b) for a, b in zip(firsts, [*firsts[1:], len(pieces)], strict=True)]
+    return [run for run in runs if len(run) > 1]
+
+
+def _span(window: Window, first: Window, last: Window) -> Window:
+    """The part of a window from one of its pieces to another."""
+    start, end = (round((second - window.start) * SAMPLING_RATE) for second in (first.start, last.start + last.seconds))
+    return Window(window.samples[start:end], first.start, first.before, last.after)
 
 
 def join(windows: Sequence[Window], texts: Sequence[Text]) -> Text:
