@@ -25,7 +25,7 @@ from soundwave.data.audio import LONGEST_SAMPLES, SAMPLING_RATE, AudioError, loa
 from soundwave.data.collate import SILENCE
 from soundwave.hardware import memory_named, pick_dtype
 
-LONGEST_TEXT = 224  # tokens, half of what Whisper's decoder holds; OpenAI's own decoding has the same limit
+LONGEST_TEXT = 1 / 2  # of what the decoder holds (448 tokens); OpenAI's own decoding has the same limit
 BLOCKS = 4000  # Ray hands out so many pieces of the work at most
 
 
@@ -61,7 +61,8 @@ class Whisper:
         self.model = loaded.to(self.device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.extractor = WhisperFeatureExtractor.from_pretrained(folder)
-        self.settings: dict[str, Any] = {"max_new_tokens": LONGEST_TEXT, "do_sample": False, "num_beams": 1}
+        longest = int(LONGEST_TEXT * self.model.config.max_target_positions)
+        self.settings: dict[str, Any] = {"max_new_tokens": longest, "do_sample": False, "num_beams": 1}
         if getattr(self.model.generation_config, "is_multilingual", False):
             self.settings |= {"task": "transcribe", "language": language}
 
