@@ -48,6 +48,7 @@ EXTRAS = {
     "serve": ["fastapi", "uvicorn", "python-multipart", "prometheus-client"],
     "scores": ["sacrebleu"],  # BLEU and chrF of translations
     "parquet": ["pyarrow"],  # data sets as Parquet, or as Hugging Face's datasets save them
+    "ray": ["ray[data]"],  # curation on a cluster; 150 MB to download, so its test is skipped where it is not installed
     "dev": [
         "sacrebleu",
         "fastapi",  # with the next three the server
