@@ -54,6 +54,8 @@ APPENDED = {
     f"audio_tower={backbones.WHISPER} language_model=$SMALL_LLM",
     "train model=Soundwave": "steps=1 batch_size=2 accumulation=1 dtype=float32 lora_rank=4 quantization=none",
     "splice": "--count 2",
+    "curate": "--help",
+    "data data/spliced": "--help",
     "demo": "--help",
     "ablate": "--help",
     "serve": "--help",
@@ -305,25 +307,12 @@ def leave(_: Home, words: list[str]) -> None:
 
 
 # The first pattern that a command begins with, its program's folder aside, decides.
-def convert_table(home: Home, words: list[str]) -> None:
-    """`python -c CODE < TABLE > MANIFEST`: run on a table of the recordings, the result is a manifest."""
-    python, flag, code, _, table, _, manifest = words
-    assert (python, flag) == ("python", "-c")
-    first = read_manifest("data/train.jsonl")[0]
-    Path(table).write_text(f'audio_filepath,text\n{Path(first.audio).relative_to(Path("data").resolve())},"one, two"\n')
-    with open(table) as given, open(manifest, "w") as written:
-        subprocess.run([sys.executable, flag, code], stdin=given, stdout=written, check=True)
-    (found,) = read_manifest(manifest)
-    assert (found.audio, found.text) == (first.audio, "one, two")
-
-
 RULES: list[tuple[str, Callable[[Home, list[str]], None]]] = [
     ("soundwave", run_soundwave),
     ("make", dry_make),
     (r"(python -m )?pip install", parse_pip),
     ("pytest", collect_tests),
     (r"python ([\w/]+\.py|-m tests\.ptx)|ruff|tensorboard", check_options),
-    ("python -c", convert_table),
     ("nsys profile|ncu", run_wrapped),
     ("torchrun|accelerate launch", run_launched),
     ("curl", run_curl),
