@@ -92,7 +92,7 @@ def heard(tmp_path_factory):
     rows = []
     with Espeak() as espeak:
         for number, sentence in enumerate(SENTENCES):
-            samples, rate = espeak.synthesize(sentence, voice="en-gb-x-rp", rate=140)
+            samples, rate = espeak.synthesize(sentence, voice="en-gb-x-rp", rate=120)
             soundfile.write(folder / f"{number}.wav", soxr.resample(samples, rate, RATE), RATE)
             rows.append({"audio_filepath": f"{number}.wav", "text": sentence, "speaker": "x"})
     rows[1]["text"], rows[3]["text"] = rows[3]["text"], rows[1]["text"]
@@ -105,13 +105,13 @@ def heard(tmp_path_factory):
         {"audio_filepath": "0.wav", "text": "[noise] ..."},
         {"task": "qa", "prompt": "What is two plus two?", "answer": "Four"},
     ]
-    return curate(write_lines(folder, rows), filters=Filters(wer=0.5), workers=1, batch_size=3)
+    return curate(write_lines(folder, rows), filters=Filters(wer=0.7), workers=1, batch_size=3)
 
 
 def test_wrong_transcripts_are_left_out_and_others_kept(heard):
     assert [row["text"] for row in rows_of(heard.kept)] == [SENTENCES[0], SENTENCES[2]]
     assert [row["text"] for row in rows_of(heard.left_out) if row["reason"] == "wer"] == [SENTENCES[3], SENTENCES[1]]
-    assert all(row["wer"] >= 0.5 for row in rows_of(heard.left_out) if row["reason"] == "wer")
+    assert all(row["wer"] >= 0.7 for row in rows_of(heard.left_out) if row["reason"] == "wer")
 
 
 def test_every_line_is_in_one_manifest_with_its_reason_in_order(heard):
@@ -128,7 +128,7 @@ def test_a_line_keeps_all_that_it_holds(heard):
         "reason": "audio", "why": "",
     }  # fmt: skip
     kept = rows_of(heard.kept)[0]
-    assert kept["speaker"] == "x" and kept["wer"] < 0.5 and kept["pred_text"] and kept["duration"] > 3
+    assert kept["speaker"] == "x" and kept["wer"] < 0.7 and kept["pred_text"] and kept["duration"] > 3
 
 
 def test_what_is_kept_is_a_manifest(heard):

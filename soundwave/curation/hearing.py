@@ -141,7 +141,12 @@ def read_in_processes(
     Raises:
         ChildProcessError: a process was ended from outside, for example by a system without memory.
     """
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("spawn")
+    if (
+        "forkserver" in multiprocessing.get_all_start_methods()
+    ):  # one process imports torch, and the others are its copies
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "transformers.models.whisper.modeling_whisper"])
     gpus = torch.cuda.device_count() if settings["device"] == "cuda" else 0
     count = context.Value("i", 0)
     with (
