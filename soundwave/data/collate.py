@@ -5,9 +5,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from soundwave.data.audio import SAMPLING_RATE, AudioError, load_audio, seconds_of, shown
+from soundwave.data.features import FEW_FRAMES, Features, Frames
 from soundwave.data.forms import TRANSCRIBE_PROMPT
 from soundwave.data.manifest import Sample
 from soundwave.model.chat import ChatError, Prompt, text_of
@@ -54,8 +56,10 @@ class Collator:
             return self.processor.pad_features([silence]) | {"ctc_labels": self.processor.ctc_labels([None])}
         return dict(self.processor([TRANSCRIBE_PROMPT], [None], ["."], [None] if self.stage == 2 else None))
 
-    def collate(self, samples: list[Sample], clips: list[Tensor | None]) -> dict[str, Tensor]:
-        """The batch of `samples`; `clips` are their features [n_mels, T_mel], None for text only."""
+    def collate(self, samples: list[Sample], clips: Sequence[Tensor | Frames | None]) -> dict[str, Tensor]:
+        """The batch of `samples`; `clips` are their features [n_mels, T_mel], or frames, None for text only."""
+        if any(isinstance(clip, Frames) for clip in clips):
+            return self._collate_frames(samples, cast("Sequence[Frames | None]", clips))
         if self.stage == 1:
             labels = self.processor.ctc_labels([ctc_text_of(sample) for sample in samples])
             recordings = cast("list[Tensor]", clips)  # stage I has no sample without audio
@@ -69,6 +73,21 @@ class Collator:
             )
         )
 
+    def _collate_frames(self, samples: list[Sample], clips: Sequence[Frames | None]) -> dict[str, Tensor]:
+        """The same batch with `encoder_frames` [N, E], those of each clip after the clip before, for input_features."""
+        heard = [clip is not None for clip in clips]
+        batch: dict[str, Tensor] = {}
+        if self.stage > 1:
+            answers = [answer_of(sample) for sample in samples]
+            batch = self.processor.text_inputs([prompt_of(sample) for sample in samples], heard, answers)
+        found = [clip for clip in clips if clip is not None]
+        batch["encoder_frames"] = torch.cat([clip.rows for clip in found])
+        batch["feature_lengths"] = torch.tensor([clip.mel_frames for clip in found])
+        if self.stage < 3:
+            texts = [ctc_text_of(sample) for sample, is_heard in zip(samples, heard, strict=True) if is_heard]
+            batch["ctc_labels"] = self.processor.ctc_labels(texts)
+        return batch
+
 
 class CheckedCollator(Collator):
     """A Collator that leaves out samples that cannot be trained on, and adds the names of the others to the batch.
@@ -80,11 +99,14 @@ class CheckedCollator(Collator):
     Args:
         processor, stage: as in Collator.
         frame_stack: encoder frames (50 Hz) per CTC frame, as in SoundwaveConfig.
+        features: where the encoder's frames are read in place of the recordings, but for batches of few frames.
     """
 
-    def __init__(self, processor: SoundwaveProcessor, stage: int, *, frame_stack: int = 2):
+    def __init__(
+        self, processor: SoundwaveProcessor, stage: int, *, frame_stack: int = 2, features: Features | None = None
+    ):
         super().__init__(processor, stage)
-        self.frame_stack = frame_stack
+        self.frame_stack, self.features = frame_stack, features
 
     def __call__(self, samples: Sequence[Sample | LeftOut]) -> dict[str, Any]:
         """Make a batch; what stands for a sample that cannot be read is among those left out.
@@ -92,7 +114,7 @@ class CheckedCollator(Collator):
         Returns:
             The tensors of Collator, none if every sample was left out; `samples` and `tasks`, list[str], the ids and
             tasks in the batch; `recordings`, list[str], the ids of the samples with a recording; `left_out`,
-            list[LeftOut].
+            list[LeftOut]; and `seconds`, the length of the recordings together.
         """
         kept, clips, left_out = [], [], []
         for sample in samples:
@@ -106,13 +128,16 @@ class CheckedCollator(Collator):
             else:
                 kept.append(sample)
                 clips.append(clip)
+        if 0 < sum(len(clip.rows) for clip in clips if isinstance(clip, Frames)) < FEW_FRAMES:
+            return CheckedCollator(self.processor, self.stage, frame_stack=self.frame_stack)(samples)
         batch: dict[str, Any] = self.collate(kept, clips) if kept else {}
         names = {"samples": [sample.id for sample in kept], "tasks": [sample.task for sample in kept]}
         names["recordings"] = [sample.id for sample, clip in zip(kept, clips, strict=True) if clip is not None]
-        return batch | names | {"left_out": left_out}
+        seconds = sum(sample.duration or 0.0 for sample in kept if sample.audio is not None)
+        return batch | names | {"left_out": left_out, "seconds": seconds}
 
-    def clip(self, sample: Sample) -> Tensor | None:
-        """Log-mel features [n_mels, T_mel] of a sample; None for text only.
+    def clip(self, sample: Sample) -> Tensor | Frames | None:
+        """Log-mel features [n_mels, T_mel] of a sample, or the encoder's frames of it; None for text only.
 
         Raises:
             AudioError: the sample must be left out.
@@ -121,25 +146,42 @@ class CheckedCollator(Collator):
             _check_chat(self.processor, sample)
         if sample.audio is None:
             return None
-        audio = load_audio(sample.audio, offset=sample.offset, duration=sample.duration)
-        if np.abs(audio).max() <= SILENCE and (sample.text or "").strip():
+        frames = None if self.features is None else self.features.of(sample)
+        if frames is None:
+            audio = load_audio(sample.audio, offset=sample.offset, duration=sample.duration)
+        silent = is_silent(audio) if frames is None else frames.silent
+        if silent and (sample.text or "").strip():
             raise AudioError(sample.audio, f"is silent, but its text is {_short(sample.text or '')}; record it again")
-        clip = self.processor.features(audio)
-        if not clip.isfinite().all():
-            loudest = np.abs(audio).max()
-            raise AudioError(sample.audio, f"has samples up to {loudest:.3g}; export it again with a full scale of 1")
+        clip: Tensor | Frames
+        if frames is None:
+            clip = self.processor.features(audio)
+            if not clip.isfinite().all():
+                raise AudioError(sample.audio, too_loud(audio))
+            mel_frames = clip.shape[1]
+        else:
+            clip, mel_frames = frames, frames.mel_frames
         text = ctc_text_of(sample)
         if self.stage < 3 and text and text.strip():
             ids = self.processor.ctc_ids(text)
             needed = len(ids) + sum(a == b for a, b in pairwise(ids))
-            frames = -(-clip.shape[1] // (2 * self.frame_stack))
-            if needed > frames:
+            there = -(-mel_frames // (2 * self.frame_stack))
+            if needed > there:
                 raise AudioError(
                     sample.audio,
-                    f"has {frames} frames, but its text {_short(text)} needs {needed}; correct the text, or the offset "
+                    f"has {there} frames, but its text {_short(text)} needs {needed}; correct the text, or the offset "
                     "and duration",
                 )
         return clip
+
+
+def is_silent(audio: np.ndarray) -> bool:
+    """Whether nothing is heard in a recording."""
+    return bool(np.abs(audio).max() <= SILENCE)
+
+
+def too_loud(audio: np.ndarray) -> str:
+    """What is wrong with a recording whose log-mel is not finite."""
+    return f"has samples up to {np.abs(audio).max():.3g}; export it again with a full scale of 1"
 
 
 def _short(text: str) -> str:

@@ -87,18 +87,7 @@ class SoundwaveProcessor(ProcessorMixin):
         audio_placeholder_id: int | None = None,
     ) -> "SoundwaveProcessor":
         """The processor that fits two backbones (Hub ids, local folders or embedded names)."""
-        audio = check_whisper(audio_tower)
-        folder = wheels.resolve(audio_tower)
-        if is_released(folder) and not (Path(folder) / "preprocessor_config.json").is_file():
-            window = audio.max_source_positions // 50  # seconds; all other settings are the same for every Whisper
-            extractor = WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=window)
-        else:
-            extractor = _read_feature_extractor(audio_tower, folder)
-        if extractor.feature_size != audio.num_mel_bins:
-            raise ValueError(
-                f"audio_tower = {audio_tower!r} reads {audio.num_mel_bins} mel bins, but its preprocessor_config.json "
-                f"makes {extractor.feature_size}; copy the file that belongs to the model"
-            )
+        extractor = feature_extractor_of(audio_tower)
         tokenizer = check_tokenizer(language_model)
         try:
             return cls(
@@ -148,12 +137,7 @@ class SoundwaveProcessor(ProcessorMixin):
                 f"audio is {audio.dtype}, but samples are floating point with a full scale of ±1; divide samples of 16 "
                 "bits by 32768"
             )
-        least = self.feature_extractor.n_samples if self.whole_window else int(MINIMUM_SECONDS * wanted)
-        audio = np.pad(audio, (0, max(0, least - len(audio))))
-        features = self.feature_extractor(
-            audio, sampling_rate=wanted, padding=False, truncation=False, return_tensors="np"
-        )
-        return torch.from_numpy(features["input_features"][0])
+        return log_mel(self.feature_extractor, audio, whole_window=self.whole_window)
 
     def prompt_ids(self, prompt: Prompt, *, has_audio: bool = True) -> list[int]:
         """Token ids of a prompt up to the start of the answer.
@@ -262,10 +246,34 @@ class SoundwaveProcessor(ProcessorMixin):
         for name, values in {"audio": audio, "answers": answers, "transcripts": transcripts}.items():
             if values is not None and len(values) != len(prompts):
                 raise ValueError(f"{name} has {len(values)} entries, but prompts has {len(prompts)}")
+        heard = [recording is not None for recording in recordings]
+        data = self.text_inputs(prompts, heard, answers, padding_side=padding_side)
+        clips = [clip if isinstance(clip, Tensor) else self.features(clip) for clip in recordings if clip is not None]
+        if clips:
+            data |= self.pad_features(clips)
+            if transcripts is not None:
+                data["ctc_labels"] = self.ctc_labels(
+                    [text for text, clip in zip(transcripts, recordings, strict=True) if clip is not None]
+                )
+        return BatchFeature(data)
+
+    def text_inputs(
+        self,
+        prompts: Sequence[Prompt],
+        has_audio: Sequence[bool],
+        answers: Sequence[str] | None = None,
+        *,
+        padding_side: str | None = None,
+    ) -> dict[str, Tensor]:
+        """What `__call__` makes of the texts alone: `input_ids`, `attention_mask`, and with answers `labels`.
+
+        Args:
+            has_audio: per sample whether its prompt has a place for a recording.
+        """
         padding_side = padding_side or ("left" if answers is None else "right")
         rows, labels = [], []
         for i, prompt in enumerate(prompts):
-            prompt_ids = self.prompt_ids(prompt, has_audio=recordings[i] is not None)
+            prompt_ids = self.prompt_ids(prompt, has_audio=has_audio[i])
             answer_ids = [] if answers is None else self.answer_ids(answers[i])
             rows.append(prompt_ids + answer_ids)
             labels.append([IGNORE_INDEX] * len(prompt_ids) + answer_ids)
@@ -275,14 +283,7 @@ class SoundwaveProcessor(ProcessorMixin):
         }
         if answers is not None:
             data["labels"] = pad(labels, IGNORE_INDEX, padding_side)
-        clips = [clip if isinstance(clip, Tensor) else self.features(clip) for clip in recordings if clip is not None]
-        if clips:
-            data |= self.pad_features(clips)
-            if transcripts is not None:
-                data["ctc_labels"] = self.ctc_labels(
-                    [text for text, clip in zip(transcripts, recordings, strict=True) if clip is not None]
-                )
-        return BatchFeature(data)
+        return data
 
     def pad_features(self, clips: list[Tensor]) -> dict[str, Tensor]:
         """`input_features` [A, n_mels, T_mel] and `feature_lengths` int64 [A] from features [n_mels, T_mel] of clips.
@@ -323,6 +324,39 @@ def pad(rows: list[list[int]], value: int, side: str) -> Tensor:
         [value] * (width - len(row)) + row if side == "left" else row + [value] * (width - len(row)) for row in rows
     ]
     return torch.tensor(filled, dtype=torch.int64)
+
+
+def log_mel(extractor: WhisperFeatureExtractor, audio: np.ndarray, *, whole_window: bool) -> Tensor:
+    """Log-mel features float32 [n_mels, T_mel] of one clip, float32 [samples] at 16 kHz, at its true length.
+
+    With `whole_window` the clip is padded with silence to the encoder's window.
+    """
+    rate = extractor.sampling_rate
+    least = extractor.n_samples if whole_window else int(MINIMUM_SECONDS * rate)
+    audio = np.pad(audio, (0, max(0, least - len(audio))))
+    features = extractor(audio, sampling_rate=rate, padding=False, truncation=False, return_tensors="np")
+    return torch.from_numpy(features["input_features"][0])
+
+
+def feature_extractor_of(audio_tower: str) -> WhisperFeatureExtractor:
+    """The feature extractor of a Whisper (Hub id, local folder or embedded name).
+
+    Raises:
+        ValueError: its files are missing, or do not fit each other.
+    """
+    audio = check_whisper(audio_tower)
+    folder = wheels.resolve(audio_tower)
+    if is_released(folder) and not (Path(folder) / "preprocessor_config.json").is_file():
+        window = audio.max_source_positions // 50  # seconds; all other settings are the same for every Whisper
+        extractor = WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=window)
+    else:
+        extractor = _read_feature_extractor(audio_tower, folder)
+    if extractor.feature_size != audio.num_mel_bins:
+        raise ValueError(
+            f"audio_tower = {audio_tower!r} reads {audio.num_mel_bins} mel bins, but its preprocessor_config.json "
+            f"makes {extractor.feature_size}; copy the file that belongs to the model"
+        )
+    return extractor
 
 
 def _read_feature_extractor(audio_tower: str, folder: str) -> WhisperFeatureExtractor:

@@ -36,7 +36,7 @@ def write_lineage(
     entry = {
         "stage": config.stage,
         "steps": config.steps,
-        "samples_a_step": config.batch_size * config.accumulation * note.get("processes", 1),
+        "samples_a_step": _samples_a_step(config, note, losses),
         "learning_rate": config.learning_rate,
         "losses": {name: losses[name] for name in ("ctc_loss", "lm_loss") if losses.get(name) is not None},
         "seconds": round(seconds, 1),
@@ -45,6 +45,13 @@ def write_lineage(
     }
     text = json.dumps([*earlier, entry], indent=2, ensure_ascii=False)
     (folder / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _samples_a_step(config: StageConfig, note: dict[str, Any], losses: dict[str, float]) -> int | None:
+    """Samples of a step; with a budget the mean of the last steps that were logged."""
+    if config.batch_size is not None and not config.budgets:
+        return config.batch_size * config.accumulation * note.get("processes", 1)
+    return round(losses["batch_samples"]) if "batch_samples" in losses else None
 
 
 def _entries(file: Path) -> list[Any]:

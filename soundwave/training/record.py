@@ -153,6 +153,12 @@ def tell_of_processes(before: dict[str, Any] | None, note: dict[str, Any]) -> No
     if old == new:
         return
     was, now = (before or note)["config"], note["config"]
+    if any(at.get(name) is not None for at in (was, now) for name in ("batch_tokens", "batch_duration")):
+        say(
+            f"{_processes(old)} before, {new} now: the batches are others, so that of this epoch some samples may come "
+            "twice and some not at all; from the next epoch on each comes once again"
+        )
+        return
     a_batch = [at["batch_size"] * count for at, count in ((was, old), (now, new))]
     a_step = [size * at["accumulation"] for size, at in zip(a_batch, (was, now), strict=True)]
     of_step = f"a step has {a_step[1]} samples" + (" as before" if a_step[0] == a_step[1] else f", before {a_step[0]}")
@@ -163,7 +169,11 @@ def tell_of_processes(before: dict[str, Any] | None, note: dict[str, Any]) -> No
             "the samples of this epoch come in another order, so that some may come twice and some not at all; from "
             "the next epoch on each comes once again"
         )
-    say(f"{old} {'process' if old == 1 else 'processes'} before, {new} now: {of_step}; {changes}")
+    say(f"{_processes(old)} before, {new} now: {of_step}; {changes}")
+
+
+def _processes(count: int) -> str:
+    return f"{count} {'process' if count == 1 else 'processes'}"
 
 
 def earlier_note(config: StageConfig, checkpoint: Path | None) -> dict[str, Any] | None:
@@ -207,6 +217,7 @@ def note_of(
     settings = config.model_dump(mode="json")
     settings |= {"train": [str(path.resolve()) for path in config.train], "out": str(config.out.resolve())}
     settings |= {"model": None if config.model is None else str(config.model.resolve())}
+    settings |= {"features": None if config.features is None else str(config.features.resolve())}
     if config.dtype == "auto":  # a CPU decides by a short timing, which may have another result the next time
         found = str(pick_dtype(device.type)[0]).removeprefix("torch.")
         settings["dtype"] = earlier["config"].get("dtype", found) if earlier else found

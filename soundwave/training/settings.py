@@ -43,7 +43,23 @@ class StageConfig(BaseModel):
     )
 
     steps: Positive = Field(description="Number of optimiser steps")
-    batch_size: Positive = Field(description="Samples per device and forward pass")
+    batch_size: int | None = Field(
+        ge=1,
+        description="Samples per device and forward pass; with batch_tokens or batch_duration the most of them, "
+        "null: any number",
+    )
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens per device and forward pass, in place of batch_size: an estimate, 4 characters of "
+        "text or 0.2 s of speech each",
+    )
+    batch_duration: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Most seconds of speech per device and forward pass, in place of batch_size",
+    )
     accumulation: Positive = Field(description="Forward passes per optimiser step (gradient accumulation)")
     learning_rate: float = Field(gt=0, allow_inf_nan=False, description="Peak learning rate")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0")
@@ -101,7 +117,10 @@ class StageConfig(BaseModel):
     log_steps: Positive = Field(10, description="Steps between log entries")
     save_steps: Positive = Field(500, description="Steps between checkpoints")
     save_total_limit: Positive = Field(2, description="Number of checkpoints that are kept")
-    workers: int = Field(0, ge=0, description="Number of processes that load data")
+    workers: int = Field(0, ge=0, description="Number of processes that load data; each has two batches ready")
+    features: Path | None = Field(
+        None, description="Folder of encoder frames that `soundwave features` has written; null: they are computed"
+    )
     resume: bool | None = Field(
         None,
         description="null: continue from the newest checkpoint in out if its run had the same settings and data; "
@@ -116,15 +135,23 @@ class StageConfig(BaseModel):
     )
     quiet: bool = Field(False, description="Whether the progress is hidden")
 
+    @property
+    def budgets(self) -> dict[str, float]:
+        """What limits a batch in place of a number of samples: setting -> value. Empty without any."""
+        found = {"batch_tokens": self.batch_tokens, "batch_duration": self.batch_duration}
+        return {name: value for name, value in found.items() if value is not None}
+
 
 PAPER: dict[int, dict[str, Any]] = {
     1: {"steps": 6000, "batch_size": 32, "accumulation": 8, "learning_rate": 1e-4, "warmup_steps": 200},
     2: {"steps": 6000, "batch_size": 16, "accumulation": 8, "learning_rate": 3e-5, "warmup_steps": 200},
     3: {"steps": 4000, "batch_size": 8, "accumulation": 4, "learning_rate": 3e-5, "warmup_steps": 200},
 }
-PATHS = ("train", "out", "model")
+PATHS = ("train", "out", "model", "features")
 # The names of our settings in other trainers.
 OTHER_NAMES = {"lr": "learning_rate", "batch": "batch_size", "gradient_accumulation_steps": "accumulation"}
+OTHER_NAMES |= {"max_tokens": "batch_tokens", "max_duration": "batch_duration", "batch_seconds": "batch_duration"}
+OTHER_NAMES |= {"num_workers": "workers", "dataloader_num_workers": "workers"}
 
 
 class ConfigError(ValueError):
@@ -228,8 +255,9 @@ def make_config(stage: int, /, **values: Any) -> StageConfig:
         if isinstance(value, str) and StageConfig.model_fields[key].annotation is int:
             with suppress(ValueError):  # otherwise pydantic says what is wrong with it
                 values[key] = float(value)
+    budget = any(values.get(name) is not None for name in ("batch_tokens", "batch_duration"))
     try:
-        return StageConfig(**(PAPER[stage] | values))
+        config = StageConfig(**(PAPER[stage] | ({"batch_size": None} if budget else {}) | values))
     except ValidationError as error:
         faults = []
         for fault in error.errors():
@@ -243,6 +271,21 @@ def make_config(stage: int, /, **values: Any) -> StageConfig:
                 allowed = f"; allowed: {allowed_values(str(fault['loc'][0]))}" if unread else ""
                 faults.append(f"{key} = {fault['input']!r}: {fault['msg'].lower()}{allowed}")
         raise ConfigError("; ".join(faults)) from None
+    _check_batches(config)
+    return config
+
+
+def _check_batches(config: StageConfig) -> None:
+    """ConfigError if nothing says how large a batch may become."""
+    if config.batch_size is not None or config.batch_tokens is not None:
+        return
+    if config.batch_duration is None:
+        raise ConfigError("batch_size = None, but only batch_tokens or batch_duration can take its place; give one")
+    if config.stage > 1:
+        raise ConfigError(
+            f"batch_duration = {config.batch_duration:g} counts no text, of which stage {config.stage} may hold any "
+            "amount; give batch_tokens as well, or batch_size, the most samples of a batch"
+        )
 
 
 def _resolve_path(folder: Path, key: str, value: Any) -> Any:

@@ -13,16 +13,18 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from soundwave.backbones.check import check_language_model
-from soundwave.data.audio import AudioError
-from soundwave.data.collate import CheckedCollator, LeftOut
+from soundwave.data.audio import AudioError, shown
+from soundwave.data.collate import CheckedCollator, LeftOut, tokens_of
+from soundwave.data.features import FEW_FRAMES, Features, about_encoder
 from soundwave.data.manifest import Sample
 from soundwave.data.samples import Samples, TrainingSet
-from soundwave.data.sampling import BucketBatchSampler, paper_temperature
+from soundwave.data.sampling import BucketBatchSampler, DynamicBatchSampler, paper_temperature
 from soundwave.data.selection import select_samples
 from soundwave.hardware import GIB, memory_named, pick_device, pick_dtype
 from soundwave.model.configuration import SoundwaveConfig
@@ -48,8 +50,11 @@ from soundwave.training.record import (
 from soundwave.training.settings import ConfigError, StageConfig
 from soundwave.training.sharding import check_sharding, shard_layers, sharded_sizes, shares_of
 from soundwave.training.text_only import how_many, own_answers, read_answers
-from soundwave.training.trainer import SoundwaveTrainer
+from soundwave.training.trainer import SoundwaveTrainer, lost_worker_named
 
+LOOKED_AT = 20_000  # samples whose frames are looked for before training
+COMPARED = 8  # recordings that are encoded again to compare their frames
+UNITS = {"batch_size": "samples", "batch_tokens": "tokens", "batch_duration": "s of speech"}
 OF_STAGE_2 = ("keep", "keys", "lora_rank", "lora_alpha")  # settings that stage II may still change
 TRAINED = {
     1: ("alignment.", "blank_"),
@@ -85,6 +90,7 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
 def _train_stage(
     config: StageConfig, device: torch.device, processes: Processes
 ) -> tuple[Path, list[dict[str, float]], float]:
+    features = _open_features(config)
     checkpoint = processes.of_first(checkpoint_of(config) if processes.first else None)
     step = (step_of(checkpoint) or 0) if checkpoint else 0
     set_seed(config.seed)
@@ -95,6 +101,8 @@ def _train_stage(
     agree(config, checkpoint, note, processes)
     # A CPU finds its faster dtype by a timing, whose result may differ between the processes.
     config = config.model_copy(update={"dtype": processes.of_first(note["config"]["dtype"])})
+    if features is not None:
+        _refuse_without_frames(config, features, samples)
     if checkpoint:
         tell_where_it_goes_on(config, checkpoint)
         tell_of_processes(before, note)
@@ -121,11 +129,16 @@ def _train_stage(
     freeze_all_but(model, trained)
     if config.sharding != "none":
         _shard(config, model, device)
-    collator = CheckedCollator(processor, config.stage, frame_stack=model.config.frame_stack)
+    reader = CheckedCollator(processor, config.stage, frame_stack=model.config.frame_stack)
+    collator = CheckedCollator(processor, config.stage, frame_stack=model.config.frame_stack, features=features)
+    if features is not None:
+        whole_window = model.config.whole_window
+        features.refuse_misfit(about_encoder(model.audio_tower, processor.feature_extractor, whole_window))
+        _compare_frames(config, model, reader, features, samples)
     if config.model is None and checkpoint is None:
         own = samples[processes.rank :: processes.count]
         with memory_named("while the blank's bias was set", _smaller_batch(config)):
-            _initialise_blank(config, model, processor, _first_clips(collator, own, config.batch_size), processes)
+            _initialise_blank(config, model, processor, _first_clips(reader, own, config), processes)
 
     all_samples = samples + mixed_in
     clock, stop = Clock(journal, note), StopOnSignal(processes)
@@ -151,7 +164,8 @@ def _train_stage(
         clock.write_note()
     else:
         _tell(config, f"step {step + 1} of {config.steps} begins; a step has {samples_of_step(config)}")
-        with stop, closing(progress), memory_named("in a training step", _smaller_batch(config)):
+        in_a_step = memory_named("in a training step", _smaller_batch(config))
+        with stop, closing(progress), lost_worker_named(), in_a_step:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _summarise_left_out(journal, len(samples) + len(left_out))
     if trainer.state.global_step < config.steps:
@@ -174,6 +188,78 @@ def _train_stage(
     if processes.any(stop.asked):  # in the last step: what follows a stage, as in the demonstration, must not begin
         raise Interrupted(f"stopped at the end of stage {config.stage}, whose model is in {folder}")
     return folder, [entry for entry in trainer.state.log_history if "loss" in entry], journal.seconds
+
+
+def _open_features(config: StageConfig) -> Features | None:
+    """The frames that a stage reads in place of recordings.
+
+    Raises:
+        ConfigError, FeaturesError: they cannot take the place of recordings.
+    """
+    if config.features is None:
+        return None
+    found = f"features = {str(config.features)!r}, but"
+    if config.spec_augment:
+        raise ConfigError(
+            f"{found} spec_augment = True masks other parts of a recording in each epoch, and its frames are of whole "
+            "ones; give spec_augment=false, or leave out features"
+        )
+    if config.implementation != "fused" or not config.packed:
+        raise ConfigError(
+            f"{found} its frames are of packed rows, with other last bits than padded ones; give implementation=fused "
+            "and packed=true, or leave out features"
+        )
+    return Features(config.features)
+
+
+def _refuse_without_frames(config: StageConfig, features: Features, samples: Samples) -> None:
+    """ConfigError if the frames have another dtype, or samples have none; of many samples some are looked at.
+
+    One that is not looked at is left out, with its name, when its batch is made.
+    """
+    if features.about["dtype"] != config.dtype:
+        raise ConfigError(
+            f"dtype = {config.dtype!r}, but features = {str(config.features)!r} holds frames of "
+            f"{features.about['dtype']!r}; give dtype={features.about['dtype']}, or leave out features"
+        )
+    for sample in samples[:: max(1, len(samples) // LOOKED_AT)]:
+        if sample.audio is not None and not features.holds(sample):
+            raise ConfigError(
+                f"features = {str(config.features)!r} holds no frames of {sample.id} ({shown(sample.audio)}, offset "
+                f"{sample.offset:g}, duration {sample.duration:g}); write those of this manifest: soundwave features"
+            )
+
+
+@torch.no_grad()
+def _compare_frames(
+    config: StageConfig,
+    model: SoundwaveForConditionalGeneration,
+    reader: CheckedCollator,
+    features: Features,
+    samples: Samples,
+) -> None:
+    """Say it if the encoder gives other bits for the first recordings than there are in the folder of frames."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for sample in (sample for sample in samples[: 4 * COMPARED] if sample.audio is not None):
+        with suppress(AudioError):  # such a sample is left out, with a message, when its batch is made
+            clip, frames = reader.clip(sample), features.of(sample).rows
+            found += [(clip, frames)] if isinstance(clip, torch.Tensor) else []
+        if len(found) == COMPARED:
+            break
+    if sum(len(frames) for _, frames in found) < FEW_FRAMES:
+        return
+    inputs, dtype = reader.processor.pad_features([clip for clip, _ in found]), model.compute_dtype
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        own, _ = model.encode(inputs["input_features"].to(model.device), inputs["feature_lengths"], packed=True)
+    kept = torch.cat([frames for _, frames in found])
+    own = own.to(kept.dtype).cpu().float()
+    off = float((own - kept.float()).norm() / own.norm())
+    if off > 0:
+        say(
+            f"the encoder gives other last bits here than in {config.features} (by {off:.1g} of the frames), "
+            "because they depend on the device and on what is encoded together: the weights will not be those of a run "
+            "without features, bit for bit"
+        )
 
 
 def _mixed_in(
@@ -217,8 +303,13 @@ def _shard(config: StageConfig, model: SoundwaveForConditionalGeneration, device
 def samples_of_step(config: StageConfig) -> str:
     """How many samples a step has, in words: "64 samples (batch_size 16 x accumulation 2 x 2 processes)"."""
     count = count_launched()
-    of = f"batch_size {config.batch_size} x accumulation {config.accumulation} x {count} process"
-    return f"{config.batch_size * config.accumulation * count} samples ({of}{'es' if count > 1 else ''})"
+    of = f"x accumulation {config.accumulation} x {count} process{'es' if count > 1 else ''}"
+    sizes: dict[str, float] = {} if config.batch_size is None else {"batch_size": config.batch_size}
+    found = [
+        f"{most * config.accumulation * count:g} {UNITS[name]} ({name} {most:g} {of})"
+        for name, most in (config.budgets | sizes).items()
+    ]
+    return f"at most {' and '.join(found)}" if config.budgets else found[0]
 
 
 def _tell(config: StageConfig, line: str) -> None:
@@ -242,6 +333,8 @@ def _loading_bar(config: StageConfig) -> Iterator[None]:
 def _smaller_batch(config: StageConfig) -> str:
     now = config.batch_size
     fits = f"`soundwave memory --stage {config.stage}` tells what fits"
+    if config.budgets or now is None:
+        return f"use half of {' and '.join(config.budgets)}, and accumulation={2 * config.accumulation}; {fits}"
     if now == 1:
         return f"a batch is one sample already: use shorter recordings, or smaller backbones; {fits}"
     smaller = next(size for size in range(now // 2, 0, -1) if now % size == 0)
@@ -251,14 +344,18 @@ def _smaller_batch(config: StageConfig) -> str:
     )
 
 
-def _first_clips(collator: CheckedCollator, samples: Iterable[Sample], count: int) -> list[torch.Tensor]:
-    """Features [n_mels, T_mel] of the first `count` samples that have audio."""
+def _first_clips(collator: CheckedCollator, samples: Iterable[Sample], config: StageConfig) -> list[torch.Tensor]:
+    """Features [n_mels, T_mel] of the first samples that have audio, as many as a batch may hold."""
     clips: list[torch.Tensor] = []
+    left = list(config.budgets.values())
     for sample in samples:
+        left = [most - cost for most, cost in zip(left, _costs_of(sample, config), strict=True)]
+        if any(most < 0 for most in left):
+            break
         with suppress(AudioError):  # such a sample is left out, with a message, when its batch is made
             clip = collator.clip(sample)
             clips += [] if clip is None else [clip]
-        if len(clips) == count:
+        if len(clips) == config.batch_size:
             break
     return clips
 
@@ -367,15 +464,35 @@ def build_sampler(
     answers and kept frames).
     """
     samples = Samples.of(samples)
-    return BucketBatchSampler(
-        samples.seconds() if config.stage == 1 else samples.tokens(),
-        samples.tasks(),
-        config.batch_size,
-        seed=config.seed,
-        temperature=paper_temperature if config.stage == 2 and config.temperature else None,
-        rank=processes.rank if processes else 0,
-        ranks=processes.count if processes else 1,
-    )
+    lengths = samples.seconds() if config.stage == 1 else samples.tokens()
+    tasks, settings = samples.tasks(), _settings_of_sampler(config, processes)
+    if config.batch_size is not None and not config.budgets:
+        return BucketBatchSampler(lengths, tasks, config.batch_size, **settings)
+    all_costs = {"batch_tokens": samples.tokens(), "batch_duration": np.nan_to_num(samples.seconds())}
+    for name, most in config.budgets.items():
+        if len(over := np.flatnonzero(all_costs[name] > most)):
+            raise ConfigError(
+                f"{name} = {most:g}, but {samples[over[0]].id} alone has {all_costs[name][over[0]]:g} {UNITS[name]}; "
+                "give more, or leave the sample out"
+            )
+    costs = np.stack([all_costs[name] for name in config.budgets], axis=1)
+    budget, batches = list(config.budgets.values()), config.steps * config.accumulation
+    return DynamicBatchSampler(lengths, tasks, costs, budget, batches, batch_size=config.batch_size, **settings)
+
+
+def _settings_of_sampler(config: StageConfig, processes: Processes | None) -> dict[str, Any]:
+    return {
+        "seed": config.seed,
+        "temperature": paper_temperature if config.stage == 2 and config.temperature else None,
+        "rank": processes.rank if processes else 0,
+        "ranks": processes.count if processes else 1,
+    }
+
+
+def _costs_of(sample: Sample, config: StageConfig) -> list[float]:
+    """What a sample takes of each of the budgets."""
+    costs = {"batch_tokens": tokens_of(sample), "batch_duration": (sample.audio and sample.duration) or 0.0}
+    return [costs[name] for name in config.budgets]
 
 
 def _config_changes(config: StageConfig, model: Path) -> dict[str, Any]:
@@ -444,7 +561,7 @@ def _arguments(config: StageConfig, device: torch.device) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(config.out),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size or 1,  # Trainer only logs it: the sampler makes the batches
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,

@@ -4,9 +4,11 @@ import inspect
 import json
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -22,19 +24,20 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
 from soundwave.data.collate import LeftOut
-from soundwave.data.sampling import BucketBatchSampler
+from soundwave.data.sampling import BucketBatchSampler, DynamicBatchSampler
 from soundwave.data.selection import SampleError
 from soundwave.eager import IGNORE_INDEX
 from soundwave.kernels.dispatch import to_device
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, SoundwaveOutput
 from soundwave.training.callbacks import ignore_interrupts
 from soundwave.training.checkpoints import STATE_FILE, WriteError, clear_place, newest_checkpoint, rotate, written_aside
-from soundwave.training.distributed import Processes
+from soundwave.training.distributed import LostProcess, Processes
 from soundwave.training.journal import Journal, say, write_text
 from soundwave.training.sharding import Replica
 
 LOSSES = ("loss", "lm_loss", "ctc_loss")
 MEL_FRAMES_A_SECOND = 100
+LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pid>[\d, ]+)\) (?P<how>[^\n.]*)")
 BAD_BATCH = "bad-batch"  # name of two files, .json and .safetensors
 
 
@@ -66,7 +69,10 @@ class SoundwaveTrainer(Trainer):
         blank_share: share of the frames whose most probable id is blank.
         kept_per_second, kept_per_label: kept frames per second of audio, and per transcript token.
         compression: adapter frames per kept frame.  audio_per_second: seconds of audio trained on per second.
-        batch_samples: samples per step.
+        batch_samples: samples per step.  loading_share: share of the time that was spent waiting for data.
+        audio_padding, text_padding: share of the batches' mel frames and tokens that are padding.
+        encoder_padding: share of the frames that the encoder computes for nothing: of padding where rows are not
+            packed, and of silence where it reads whole windows.
 
     Args:
         journal: records the log, the samples left out and the steps skipped; None makes one for `args.output_dir`.
@@ -108,6 +114,7 @@ class SoundwaveTrainer(Trainer):
         self.max_skipped = min(max_skipped, self.args.max_steps)
         self._sums: dict[str, float | Tensor] = {}
         self._tasks: Counter[str] = Counter()
+        self._waited = self._heard = 0.0  # seconds for data, and seconds of speech, since the last log
         self._since = time.perf_counter()
         self._batches: list[dict[str, Any]] = []  # those of the current step
         self._faults: list[str] = []  # those of the current step
@@ -136,6 +143,7 @@ class SoundwaveTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=ignore_interrupts,
+            persistent_workers=self.args.dataloader_num_workers > 0,  # small data has an epoch every few steps
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
         # As accelerate prepares it for one process: the sampler has shared out the samples already. Its own division
@@ -146,14 +154,16 @@ class SoundwaveTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
         """As in Trainer; the batches of the step are remembered too, and what they leave out is recorded."""
+        start = time.perf_counter()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._waited += time.perf_counter() - start
         self._batches, self._faults, self._losses, self._unread, self._batch = batches, [], {}, [], 0
         counts = [counts_of(batch) for batch in batches]
         self._totals = {part: sum(count[part] for count in counts) for part in ("lm_loss", "ctc_loss")}
         left_out = [left for batch in batches for left in batch.get("left_out", ())]
         self._trained = any(tensors_of(batch) for batch in batches)
         if self.processes.count > 1:
-            counts = [*map(int, self._totals.values()), sum("input_features" in batch for batch in batches)]
+            counts = [*map(int, self._totals.values()), sum("feature_lengths" in batch for batch in batches)]
             *counts, lost, trained = self.processes.sums(*counts, len(left_out), int(self._trained))
             self._totals, self._trained = dict(zip(self._totals, counts, strict=False)), trained > 0
             self._recordings = counts[-1] > 0
@@ -187,6 +197,7 @@ class SoundwaveTrainer(Trainer):
             if names := inputs.get("recordings"):
                 tensors["augment_seeds"] = [crc32(repr((*key[:2], name)).encode()) for name in names]
         self._tasks.update(inputs.get("tasks", ()))
+        self._heard += inputs.get("seconds", 0.0)
         # Trainer would divide the loss by the number of batches; `compute_loss` weighs them by what they hold.
         self.current_gradient_accumulation_steps = 1
         return super().training_step(model, tensors, num_items_in_batch)
@@ -210,7 +221,7 @@ class SoundwaveTrainer(Trainer):
             if self.processes.count > 1:
                 part = part * self.processes.count  # the gradients of the processes are averaged, not added
             loss = torch.where(torch.isfinite(loss), part, 0.0)
-        if model.training and self.processes.count > 1 and (idle := self._idle("input_features" in inputs)):
+        if model.training and self.processes.count > 1 and (idle := self._idle("feature_lengths" in inputs)):
             loss = loss + torch.cat([parameter.flatten()[:0] for parameter in idle]).sum()  # 0, with gradients of 0
         return (loss, outputs) if return_outputs else loss
 
@@ -429,8 +440,10 @@ class SoundwaveTrainer(Trainer):
     @torch.no_grad()
     def _figures(self, outputs: SoundwaveOutput, inputs: dict[str, Tensor]) -> dict[str, float | Tensor]:
         """What a batch adds to the figures of the log."""
-        batch = inputs["input_ids"] if "input_ids" in inputs else inputs["input_features"]
+        batch = inputs["input_ids"] if "input_ids" in inputs else inputs["feature_lengths"]
         figures: dict[str, float | Tensor] = {"samples": batch.shape[0]}
+        if "attention_mask" in inputs:
+            figures |= {"tokens": inputs["attention_mask"].sum(), "token_places": inputs["attention_mask"].numel()}
         if outputs.path is not None and outputs.path_lengths is not None:
             path, blank = outputs.path, self.model.blank
             kept = self._kept(path, blank)
@@ -438,6 +451,7 @@ class SoundwaveTrainer(Trainer):
                 "frames": outputs.path_lengths.sum(),
                 "blank_frames": (path == blank).sum(),
                 "mel_frames": inputs["feature_lengths"].sum(),
+                "mel_places": self._mel_places(inputs),
                 "kept": kept.sum() if outputs.cu_seqlens is None else outputs.cu_seqlens[-1],
             }
             if "ctc_labels" in inputs:
@@ -445,6 +459,12 @@ class SoundwaveTrainer(Trainer):
                 transcribed = to_device(labels.any(1), path.device)
                 figures |= {"labels": labels.sum(), "kept_of_labels": (kept * transcribed).sum()}
         return figures
+
+    @staticmethod
+    def _mel_places(inputs: dict[str, Tensor]) -> float | Tensor:
+        """Mel frames of the recordings in a batch, those of padding included; frames of the encoder have none."""
+        lengths = inputs["feature_lengths"]
+        return lengths.sum() if "encoder_frames" in inputs else len(lengths) * lengths.max()
 
     @staticmethod
     def _kept(path: Tensor, blank: int) -> Tensor:
@@ -458,6 +478,9 @@ class SoundwaveTrainer(Trainer):
         if "loss" not in logs:
             super().log(logs, start_time)
             return
+        if isinstance(self.batch_sampler, DynamicBatchSampler):  # to Trainer the whole run is one epoch
+            batches = self.state.global_step * self.args.gradient_accumulation_steps
+            self.state.epoch = self.batch_sampler.epoch_at(batches)
         logs = logs | {"loss": float("nan")} | self._observed()
         logs |= {"skipped_steps": self.journal.skipped, "left_out": len(self.journal.left_out)}
         try:
@@ -472,19 +495,22 @@ class SoundwaveTrainer(Trainer):
 
     def _observed(self) -> dict[str, float]:
         """The figures since the last log, of all processes; none if no batch was read."""
-        found = self.processes.gather(({name: float(value) for name, value in self._sums.items()}, self._tasks))
+        own = {name: float(value) for name, value in self._sums.items()}
+        found = self.processes.gather((own, self._tasks, self._heard, self._waited))
         sums: dict[str, float] = {}
-        for name in dict.fromkeys(name for figures, _ in found for name in figures):
-            values = [figures[name] for figures, _ in found if name in figures]
+        for name in dict.fromkeys(name for figures, *_ in found for name in figures):
+            values = [figures[name] for figures, *_ in found if name in figures]
             # The processes do the same steps, so these are not added up.
             sums[name] = min(values) if name == "first_step" or name.endswith("_steps") else sum(values)
-        self._tasks = sum((tasks for _, tasks in found), Counter())
+        self._tasks = sum((tasks for _, tasks, *_ in found), Counter())
+        heard, waited = sum(heard for *_, heard, _ in found), max(waited for *_, waited in found)
         if not sums:
             return {}
         seconds, now = sums.get("mel_frames", 0.0) / MEL_FRAMES_A_SECOND, time.perf_counter()
         out = {
             "batch_samples": sums["samples"] / (self.state.global_step - sums["first_step"]),
             "audio_per_second": seconds / (now - self._since),
+            "loading_share": waited / (now - self._since),
         }
         ratios = {
             "loss": ("loss", "loss_steps"),
@@ -495,10 +521,31 @@ class SoundwaveTrainer(Trainer):
             "compression": ("frames", "kept"),
         }
         out |= {name: sums[over] / sums[under] for name, (over, under) in ratios.items() if sums.get(under)}
+        if sums.get("token_places"):
+            out["text_padding"] = 1 - sums["tokens"] / sums["token_places"]
         if seconds:
             out["kept_per_second"] = sums["kept"] / seconds
-        self._sums, self._since = {}, now
+            out["audio_padding"] = 1 - sums["mel_frames"] / sums["mel_places"]
+            computed = sums["mel_frames" if self.model.packed else "mel_places"] / MEL_FRAMES_A_SECOND
+            silent = max(0.0, seconds - heard) if self.model.config.whole_window else 0.0
+            out["encoder_padding"] = (computed - seconds + silent) / computed
+        self._sums, self._since, self._waited, self._heard = {}, now, 0.0, 0.0
         return {name: round(value, 6) for name, value in out.items()}
+
+
+@contextmanager
+def lost_worker_named() -> Iterator[None]:
+    """Raise LostProcess in place of torch's error where a process that loads data has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = LOST_WORKER.search(str(error))
+        if found is None:
+            raise
+        raise LostProcess(
+            f"a process that loads data (pid {found['pid']}) {found['how'].strip()}; if the memory was full, use fewer "
+            "workers=…; the same command goes on from the newest checkpoint"
+        ) from error
 
 
 def tensors_of(batch: dict[str, Any]) -> dict[str, Tensor]:
