@@ -1,7 +1,6 @@
 """CTC over a vocabulary without its logits: accuracy against plain operations in fp64, limits on work and memory."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +15,7 @@ from soundwave.fused.functional import linear_ctc_loss, linear_ctc_path
 from soundwave.kernels import active_columns, label_rows, linear_ctc, vocab_rows
 from soundwave.kernels import linear_ctc_path as linear_ctc_path_module
 from soundwave.kernels.linear_ctc_path import Head
+from tests import processes
 from tests.accuracy import assert_as_accurate, assert_rms, relative
 from tests.implementations import everywhere, not_interpreted, skip_unless_runnable
 
@@ -609,10 +609,11 @@ print(json.dumps(peak() - before))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_memory_is_an_eighth_of_eagers(dtype):
-    added = {}
+def test_memory_is_an_eighth_of_eagers(dtype, tmp_path):
+    added, program = {}, tmp_path / "memory.py"
+    program.write_text(MEMORY)
     for which in ("eager", "fused"):
-        done = subprocess.run([sys.executable, "-c", MEMORY, which, dtype], capture_output=True, text=True)
+        done = processes.run([sys.executable, program, which, dtype], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         added[which] = json.loads(done.stdout)
     print(f"\nadded at V = 128256 in {dtype}: {added['eager'] >> 10} MB by eager, {added['fused'] >> 10} MB by fused")
