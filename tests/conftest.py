@@ -39,12 +39,13 @@ if not Path("/dev/nvidiactl").exists():
 # The files that take longest, the longest first: with several processes a long file begun last would keep one of them
 # busy while the others wait.
 LONGEST_FILES = [
-    "test_resources.py", "test_ablation.py", "test_linear_ctc.py", "test_resume.py", "test_gpu_script.py",
-    "test_ctc.py", "test_fused_training.py", "test_ptx.py", "test_serve.py", "test_stages.py", "test_robustness.py",
-    "test_cli.py", "test_inference.py", "test_report.py", "test_saved_by_older.py", "test_shrink_attention.py",
-    "test_docs.py", "test_demo.py", "test_benchmarks.py", "test_evaluation_files.py", "test_packaging.py",
-    "test_embedded.py", "test_notebook.py", "test_types.py", "test_norm.py", "test_shrinking_adapter.py",
-    "test_waits.py",
+    "test_resources.py", "test_gpu_script.py", "test_ablation.py", "test_fused_training.py", "test_ptx.py",
+    "test_linear_ctc.py", "test_inference.py", "test_report.py", "test_ctc.py", "test_resume.py",
+    "test_distributed.py", "test_demo.py", "test_long.py", "test_docs.py", "test_timestamps.py", "test_benchmarks.py",
+    "test_full_size.py", "test_serve.py", "test_cli.py", "test_hub.py", "test_types.py", "test_notebook.py",
+    "test_stages.py", "test_robustness.py", "test_released.py", "test_shrink_attention.py", "test_packaging.py",
+    "test_embedded.py", "test_evaluation_files.py", "test_saved_by_older.py", "test_norm.py",
+    "test_shrinking_adapter.py", "test_waits.py",
 ]  # fmt: skip
 
 
