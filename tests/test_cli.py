@@ -345,6 +345,17 @@ def test_one_bad_file_costs_one_file(soundwave, model_folders, spoken, tmp_path)
     assert total == "error: 2 of 4 files could not be used"
 
 
+def test_what_other_settings_have_read_is_read_again_and_named(soundwave, model_folders, spoken, tmp_path):
+    out = tmp_path / "x.jsonl"
+    words = ("transcribe", spoken / "words.wav", "--model", model_folders[1], "--out", out)
+    assert soundwave(*words) == (0, "", "")
+    done = f"note: {out} has the transcripts of 1 of 1 recordings already; they are not read again\n"
+    assert soundwave(*words) == (0, "", done)
+    told = f"note: {out}: 1 recording is read again: accept was null and is 0.9\n"
+    assert soundwave(*words, "--accept", "0.9") == (0, "", told)
+    assert [row["accept"] for row in map(json.loads, out.read_text().splitlines())] == [0.9]
+
+
 def test_transcribe_looks_for_the_model_before_it_reads(fault, spoken, tmp_path):
     (tmp_path / "bad.wav").write_text("no audio")
     assert "holds no model" in fault("transcribe", tmp_path / "bad.wav", "--model", tmp_path)
@@ -372,6 +383,8 @@ def test_ask_answers_and_hears_the_first_thirty_seconds_only(soundwave, model_fo
     assert out.endswith("\n")
     heard, cut = err.splitlines()
     assert heard.startswith(f"{spoken / 'long.wav'}: only the first ") and heard.endswith(" s are heard")
+    part, whole = map(float, re.search(r"first ([\d.]+) of ([\d.]+) s", heard).groups())
+    assert 25 <= part <= 30 and whole == round(soundfile.info(spoken / "long.wav").duration, 1) > 30
     assert cut == "note: the answer was cut off after 4 tokens; raise --max-new-tokens"
     assert soundwave("ask", spoken / "words.wav", *words)[::2] == (0, f"{cut}\n")
 

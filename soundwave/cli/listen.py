@@ -189,7 +189,7 @@ def ask(
     cut_off: list[int] = []
     found = ask_about(file, question, loaded, max_new_tokens=max_new_tokens, cut_off=cut_off)
     if found.heard < found.seconds:
-        line = f"{shown(file)}: only the first {found.heard:.0f} s are heard"
+        line = f"{shown(file)}: only the first {found.heard:.1f} of {found.seconds:.1f} s are heard"
         common.errors.print(line, soft_wrap=True, markup=False, highlight=False)
     if cut_off:
         common.warn(f"the answer was cut off after {max_new_tokens} tokens; raise --max-new-tokens")
