@@ -258,6 +258,14 @@ def test_a_licence_is_one_word(model_folder):
         write_model_card(model_folder, licence="mine\nbase_model: x")
 
 
+def test_translations_have_a_bleu_on_the_card(model_folder, tmp_path):
+    row = {"sample": "1", "task": "translate", "reference": "das ist ein Satz", "answer": "das ist ein Satz"}
+    (entry,) = record_scores(model_folder, [answers_file(tmp_path, [row | {"target_lang": "de"}])])
+    assert (entry["task"], entry["score"]) == ("translate (de)", "BLEU") and "tok:13a" in entry["normaliser"]
+    card = ModelCard.load(write_model_card(model_folder))
+    assert "| translate (de) | BLEU | 100.0 (100.0 to 100.0) | 1 |" in card.text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -309,6 +309,7 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(folder, tmp_path, monkey
         (("meld", "--data", tmp_path), "holds no test_sent_emo.csv or test/test_sent_emo.csv; give --data the folder"),
         (("meld", "--data", tmp_path / "none"), "none: is no folder; give --data the folder of MELD"),
         ((test, "--judge", "http://x/v1"), "--judge is for airbench-chat alone"),
+        ((test, "--out", "a", "--answers", "b"), "--out keeps the answers, in a/answers.jsonl; leave out --answers"),
         ((test, "--judge-model", "x"), "--judge-model and --judge-prompt need --judge"),
         ((test, "--model", model, "--out", folder), "which is no evaluation's; name a new folder"),
         ((test, "--model", model, "--out", tmp_path / "file" / "x"), "Not a directory"),

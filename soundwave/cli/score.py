@@ -130,6 +130,8 @@ def evaluate(
     if not samples:
         raise ValueError(f"{test}: every sample was left out")
     if answers is not None:
+        if out is not None:
+            raise ValueError(f"--out keeps the answers, in {out / 'answers.jsonl'}; leave out --answers")
         if answers.resolve() in (test.resolve(), *(sample.audio for sample in samples)):
             raise ValueError(f"{answers}: is read by this evaluation; name another file with --answers")
         answers.parent.mkdir(parents=True, exist_ok=True)

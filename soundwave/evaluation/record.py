@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from soundwave.data.audio import shown
 from soundwave.evaluation.intervals import interval
+from soundwave.evaluation.results import read_answers
 from soundwave.evaluation.scores import judge, word_errors
+from soundwave.evaluation.translation import is_translation, require_sacrebleu, score_translations
 from soundwave.evaluation.words import rules_for
 from soundwave.model.hub import SCORES_FILE
-
-KEYS = ("sample", "task", "reference", "answer")
 
 
 def record_scores(folder: str | Path, files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -34,24 +33,21 @@ def record_scores(folder: str | Path, files: Sequence[Path]) -> list[dict[str, A
 
 def _scores_of(file: Path) -> list[dict[str, Any]]:
     tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in KEYS):
-            wanted = ", ".join(KEYS)
-            raise ValueError(
-                f"{shown(file)}:{number}: is no answer with the keys {wanted}; give what evaluate --answers wrote"
-            )
-        tasks[row["task"]].append(row)
-    if not tasks:
-        raise ValueError(f"{shown(file)}: holds no answers")
+    for row in read_answers(file):
+        language = row.get("target_lang") if is_translation(row["task"]) else None
+        tasks[row["task"] if language is None else f"{row['task']} ({language})"].append(row)
     return [_score(file.name, task, rows) for task, rows in tasks.items()]
 
 
 def _score(test: str, task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     texts = [(row["reference"], row["answer"]) for row in rows]
+    normalisers = ", ".join(dict.fromkeys(str(row.get("normaliser", "not stated")) for row in rows))
+    found = {"test": test, "task": task, "samples": len(rows), "normaliser": normalisers}
+    if is_translation(rows[0]["task"]):
+        require_sacrebleu()
+        scored = score_translations(*map(list, zip(*texts, strict=True)), rows[0].get("target_lang"))
+        signature = {"normaliser": "; ".join(scored.signatures)}
+        return found | {"score": "BLEU", "value": scored.bleu, "interval": scored.interval} | signature
     if task == "transcribe":
         # Which normaliser scored them stands in each row; where it does not, the script of the references decides.
         rules = rules_for([reference for reference, _ in texts])
@@ -69,12 +65,4 @@ def _score(test: str, task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         ]
         score, sentences = "accuracy", [row["sample"] for row in rows]
     counts, of = zip(*pairs, strict=True)
-    return {
-        "test": test,
-        "task": task,
-        "score": score,
-        "value": sum(counts) / sum(of),
-        "interval": interval(counts, of, sentences),
-        "samples": len(rows),
-        "normaliser": ", ".join(dict.fromkeys(str(row.get("normaliser", "not stated")) for row in rows)),
-    }
+    return found | {"score": score, "value": sum(counts) / sum(of), "interval": interval(counts, of, sentences)}

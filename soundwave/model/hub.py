@@ -258,6 +258,12 @@ def _stages_section(stages: list[dict[str, Any]], config: SoundwaveConfig) -> st
     return f"## Training\n\n{_table(columns, rows)}"
 
 
+def _score_text(score: str, value: float, low: float, high: float) -> str:
+    """BLEU goes to 100, the other scores are shares."""
+    one = "{:.1f}" if score == "BLEU" else "{:.1%}"
+    return f"{one.format(value)} ({one.format(low)} to {one.format(high)})"
+
+
 def _scores_section(scores: list[dict[str, Any]]) -> str:
     if not scores:
         return "## Scores\n\nNone are recorded.\n"
@@ -266,7 +272,7 @@ def _scores_section(scores: list[dict[str, Any]]) -> str:
             f"`{entry['test']}`",
             entry["task"],
             entry["score"],
-            f"{entry['value']:.1%} ({entry['interval'][0]:.1%} to {entry['interval'][1]:.1%})",
+            _score_text(entry["score"], entry["value"], *entry["interval"]),
             str(entry["samples"]),
             entry["normaliser"],
         ]
