@@ -6,8 +6,9 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from soundwave.data.audio import shown
 
@@ -83,8 +84,9 @@ class Journal:
         self.results |= new
 
     def _write(self, lines: bytes) -> None:
-        self._file.write(lines)
-        self._file.flush()
+        rest = memoryview(lines)
+        while rest:  # a disk that becomes full takes a part
+            rest = rest[self._file.write(rest) :]
 
     def finish(self) -> None:
         """Put the results into the order of their numbers, so that the file does not tell how they came."""
@@ -118,10 +120,10 @@ def named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
 
 
-def _locked(path: Path) -> IO[bytes]:
-    """The file, opened to add to it and locked."""
+def _locked(path: Path) -> FileIO:
+    """The file, opened to add to it without a buffer, and locked."""
     while True:
-        file = open(path, "ab")  # noqa: SIM115 (it stays open)
+        file = open(path, "ab", buffering=0)  # noqa: SIM115 (it stays open)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
