@@ -23,7 +23,7 @@ from soundwave.backbones.check import check_whisper
 from soundwave.backbones.wheels import resolve
 from soundwave.data.audio import LONGEST_SAMPLES, SAMPLING_RATE, AudioError, load_audio
 from soundwave.data.collate import SILENCE
-from soundwave.hardware import memory_named, pick_dtype
+from soundwave.hardware import keep_memory_flat, memory_named, pick_dtype
 
 LONGEST_TEXT = 1 / 2  # of what the decoder holds (448 tokens); OpenAI's own decoding has the same limit
 BLOCKS = 4000  # Ray hands out so many pieces of the work at most
@@ -200,6 +200,7 @@ def _begin(settings: dict[str, Any], count: Any, gpus: int) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    keep_memory_flat()
     with count.get_lock():
         number, count.value = count.value, count.value + 1
     if gpus:
