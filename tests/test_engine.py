@@ -24,9 +24,11 @@ from soundwave.inference.answer import answer, load_model
 from soundwave.inference.drafts import reason_against_drafts
 from soundwave.inference.reading import Window
 from soundwave.model.merging import merge
+from soundwave.serve.app import create_app
 from soundwave.serve.batches import Done, Engine, Failed, Item, Job, Text, choose
 from soundwave.serve.engine import Vllm, check_merged, load_for
 from soundwave.serve.errors import ApiError
+from soundwave.serve.metrics import Metrics
 from soundwave.serve.settings import Limits
 
 PROMPTS = ["Who speaks?", "Say it.", "Transcribe the speech.", "?"]
@@ -283,3 +285,12 @@ def test_windows_of_a_recording_keep_their_order():
     items = [item(others[0], 2.0), item(others[1], 2.0), item(recording, 30.0), item(recording, 3.0)]
     assert choose(items, 8) == items[:2]
     assert choose(items[2:], 8) == items[2:]
+
+
+def test_the_description_tells_what_the_model_is_called(loaded):
+    """Else whatever fuzzes the server from its own description gets 404 only."""
+    described = create_app(Engine(loaded, LIMITS), Metrics(), name="tiny", limits=LIMITS).openapi()
+    schemas = described["components"]["schemas"]
+    (of_form,) = (schema for name, schema in schemas.items() if name.startswith("Body_transcriptions"))
+    assert of_form["properties"]["model"]["enum"] == schemas["ChatRequest"]["properties"]["model"]["enum"] == ["tiny"]
+    json.dumps(described)

@@ -284,6 +284,18 @@ def create_app(
         metrics.set_load(*engine.load)
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        """The OpenAPI description, which tells the one value that the parameter `model` may have."""
+        if app.openapi_schema is None:
+            for schema in describe()["components"]["schemas"].values():
+                if "model" in schema.get("required", ()) and "model" in schema["properties"]:
+                    schema["properties"]["model"]["enum"] = [name]
+        return describe()
+
+    app.openapi = described  # type: ignore[method-assign]
+
     page = (Path(__file__).parent / "page.html").read_text("utf-8")
 
     @app.get("/", response_class=HTMLResponse)
