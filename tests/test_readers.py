@@ -166,7 +166,7 @@ def test_a_member_that_is_not_there_is_named(name, wanted):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "tar"])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(16))
 def test_a_damaged_container_is_an_error_with_its_name(tmp_path, kind, seed):
     source = (
         DATA
@@ -347,6 +347,12 @@ def test_bad_recordings_of_a_folder_are_named(tmp_path):
         "e.wav": f'"e.txt" is a symbolic link out of its folder, to "{os.path.realpath(LINKED)}"; copy the file',
         "f.txt": 'has no recording: none is named "f" with .wav or the like; move it away',
     }
+
+
+def test_a_pipe_in_a_folder_is_not_opened(tmp_path):
+    record(tmp_path / "a.wav")
+    os.mkfifo(tmp_path / "a.txt")
+    assert entries(tmp_path) == {"a.wav": '"a.txt" is a folder, a pipe or a device; write the words into a file'}
 
 
 def test_names_with_line_breaks_stay_on_one_line(tmp_path):

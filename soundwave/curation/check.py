@@ -150,7 +150,7 @@ def check_manifest(
     processes: int | None = None,
     listen_to: int = 12,
     note: Callable[[str], None] | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> Checked:
     """Read every line of a manifest, and decode every recording once.
 
@@ -217,7 +217,9 @@ def check_manifest(
         progress(done)
 
     for sound in measure_all(parts(), processes or _cores()):
-        waiting[0].sound.append(sound)
+        head = waiting[0].sound
+        assert head is not None  # lines without a recording before it are taken already
+        head.append(sound)
         take_those_that_are_ready()
     take_those_that_are_ready()
     if not check.found.lines:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from soundwave.data.audio import SAMPLING_RATE, AudioError, rate_and_seconds_of, read_blocks
+from soundwave.data.audio import AudioError, rate_and_seconds_of, read_blocks
 
 CLIPS_AT_ONCE = 32  # of a process
 AHEAD = 3  # so many times the processes' work is handed out before its results are taken
@@ -113,7 +113,3 @@ def _measure_alone(part: Part) -> Sound:
             return Sound(
                 fault="ends the process that decodes it, as if it were killed; convert it: ffmpeg -i FILE FILE.wav"
             )
-
-
-def seconds(samples: int) -> float:
-    return samples / SAMPLING_RATE

@@ -24,7 +24,6 @@ from soundwave.data.source import BLANK, KEYS, LONGEST_LINE, TOO_LONG, ManifestE
 from soundwave.data.tables import Entry, reading
 
 SAVE = "write the cuts anew with `cuts.save_audios(folder)`"
-PLACEHOLDERS = (".nodata", ".nometa")  # of Shar, for a cut without a recording
 
 
 def is_cut(row: dict[str, Any]) -> bool:
@@ -129,7 +128,7 @@ def _members(archive: Path) -> Iterator[tuple[str, int | None]]:
     try:
         with tarfile.open(archive, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # they would be kept
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # they would be kept
                 stem, ending = os.path.splitext(member.name)
                 if member.isreg() and ending not in (".json", ".nometa"):
                     yield stem, None if ending == ".nodata" else member.offset_data - tarfile.BLOCKSIZE

@@ -44,7 +44,7 @@ def folder_source(folder: Path) -> Source:
         raise _several(folder, "splits", [f"{name}/" for name in splits])
     if "state.json" in names and any(name.endswith(".arrow") for name in names):
         return columns_source(folder, _arrow_files(folder))
-    if parquet := [name for name in names if name.lower().endswith(".parquet")]:
+    if parquet := [name for name in names if name.lower().endswith(".parquet") and (folder / name).is_file()]:
         if len({SHARD.sub("", name[: -len(".parquet")]) for name in parquet}) > 1:
             raise _several(folder, "Parquet files of several names", parquet)
         return columns_source(folder, [folder / name for name in parquet])
@@ -148,6 +148,8 @@ def _words_in(folder: Path, name: str) -> str:
         Refused: it is no text, or leads out of the folder.
     """
     _refuse_link(folder, name)
+    if os.path.exists(folder / name) and not os.path.isfile(folder / name):
+        raise Refused(f"{_show(name)} is a folder, a pipe or a device; write the words into a file")
     try:
         with open(folder / name, "rb") as file:
             raw = file.read(LONGEST_LINE + 1)

@@ -22,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from soundwave.data.containers import Fault
 
@@ -92,7 +92,7 @@ def open_member(member: Member) -> Iterator[tuple[str, BinaryIO]]:
         with tempfile.NamedTemporaryFile() as file:
             file.write(data)
             file.seek(0)
-            yield file.name, file  # type: ignore[misc]
+            yield file.name, cast(BinaryIO, file)
 
 
 def import_pyarrow() -> Any:
@@ -151,21 +151,28 @@ def _read(member: Member) -> Any:
         return _read_tar(member)
     status = os.stat(member.file)  # a missing file raises here
     key = (os.getpid(), member.file, member.column, status.st_mtime_ns, status.st_size)
-    opened: OrderedDict[tuple, Any] = _open.__dict__.setdefault("columns", OrderedDict())
+    opened: OrderedDict[tuple[Any, ...], Any] = _open.__dict__.setdefault("columns", OrderedDict())
     if key not in opened:
         kind = _ParquetColumn if member.file.lower().endswith(".parquet") else _ArrowColumn
-        opened[key] = kind(member.file, member.column)
+        opened[key] = _undamaged(member, kind)
         while len(opened) > OPEN_COLUMNS:
             opened.popitem(last=False)
     opened.move_to_end(key)
     try:
         value = opened[key].value(member.at)
-    except import_pyarrow().ArrowException as error:
+    except (import_pyarrow().ArrowException, ValueError) as error:
         del opened[key]
         raise Fault(damaged("Parquet" if member.file.lower().endswith(".parquet") else "Arrow", error)) from None
     if value is None:
         raise Fault("holds no recording: its bytes are missing; leave this row out")
     return value
+
+
+def _undamaged(member: Member, kind: Any) -> Any:
+    try:
+        return kind(member.file, member.column)
+    except (import_pyarrow().ArrowException, ValueError) as error:  # ValueError: names of columns that are no UTF-8
+        raise Fault(damaged("Arrow", error)) from None
 
 
 def _read_tar(member: Member) -> bytes:
@@ -212,7 +219,9 @@ class _ParquetColumn:
         self.starts = [0]
         for group in range(about.num_row_groups):
             self.starts.append(self.starts[-1] + about.row_group(group).num_rows)
-        self.group, self.first, self.rows = -1, 0, []
+        self.group, self.first = -1, 0
+        self.rows: list[bytes | None] = []
+        self.batches: Iterator[Any] = iter(())
 
     def value(self, row: int) -> bytes | None:
         if row >= self.starts[-1]:
@@ -241,6 +250,7 @@ class _ArrowColumn:
         table = open_arrow(path)
         self.inner = _column_of(table.schema, column) != column
         self.column = table.column(column)
+        self.column.validate(full=True)  # damaged offsets would lead out of the file
 
     def value(self, row: int) -> Any:
         if row >= len(self.column):

@@ -19,12 +19,13 @@ import itertools
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from soundwave.data.audio import shown
 from soundwave.data.chats import Refused
@@ -46,7 +47,7 @@ def opened(path: Path) -> BinaryIO:
     """A file, or what a gzip file holds."""
     with open(path, "rb") as file:
         compressed = file.read(2) == GZIP
-    return gzip.open(path, "rb") if compressed else open(path, "rb")  # type: ignore[return-value]
+    return cast(BinaryIO, gzip.open(path, "rb") if compressed else open(path, "rb"))
 
 
 def is_table(path: Path, head: bytes) -> bool:
@@ -106,6 +107,8 @@ def reading(path: Path) -> Iterator[BinaryIO]:
         ManifestError: it cannot be read, or is damaged.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ManifestError(f"{shown(path)}: is a pipe or a device; save what it gives as a file")
         with opened(path) as file:
             yield file
     except (EOFError, zlib.error, OSError) as error:
@@ -254,7 +257,7 @@ def read_parquet(file: Path, name: str) -> Iterator[dict[str, Any] | Refused]:
             for value in values:
                 yield columns.row(value, row, next(without) if without is not None else False)
                 row += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: texts that are no UTF-8
         raise Fault(damaged("Parquet", error)) from None
 
 
@@ -278,20 +281,25 @@ def _missing(parquet: Any, group: int, columns: "_Columns") -> Iterator[bool] | 
 def read_arrow(file: Path, name: str) -> Iterator[dict[str, Any] | Refused]:
     """The rows of an Arrow file; `name` is how the rows name the file itself."""
     table = open_arrow(file)
-    columns = _Columns(table.schema, name)
-    row = 0
-    for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
-        values = batch.select(columns.kept).to_pylist() if columns.kept else [{} for _ in range(batch.num_rows)]
-        without = [False] * len(values)
-        if columns.audio is not None:
-            audio = batch.column(columns.audio)
-            without = columns.nulls(audio)
-            if columns.has_path and any(without):
-                paths = audio.field("path").to_pylist()
-                values = [value | {columns.audio: {"path": path}} for value, path in zip(values, paths, strict=True)]
-        for value, missing in zip(values, without, strict=True):
-            yield columns.row(value, row, missing)
-            row += 1
+    try:
+        columns, row = _Columns(table.schema, name), 0
+        table.validate(full=True)  # damaged offsets would lead out of the file
+        for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
+            values = batch.select(columns.kept).to_pylist() if columns.kept else [{} for _ in range(batch.num_rows)]
+            without = [False] * len(values)
+            if columns.audio is not None:
+                audio = batch.column(columns.audio)
+                without = columns.nulls(audio)
+                if columns.has_path and any(without):
+                    paths = audio.field("path").to_pylist()
+                    values = [
+                        value | {columns.audio: {"path": path}} for value, path in zip(values, paths, strict=True)
+                    ]
+            for value, missing in zip(values, without, strict=True):
+                yield columns.row(value, row, missing)
+                row += 1
+    except (import_pyarrow().ArrowException, ValueError) as error:  # ValueError: texts that are no UTF-8
+        raise Fault(damaged("Arrow", error)) from None
 
 
 class _Columns:
@@ -307,7 +315,7 @@ class _Columns:
     def __init__(self, schema: Any, name: str):
         self.name = name
         features = _features(schema)
-        self.labels = {key: one["names"] for key, one in features.items() if one.get("_type") == "ClassLabel"}
+        self.labels = {key: one["names"] for key, one in features.items() if isinstance(one.get("names"), list)}
         pictures = {key for key, one in features.items() if one.get("_type") in ("Image", "Video", "Pdf")}
         types = {field.name: field.type for field in schema}
         files = {key: holds_bytes(one) for key, one in types.items() if holds_bytes(one) is not None}
