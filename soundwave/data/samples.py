@@ -4,6 +4,7 @@ What is needed of all samples at once (lengths, tasks, licences) comes from the 
 """
 
 import hashlib
+import json
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,8 +19,8 @@ from soundwave.data.chats import Refused
 from soundwave.data.collate import CHARACTERS_A_TOKEN, TOKENS_A_SECOND, LeftOut, with_duration
 from soundwave.data.index import Index
 from soundwave.data.manifest import EntryReader, Sample
-from soundwave.data.scan import FROM_HEADER, HAS_AUDIO, Collected, audio_stamp, entry_of, hash_of
-from soundwave.data.source import ManifestError
+from soundwave.data.scan import FROM_HEADER, HAS_AUDIO, PLAIN, Collected, audio_stamp, entry_of, hash_of
+from soundwave.data.source import ManifestError, parse
 
 LINES = "lines:"  # begins a hash of lines; that of samples themselves has none such
 CHANGED = "the line is not what it was when training started; keep the manifest as it is, or start again"
@@ -46,7 +47,7 @@ class Samples(Sequence[Sample]):
             return samples
         collected = Collected()
         for number, sample in enumerate(samples, start=1):
-            collected.add(sample, (0, 0, number), 0, measured=False, hold=True)
+            collected.add(sample, (0, 0, number), 0, measured=False, plain=False, hold=True)
         names = list(collected.tasks), list(collected.licences)
         here = Path()
         return cls([Index(here, here, True, True, here, collected.columns(), *names, [], [], [], collected.samples)])
@@ -185,18 +186,23 @@ class _Part:
         line = os.pread(self._file, length, offset)
         if hash_of(line) != hash_:
             raise ManifestError(f"{shown(index.path)}:{number}: {CHANGED}")
-        place, entry = (str(number), line) if index.is_lines else entry_of(line)
+        flags, place = int(index.columns["flags"][row]), str(number)
         try:
-            sample = self._read(place, entry)
+            if index.is_lines:
+                entry = json.loads(line.decode("utf-8-sig")) if flags & PLAIN else parse(line)
+            else:
+                place, entry = entry_of(line)
+            sample = self._read.plain(place, entry) if flags & PLAIN else self._read(place, entry)
         except (ManifestError, Refused) as error:
             raise ManifestError(f"{shown(index.path)}:{place}: {error}") from None
-        if sample.duration is not None or sample.audio is None:
+        except (ValueError, AttributeError):  # only a forged index calls such a line plain
+            raise ManifestError(f"{shown(index.path)}:{place}: {CHANGED}") from None
+        if not flags & FROM_HEADER or sample.duration is not None or sample.audio is None:
             return sample
-        if index.columns["flags"][row] & FROM_HEADER and audio_stamp(sample.audio) != index.columns["audio"][row]:
+        if audio_stamp(sample.audio) != index.columns["audio"][row]:
             with suppress(AudioError):  # what is wrong with the file is told when it is read
                 return with_duration(sample)
-        duration = float(index.columns["duration"][row])
-        return sample if np.isnan(duration) else sample.model_copy(update={"duration": duration})
+        return sample.model_copy(update={"duration": float(index.columns["duration"][row])})
 
 
 class TrainingSet(Sequence["Sample | LeftOut"]):

@@ -5,7 +5,7 @@ those without a duration, and returns columns with one value a sample:
 
     offset, length  the line in the file                  line        its number
     duration        seconds; NaN for none                 characters  of prompt and answer, see `tokens_of`
-    task, licence   numbers of names                      flags       HAS_AUDIO, FIT, FROM_HEADER
+    task, licence   numbers of names                      flags       HAS_AUDIO, FIT, FROM_HEADER, PLAIN
     hash            of the bytes of the line              audio       hash of the file's size and time, with FROM_HEADER
 """
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
 from soundwave.data.audio import LONGEST_SAMPLES, LONGEST_SECONDS, SAMPLING_RATE, AudioError, shown
 from soundwave.data.chats import Refused
@@ -37,7 +38,8 @@ COLUMNS = {
     **{"offset": np.uint64, "length": np.uint32, "line": np.uint32, "duration": np.float64, "characters": np.uint32},
     **{"task": np.uint32, "licence": np.uint32, "flags": np.uint8, "hash": np.uint64, "audio": np.uint64},
 }
-HAS_AUDIO, FIT, FROM_HEADER = 1, 2, 4  # FIT: stage I can learn from it, because it is a recording with a text
+# FIT: stage I can learn from it, because it is a recording with a text. PLAIN: `EntryReader.plain` gives the sample.
+HAS_AUDIO, FIT, FROM_HEADER, PLAIN = 1, 2, 4, 8
 LICENCES = ("license", "licence")  # keys of a manifest's lines
 RANGE = 1 << 20  # bytes that a process reads at once: some 4 000 lines, half a second
 
@@ -158,9 +160,11 @@ class Collected:
         self.licences: dict[str, int] = {"": 0}
         self.samples: list[Sample] = []
 
-    def add(self, sample: Sample, place: tuple[int, int, int], line_hash: int, measured: bool, hold: bool) -> None:
+    def add(
+        self, sample: Sample, place: tuple[int, int, int], line_hash: int, measured: bool, plain: bool, hold: bool
+    ) -> None:
         """Add a sample whose line has (offset, length, number); `measured` if its header gave the duration."""
-        flags = HAS_AUDIO * (sample.audio is not None) | FROM_HEADER * measured
+        flags = HAS_AUDIO * (sample.audio is not None) | FROM_HEADER * measured | PLAIN * plain
         flags |= FIT * (sample.audio is not None and bool((ctc_text_of(sample) or "").strip()))
         self.rows.append(
             (
@@ -215,8 +219,9 @@ def scan(part: Range, file: BinaryIO, hold: bool = False) -> Scanned:
             continue
         entries += 1
         try:
-            entry: Any = line
-            if not part.is_lines:
+            if part.is_lines:
+                entry: Any = parse(line)
+            else:
                 place, entry = entry_of(line)
             sample = read(str(place), entry)
         except AudioMissing as error:
@@ -225,6 +230,7 @@ def scan(part: Range, file: BinaryIO, hold: bool = False) -> Scanned:
         except (ManifestError, Refused) as error:
             fault = (place, str(error))
             break
+        plain = not hold and _is_plain(read, str(place), entry, sample)
         measured = False
         try:
             known = checked_duration(sample)
@@ -232,12 +238,21 @@ def scan(part: Range, file: BinaryIO, hold: bool = False) -> Scanned:
         except AudioError as error:
             file_of = str(sample.audio)
             faults.append([len(collected.rows), place, file_of, error.fault, state_of(file_of)])
-        collected.add(sample, (at, len(line), number), hash_of(line), measured, hold)
+        collected.add(sample, (at, len(line), number), hash_of(line), measured, plain, hold)
     told = [[where, about, sentence] for about, (where, sentence) in notes.items()]
     return Scanned(
         collected.columns(), list(collected.tasks), list(collected.licences), missing, faults, told, fault, number,
         entries, collected.samples,
     )  # fmt: skip
+
+
+def _is_plain(read: EntryReader, place: str, row: dict[str, Any], sample: Sample) -> bool:
+    if sample.chat or (row.get("audio_filepath") is None) is not (sample.audio is None):
+        return False
+    try:
+        return read.plain(place, row, sample.audio) == sample
+    except ValidationError:  # what is meant is not what is written
+        return False
 
 
 class Tables:
