@@ -471,18 +471,18 @@ def choose(items: Sequence[Item], most: int) -> list[Item]:
     """
     batch = [items[0]]
     longest = total = max(items[0].seconds, SHORTEST)
-    waits: set[Job] = set()
+    waits: set[int] = set()  # ids of jobs
     for item in list(items)[1:]:
         if len(batch) == most:
             break
         seconds = max(item.seconds, SHORTEST)
         padded = max(longest, seconds) * (len(batch) + 1)
         fits = item.job.kind == batch[0].job.kind and padded <= WASTE * (total + seconds)
-        if fits and item.job not in waits:
+        if fits and id(item.job) not in waits:
             batch.append(item)
             longest, total = max(longest, seconds), total + seconds
         else:
-            waits.add(item.job)
+            waits.add(id(item.job))
     return batch
 
 
