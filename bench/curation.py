@@ -23,7 +23,7 @@ import soundfile
 import soxr
 
 from soundwave import backbones
-from soundwave.curation.curate import Filters, curate
+from soundwave.curation.curate import Filters, curate, limit_of
 from soundwave.data.audio import SAMPLING_RATE
 from soundwave.data.instructions import instructions
 from soundwave.data.manifest import read_manifest, write_manifest
@@ -115,7 +115,8 @@ def main() -> None:
             rows = synthesise(folder, arguments.lines, VOICES[arguments.voices], rng)
         swap(rows, rng)
         write_manifest(folder / "corpus.jsonl", rows)
-        for limit in sorted({Filters().wer, *arguments.limits}, key=lambda limit: limit != Filters().wer):
+        default = limit_of(arguments.whisper)
+        for limit in sorted({default, *arguments.limits}, key=lambda limit: (limit != default, limit)):
             begin = time.monotonic()
             curated = curate(
                 folder / "corpus.jsonl",

@@ -105,7 +105,7 @@ def heard(tmp_path_factory):
         {"audio_filepath": "0.wav", "text": "[noise] ..."},
         {"task": "qa", "prompt": "What is two plus two?", "answer": "Four"},
     ]
-    return curate(write_lines(folder, rows), filters=Filters(wer=0.7), workers=1, batch_size=3)
+    return curate(write_lines(folder, rows), workers=1, batch_size=3)
 
 
 def test_wrong_transcripts_are_left_out_and_others_kept(heard):

@@ -21,12 +21,13 @@ def curate(
         str, typer.Option(help="Whisper that transcribes: a Hub id, a folder or an embedded name.")
     ] = backbones.WHISPER,
     wer: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0,
-            help="Word error rate below which a line is kept. 0.1 suits Whisper-medium; a smaller one needs more.",
+            help="Word error rate below which a line is kept.",
+            show_default="0.1, as in the paper for Whisper-medium; for the embedded one 0.7",
         ),
-    ] = 0.1,
+    ] = None,
     min_seconds: Annotated[float, typer.Option(min=0, max=30, help="Length of the shortest recording.")] = 3.0,
     max_seconds: Annotated[float, typer.Option(min=0, max=30, help="Length of the longest recording.")] = 30.0,
     max_characters: Annotated[int, typer.Option(min=1, help="Length of the longest text.")] = 200,
@@ -59,9 +60,10 @@ def curate(
     After a kill the same command goes on. With another --wer nothing is transcribed again.
     """
     common.quiet_transformers()
-    from soundwave.curation.curate import Filters
+    from soundwave.curation.curate import Filters, limit_of
     from soundwave.curation.curate import curate as curate_manifest
 
+    wer = limit_of(whisper) if wer is None else wer
     filters = Filters(wer, min_seconds, max_seconds, max_characters, max_frames)
     found = curate_manifest(
         manifest,
