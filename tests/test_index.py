@@ -588,8 +588,10 @@ def test_a_link_that_leads_out_now_is_left_out_with_one_line(manifest, folder, o
 
 def test_a_line_that_was_changed_is_left_out(manifest):
     samples = select_samples([manifest], [], stage=1).samples
-    with open(manifest, "r+") as file:
-        file.write("x")
+    raw = manifest.read_bytes()
+    with open(manifest, "r+b") as file:
+        file.seek(raw.index(b"number 0"))
+        file.write(b"figure")
     assert "is not what it was" in TrainingSet(samples)[0].reason and TrainingSet(samples)[1].text == "number 1"
 
 
