@@ -36,7 +36,7 @@ FORMATS = {  # name: rate, channels, ending, format and subtype of soundfile
     "MP3, 44.1 kHz": (44_100, 1, "mp3", "MP3", "MPEG_LAYER_III"),
     "Opus, 48 kHz": (48_000, 1, "opus", "OGG", "OPUS"),
 }
-PATIENCE = 0.5  # CPU seconds of a measurement
+PATIENCE = 0.2  # CPU seconds of a measurement
 
 
 def cpu_seconds(work: Callable[[], Any]) -> float:

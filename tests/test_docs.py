@@ -54,6 +54,7 @@ APPENDED = {
     f"audio_tower={backbones.WHISPER} language_model=$SMALL_LLM",
     "train model=Soundwave": "steps=1 batch_size=2 accumulation=1 dtype=float32 lora_rank=4 quantization=none",
     "splice": "--count 2",
+    "features": "--dtype float32",
     "curate": "--help",
     "data data/spliced": "--help",
     "demo": "--help",
