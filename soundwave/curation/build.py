@@ -127,7 +127,7 @@ def build(
         write_manifest(partial / "manifest.jsonl", (journal.results[number]["row"] for number in range(total)))
         text = json.dumps({"made_by": made_by, "recipe": chosen.model_dump(mode="json")}, indent=1, ensure_ascii=False)
         _write(partial / "build.json", (text + "\n").encode())
-        for stray in (partial / "audio").glob(".*"):  # half a file, from when a run was killed
+        for stray in [*partial.glob(".*"), *(partial / "audio").glob(".*")]:  # half a file, from a run that was killed
             stray.unlink()
         os.replace(partial, out)
         done.unlink()

@@ -24,6 +24,7 @@ Lines are in the manifest's order. All three are the same bytes however many pro
 killed on the way. With another limit of the word error rate nothing is transcribed again.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -346,8 +347,10 @@ def _write(
             files.rates.append(figures["wer"])
         files.lines[reason] += 1
         files.hours[reason] += (seconds or 0.0) / 3600
-    write_manifest(files.left_out, left)
-    write_manifest(files.kept, kept)
+    for file, rows in ((files.left_out, left), (files.kept, kept)):
+        for stray in file.parent.glob(f".{glob.escape(file.name)}.*"):  # half a file, from when a run was killed
+            stray.unlink()
+        write_manifest(file, rows)
 
 
 def _judged(
