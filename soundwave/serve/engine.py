@@ -281,7 +281,7 @@ def load_for(engine: Vllm, folder: Path) -> LoadedModel:
     if Path(engine.root).is_dir() and Path(engine.root).resolve() != Path(resolve(name)).resolve():
         raise ValueError(f"--vllm-url {engine.url}: vLLM serves {engine.root}, but {folder} needs {resolve(name)}")
     model, processor = load_model(folder, language_model=False)
-    parts = load_language_model(name, model.compute_dtype, layers=False).to(model.device)
+    parts: Any = load_language_model(name, model.compute_dtype, layers=False)
     model._head = None  # the same is in `parts`
-    model.language_model = RemoteLanguageModel(parts, engine)
+    model.language_model = RemoteLanguageModel(parts.to(model.device), engine)
     return LoadedModel(model.eval(), processor)
