@@ -95,6 +95,8 @@ def test_any_number_of_workers_writes_the_same_bytes(data):
 
 def test_after_kills_the_same_command_ends_in_the_same_bytes(data, tmp_path, monkeypatch):
     out, write_file, killed = data.folder / "killed", encoding._write, 0
+    out.mkdir()
+    (out / "begun.json.writing").write_bytes(b"{")  # of a kill at the very beginning
     for _ in range(20):
         calls = []
 

@@ -297,7 +297,8 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
             pairs = ", ".join(f"{key} = {found.get(key)!r} (now {about[key]!r})" for key in differ)
             raise FeaturesError(f"{shown(out)} holds frames of other clips or settings: {pairs}; name another folder")
         return
-    others = sorted(path.name for path in out.iterdir() if path.name != LOCK)
+    own = {LOCK, BEGUN + ASIDE}  # what a kill at the very beginning leaves
+    others = sorted(path.name for path in out.iterdir() if path.name not in own)
     if others:
         raise FeaturesError(f"{shown(out)} holds {shown(others[0])}, but no frames; name a new folder")
     _write(out / BEGUN, _text(about))
