@@ -152,6 +152,12 @@ def test_samples_are_those_of_read_manifest(folder, indexed):
         assert found.model_copy(update={"duration": read.duration}) == read
 
 
+@pytest.mark.parametrize("blank", ["\xa0", "\u3000", "\x0c", "\x1c", "\x85"], ids=ascii)
+def test_any_blanks_may_stand_around_a_line(folder, indexed, blank):
+    path = write(folder / "m.jsonl", [blank + json.dumps(ROW) + blank, ROW])
+    assert [sample.text for sample in TrainingSet(Samples([open_index(path)]))] == [ROW["text"]] * 2
+
+
 def test_the_bytes_do_not_depend_on_processes_or_ranges(folder, indexed, monkeypatch):
     path = write(folder / "m.jsonl", MIXED * 4)
     found = []
@@ -308,6 +314,18 @@ def test_an_index_of_another_size_is_stale(manifest):
 def test_an_index_of_other_content_is_stale(manifest):
     manifest.write_text(manifest.read_text().replace("number", "figure"))
     assert text_of(manifest)[0] == "figure 0"
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.csv"])
+def test_an_index_of_other_content_of_the_same_size_and_time_is_stale(folder, indexed, name):
+    path = folder / name
+    lines = [json.dumps(ROW)] if name == "m.jsonl" else ["audio_filepath,text", "a.wav,turn it on"]
+    write(path, lines)
+    text_of(path)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_text(path.read_text().replace("turn it on", "turn it up"))
+    os.utime(path, ns=times)
+    assert text_of(path) == ["turn it up"]
 
 
 def test_a_copy_with_another_time_is_not_read_again(manifest, monkeypatch):

@@ -177,19 +177,23 @@ class _Part:
         """A sample, of which all but the presence of its audio file is checked again.
 
         Raises:
-            ManifestError: its line has been changed since, or its audio file leads out of the folder now.
+            ManifestError: its line cannot be read, or has been changed since, or its audio file leads out of the folder
+                now.
         """
         index = self.index
         if self._file is None:
             return index.held[row]
         offset, length, number, hash_ = (int(index.columns[name][row]) for name in ("offset", "length", "line", "hash"))
-        line = os.pread(self._file, length, offset)
+        try:
+            line = os.pread(self._file, length, offset)
+        except OSError as error:
+            raise ManifestError(f"{shown(index.path)}:{number}: cannot be read any more ({error.strerror})") from None
         if hash_of(line) != hash_:
             raise ManifestError(f"{shown(index.path)}:{number}: {CHANGED}")
         flags, place = int(index.columns["flags"][row]), str(number)
         try:
             if index.is_lines:
-                entry = json.loads(line.decode("utf-8-sig")) if flags & PLAIN else parse(line)
+                entry = json.loads(line.decode("utf-8-sig").strip()) if flags & PLAIN else parse(line)
             else:
                 place, entry = entry_of(line)
             sample = self._read.plain(place, entry) if flags & PLAIN else self._read(place, entry)

@@ -96,8 +96,11 @@ def source_of(path: str | Path) -> Source:
 
 
 def stamp_of(status: os.stat_result) -> list[int]:
-    """What tells of a file that it has not been changed: its size, and the time of its last change in ns."""
-    return [status.st_size, status.st_mtime_ns]
+    """What tells of a file that it has not been changed: its size, and the times of its last change in ns.
+
+    The first of the times may be set, as `cp -p` and `rsync -t` do; the second one is the system's own.
+    """
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 @contextmanager
