@@ -14,15 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import soundfile
 
 from soundwave.data import members, tables
 from soundwave.data.audio import AudioError, load_audio, seconds_of
+from soundwave.data.index import open_index
 from soundwave.data.manifest import ManifestError, read_manifest
 from soundwave.data.members import Member, member_of, split_member
 from soundwave.data.readers import source_of
+from soundwave.data.samples import Samples
 
 DATA = Path(__file__).parent / "data" / "readers"
 TEXTS = ["turn it on", "turn it off", "what time is it", "stop"]
@@ -488,6 +491,26 @@ def test_paths_in_a_column(folder):
     path = table(folder / "t.parquet", {"audio_filepath": ["a.wav"], "text": ["one"], "duration": [0.05]})
     (sample,) = read(path)
     assert (sample.audio, sample.duration) == (folder / "a.wav", 0.05)
+
+
+OTHERS = {
+    "uuid": pyarrow.array([b"0123456789abcdef"], pyarrow.uuid()),
+    "timestamp": pyarrow.array([1_700_000_000_123_456_789], pyarrow.timestamp("ns", "UTC")),
+    "time": pyarrow.array([1_700_000_000_123], pyarrow.time64("ns")),
+    "time-span": pyarrow.array([1_700_000_000_123], pyarrow.duration("ns")),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_columns_that_json_or_python_do_not_have(folder, monkeypatch, kind):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    columns = {"audio_filepath": ["a.wav"], "text": ["one"], "more": OTHERS[kind]}
+    table(folder / "t.parquet", columns)
+    with pyarrow.ipc.new_file(folder / "t.arrow", pyarrow.table(columns).schema) as file:
+        file.write(pyarrow.table(columns))
+    for path in (folder / "t.parquet", folder / "t.arrow"):
+        (sample,) = Samples([open_index(path)])
+        assert isinstance(sample.extra["more"], str)
 
 
 def test_only_small_parts_of_a_column_are_in_memory(tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ Arrow stay where they are: the row names them as `soundwave.data.members` says.
 """
 
 import csv
-import datetime
 import decimal
 import gzip
 import itertools
@@ -253,7 +252,7 @@ def read_parquet(file: Path, name: str) -> Iterator[dict[str, Any] | Refused]:
                 values: Iterator[dict[str, Any]] = iter({} for _ in range(there))
             else:
                 batches = parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=kept, use_threads=False)
-                values = (value for batch in batches for value in batch.to_pylist())
+                values = (value for batch in batches for value in _values(batch))
             for value in values:
                 yield columns.row(value, row, next(without) if without is not None else False)
                 row += 1
@@ -285,7 +284,7 @@ def read_arrow(file: Path, name: str) -> Iterator[dict[str, Any] | Refused]:
         columns, row = _Columns(table.schema, name), 0
         table.validate(full=True)  # damaged offsets would lead out of the file
         for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
-            values = batch.select(columns.kept).to_pylist() if columns.kept else [{} for _ in range(batch.num_rows)]
+            values = _values(batch.select(columns.kept)) if columns.kept else [{} for _ in range(batch.num_rows)]
             without = [False] * len(values)
             if columns.audio is not None:
                 audio = batch.column(columns.audio)
@@ -384,6 +383,19 @@ def _features(schema: Any) -> dict[str, Any]:
         return {}
 
 
+def _values(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a part of a table. Times lose what is below a microsecond, because Python's have no place for it."""
+    pyarrow = import_pyarrow()
+    coarser = {kind("ns"): kind("us") for kind in (pyarrow.duration, pyarrow.time64)}
+    coarser |= {
+        kind: pyarrow.timestamp("us", kind.tz)
+        for kind in batch.schema.types
+        if pyarrow.types.is_timestamp(kind) and kind.unit == "ns"
+    }
+    columns = [one.cast(coarser[one.type], safe=False) if one.type in coarser else one for one in batch.columns]
+    return pyarrow.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+
+
 def _plain(value: Any) -> Any:
     """The value as JSON has it; None for bytes."""
     if isinstance(value, dict):
@@ -394,9 +406,7 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, decimal.Decimal):
         return float(value)
-    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
-        return str(value)
-    return value
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _placed(path: Path, files: Sequence[Path], read: Any, place: str) -> Iterator[Entry]:
