@@ -12,6 +12,7 @@ import torch
 from soundwave import backbones
 from soundwave.data import encoding
 from soundwave.data.audio import AudioError
+from soundwave.data.collate import CheckedCollator
 from soundwave.data.encoding import write_features
 from soundwave.data.features import Features, FeaturesError
 from soundwave.data.selection import select_samples
@@ -163,6 +164,15 @@ def test_frames_of_a_recording_that_has_changed_are_not_used(data, tmp_path):
     sample.audio.write_bytes(content)
     with pytest.raises(AudioError, match="has changed since its frames were written to .*frames; run `soundwave feat"):
         Features(there.frames).of(sample)
+    processor = SimpleNamespace(
+        features=lambda audio: torch.zeros(80, len(audio) // 160),
+        pad_features=lambda clips: {"feature_lengths": torch.tensor([clip.shape[1] for clip in clips])},
+        ctc_ids=lambda text: [1],
+        ctc_labels=lambda texts: torch.ones(len(texts), 1),
+    )
+    batch = CheckedCollator(processor, 1, features=Features(there.frames))(there.samples[:2])
+    assert len(batch["feature_lengths"]) == 1  # also where so few recordings are read themselves
+    assert [left.sample for left in batch["left_out"]] == ["m.jsonl:1"] and batch["samples"] == ["m.jsonl:2"]
 
 
 def test_damaged_frames_are_named_and_mended(data, tmp_path):

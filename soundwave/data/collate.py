@@ -129,7 +129,7 @@ class CheckedCollator(Collator):
                 kept.append(sample)
                 clips.append(clip)
         if 0 < sum(len(clip.rows) for clip in clips if isinstance(clip, Frames)) < FEW_FRAMES:
-            return CheckedCollator(self.processor, self.stage, frame_stack=self.frame_stack)(samples)
+            return CheckedCollator(self.processor, self.stage, frame_stack=self.frame_stack)([*left_out, *kept])
         batch: dict[str, Any] = self.collate(kept, clips) if kept else {}
         names = {"samples": [sample.id for sample in kept], "tasks": [sample.task for sample in kept]}
         names["recordings"] = [sample.id for sample, clip in zip(kept, clips, strict=True) if clip is not None]
