@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +123,14 @@ def test_after_kills_the_same_command_ends_in_the_same_bytes(data, tmp_path, mon
     monkeypatch.setattr(encoding, "_write", None)
     write(data.manifest, out)  # nothing is encoded again
     shutil.rmtree(out)
+
+
+def test_a_process_that_reads_and_dies_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "_read_all", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(
+        FeaturesError, match=r"a process that loads data \(pid \d+\) .*; the same command goes on after"
+    ):
+        write(data.manifest, tmp_path / "frames", workers=1)
 
 
 def test_what_cannot_be_read_is_left_out_by_name_here_and_in_training(data):

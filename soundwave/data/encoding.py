@@ -44,6 +44,7 @@ from soundwave.data.features import (
     state_of_file,
 )
 from soundwave.data.manifest import Sample
+from soundwave.data.workers import ignore_ctrl_c, lost_worker_named
 from soundwave.model.packed import encode_packed
 from soundwave.model.processing import feature_extractor_of, log_mel
 from soundwave.provenance import versions
@@ -112,7 +113,7 @@ def write_features(
         quiet: show no progress.
 
     Raises:
-        FeaturesError: no recording, a folder that holds something else, or too little room.
+        FeaturesError: no recording, a folder that holds something else, too little room, or a process that has died.
         OSError: the disk is full, or a file cannot be written.
     """
     out = Path(out)
@@ -140,9 +141,11 @@ def write_features(
             batch_size=None,
             collate_fn=partial(_read_all, extractor, whole_window),
             num_workers=workers,
+            worker_init_fn=ignore_ctrl_c,
         )
-        read = iter(loader)
-        with tqdm(total=round(seconds), unit="s", desc="speech", disable=quiet or not sys.stderr.isatty()) as bar:
+        bar = tqdm(total=round(seconds), unit="s", desc="speech", disable=quiet or not sys.stderr.isatty())
+        with bar, lost_worker_named(FeaturesError, "after the shards that are complete"):
+            read = iter(loader)
             for number in wanted:
                 shard = shards[number]
                 found: dict[int, tuple[Read, Tensor | None]] = {}

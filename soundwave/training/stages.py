@@ -26,6 +26,7 @@ from soundwave.data.manifest import Sample
 from soundwave.data.samples import Samples, TrainingSet
 from soundwave.data.sampling import BucketBatchSampler, DynamicBatchSampler, paper_temperature
 from soundwave.data.selection import select_samples
+from soundwave.data.workers import lost_worker_named
 from soundwave.hardware import GIB, memory_named, pick_device, pick_dtype
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, freeze_all_but
@@ -34,7 +35,7 @@ from soundwave.model.sizes import refuse_what_does_not_fit, sizes_of
 from soundwave.training import text_only
 from soundwave.training.callbacks import Board, Clock, Interrupted, ProgressBar, ProgressLines, StopOnSignal
 from soundwave.training.checkpoints import WriteError, step_of, written_aside
-from soundwave.training.distributed import Processes, count_launched, is_launched, joined
+from soundwave.training.distributed import LostProcess, Processes, count_launched, is_launched, joined
 from soundwave.training.journal import Journal, say
 from soundwave.training.lineage import write_lineage
 from soundwave.training.record import (
@@ -50,7 +51,7 @@ from soundwave.training.record import (
 from soundwave.training.settings import ConfigError, StageConfig
 from soundwave.training.sharding import check_sharding, shard_layers, sharded_sizes, shares_of
 from soundwave.training.text_only import how_many, own_answers, read_answers
-from soundwave.training.trainer import SoundwaveTrainer, lost_worker_named
+from soundwave.training.trainer import SoundwaveTrainer
 
 LOOKED_AT = 20_000  # samples whose frames are looked for before training
 COMPARED = 8  # recordings that are encoded again to compare their frames
@@ -165,7 +166,8 @@ def _train_stage(
     else:
         _tell(config, f"step {step + 1} of {config.steps} begins; a step has {samples_of_step(config)}")
         in_a_step = memory_named("in a training step", _smaller_batch(config))
-        with stop, closing(progress), lost_worker_named(), in_a_step:
+        worker_named = lost_worker_named(LostProcess, "from the newest checkpoint")
+        with stop, closing(progress), worker_named, in_a_step:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _summarise_left_out(journal, len(samples) + len(left_out))
     if trainer.state.global_step < config.steps:

@@ -4,11 +4,9 @@ import inspect
 import json
 import math
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -31,13 +29,12 @@ from soundwave.kernels.dispatch import to_device
 from soundwave.model.modeling import SoundwaveForConditionalGeneration, SoundwaveOutput
 from soundwave.training.callbacks import ignore_interrupts
 from soundwave.training.checkpoints import STATE_FILE, WriteError, clear_place, newest_checkpoint, rotate, written_aside
-from soundwave.training.distributed import LostProcess, Processes
+from soundwave.training.distributed import Processes
 from soundwave.training.journal import Journal, say, write_text
 from soundwave.training.sharding import Replica
 
 LOSSES = ("loss", "lm_loss", "ctc_loss")
 MEL_FRAMES_A_SECOND = 100
-LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pid>[\d, ]+)\) (?P<how>[^\n.]*)")
 BAD_BATCH = "bad-batch"  # name of two files, .json and .safetensors
 
 
@@ -531,21 +528,6 @@ class SoundwaveTrainer(Trainer):
             out["encoder_padding"] = (computed - seconds + silent) / computed
         self._sums, self._since, self._waited, self._heard = {}, now, 0.0, 0.0
         return {name: round(value, 6) for name, value in out.items()}
-
-
-@contextmanager
-def lost_worker_named() -> Iterator[None]:
-    """Raise LostProcess in place of torch's error where a process that loads data has died."""
-    try:
-        yield
-    except RuntimeError as error:
-        found = LOST_WORKER.search(str(error))
-        if found is None:
-            raise
-        raise LostProcess(
-            f"a process that loads data (pid {found['pid']}) {found['how'].strip()}; if the memory was full, use fewer "
-            "workers=…; the same command goes on from the newest checkpoint"
-        ) from error
 
 
 def tensors_of(batch: dict[str, Any]) -> dict[str, Tensor]:
