@@ -30,6 +30,7 @@ from soundwave.data.manifest import ManifestError, Sample, read_manifest
 from soundwave.data.samples import Samples, TrainingSet
 from soundwave.data.sampling import BucketBatchSampler, paper_temperature
 from soundwave.data.selection import SampleError, select_samples
+from soundwave.training.journal import Journal
 from soundwave.training.lineage import data_of
 from soundwave.training.record import _digest
 
@@ -203,6 +204,19 @@ def test_two_manifests_and_samples_in_memory(folder, indexed):
     assert together.tasks() == ["transcribe"] * 3 + ["qa"] and together.has_text_only()
     assert [entry["manifest"] for entry in data_of(together)] == ["n.jsonl", "m.jsonl", "t.jsonl"]
     assert together[-1] is more and together[1:2][0].text == "n.jsonl" and len(together[4:]) == 0
+
+
+def test_of_two_manifests_of_one_name_none_hides_what_the_other_lacks(folder, indexed, tmp_path):
+    row = ROW | {"audio_filepath": "gone.wav"}
+    paths = [write(place / "m.jsonl", [ROW, row]) for place in (folder, folder / "b")]
+    shutil.copy(folder / "a.wav", folder / "b" / "a.wav")
+    left_out = []
+    select_samples(paths, left_out, stage=1)
+    journal = Journal(tmp_path)
+    for left in left_out:
+        journal.leave_out(0, left)
+    assert [left.file for left in left_out] == [str(path.parent / "gone.wav") for path in paths]
+    assert len(journal.left_out) == 2
 
 
 # --- refusals

@@ -256,10 +256,13 @@ def test_batches_of_a_budget_hold_similar_lengths():
     [
         ({"budget": (29.0, 1500.0)}, r"costs\[\d+\] = .* is over the budget \[29.0, 1500.0\]"),
         ({"budget": (240.0,)}, r"costs has shape \[347, 2\], but there are 347 samples and 1 budgets"),
+        ({"costs": np.full((347, 2), np.nan)}, "costs must be finite, and 0 or more"),
+        ({"costs": np.full((347, 2), -1.0)}, "costs must be finite, and 0 or more"),
+        ({"costs": np.zeros((347, 2)), "budget": (0.0, 1.0)}, r"budget = \[0.0, 1.0\], but each must be above 0"),
         ({"batches": 0}, "batches = 0, but it must be at least 1"),
         ({"batch_size": 0}, "batch_size = 0"),
     ],
-    ids=["too-small", "shape", "no-batches", "empty"],
+    ids=["too-small", "shape", "nan", "below-0", "no-budget", "no-batches", "empty"],
 )
 def test_a_wrong_budget_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):

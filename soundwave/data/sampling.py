@@ -150,7 +150,8 @@ class DynamicBatchSampler(BucketBatchSampler):
         batch_size: the most samples of one process's batch; None for any number.
 
     Raises:
-        ValueError: as in `BucketBatchSampler`; a sample costs more than the budget; or costs of another shape.
+        ValueError: as in `BucketBatchSampler`; a sample costs more than the budget; costs of another shape,
+            below 0 or not finite; or a budget that is not above 0.
     """
 
     def __init__(
@@ -174,6 +175,10 @@ class DynamicBatchSampler(BucketBatchSampler):
             raise ValueError(
                 f"costs has shape {list(exact.shape)}, but there are {len(lengths)} samples and {len(budget)} budgets"
             )
+        if not (exact >= 0).all() or not np.isfinite(exact).all():
+            raise ValueError("costs must be finite, and 0 or more")
+        if not min(budget, default=1) > 0:
+            raise ValueError(f"budget = {list(budget)}, but each must be above 0")
         self.costs = np.rint(exact * UNITS).astype(np.int64)
         self.budget = np.rint(np.asarray(budget, dtype=np.float64) * UNITS).astype(np.int64)
         over = (self.costs > self.budget).any(1)

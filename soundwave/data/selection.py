@@ -66,8 +66,9 @@ def select_samples(
         for place, _, sentence in index.notes:
             line = f"{shown(index.path)}:{place}: {sentence}"
             note(line) if note is not None else warnings.warn(line, stacklevel=3)
-        for place, file, fault, _ in index.missing:
-            leave_out(f"{shown(index.path.name)}:{place}", file, fault)
+        alone = sum(path.name == index.path.name for path in manifests) <= 1
+        for place, file, fault, _ in index.missing:  # of two train.jsonl the path tells which one is meant
+            leave_out(f"{shown(index.path.name)}:{place}", file if alone else str(index.root / file), fault)
 
     indexes = []
     for path in manifests:
