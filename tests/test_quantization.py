@@ -1,5 +1,7 @@
 """The language model in NF4 on the CPU: it trains, also after it has generated."""
 
+from pathlib import Path
+
 import bitsandbytes
 import pytest
 import torch
@@ -47,6 +49,14 @@ def test_every_linear_of_the_layers_is_nf4_and_the_embeddings_are_not(model):
     assert {(m.weight.quant_type, m.weight.quant_state.nested) for m in layers} == {("nf4", True)}
     assert all(not isinstance(m, bitsandbytes.nn.Linear4bit) for m in (model.audio_tower, model.alignment))
     assert model.head_weight.dtype == model.compute_dtype
+
+
+def test_no_weight_lies_in_the_mapped_file(model):
+    """Else the whole file would stay in memory, with the weights that are quantised."""
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
+    files = [range(*(int(end, 16) for end in fields[0].split("-"))) for fields in maps]
+    held = [name for name, p in model.language_model.named_parameters() if any(p.data_ptr() in file for file in files)]
+    assert held == []
 
 
 def test_lora_matrices_are_float32(model):

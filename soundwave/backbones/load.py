@@ -166,7 +166,11 @@ class _ReleasedLlama(LlamaForCausalLM):
 
 
 def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the products of 4-bit weights, and all other weights, a dtype: files in 4 bits have one of their own."""
+    """Give the products of 4-bit weights, and all other weights, a dtype: files in 4 bits have one of their own.
+
+    On the CPU the other weights are copied. As they come, they are parts of the mapped file, which would stay in memory
+    whole, with the weights that are quantised.
+    """
     import bitsandbytes
 
     quantised = set()
@@ -178,7 +182,7 @@ def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
             quantised.add(id(module.weight))
     for parameter in model.parameters():
         if id(parameter) not in quantised and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtype, copy=parameter.device.type == "cpu")
 
 
 def _only_special_tokens(model: PreTrainedModel) -> GenerationConfig:
