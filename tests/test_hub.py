@@ -258,6 +258,21 @@ def test_a_licence_is_one_word(model_folder):
         write_model_card(model_folder, licence="mine\nbase_model: x")
 
 
+def test_transcripts_in_words_and_in_characters_have_a_score_each(model_folder, tmp_path):
+    rows = [
+        {"sample": "1", "reference": "turn on", "answer": "turn", "normaliser": "x English", "errors": 1, "of": 2},
+        {"sample": "2", "reference": "东京", "answer": "东", "normaliser": "x characters", "errors": 1, "of": 2},
+        {"sample": "3", "reference": "abcd", "answer": "abc", "normaliser": "x characters", "errors": 1, "of": 4},
+        {"sample": "4", "reference": "turn on", "answer": "turn on"},
+    ]
+    found = record_scores(model_folder, [answers_file(tmp_path, [{"task": "transcribe"} | row for row in rows])])
+    assert [(entry["score"], entry["value"], entry["samples"]) for entry in found] == [
+        ("WER", 1 / 4, 2),
+        ("CER", 2 / 6, 2),
+    ]
+    assert found[1]["normaliser"] == "x characters" and "not stated" not in found[0]["normaliser"]
+
+
 def test_translations_have_a_bleu_on_the_card(model_folder, tmp_path):
     row = {"sample": "1", "task": "translate", "reference": "das ist ein Satz", "answer": "das ist ein Satz"}
     (entry,) = record_scores(model_folder, [answers_file(tmp_path, [row | {"target_lang": "de"}])])

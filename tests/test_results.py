@@ -24,6 +24,7 @@ from soundwave.data.audio import SAMPLING_RATE, AudioError
 from soundwave.data.collate import LeftOut
 from soundwave.data.manifest import Sample, read_manifest, write_manifest
 from soundwave.evaluation import results, run
+from soundwave.evaluation.classes import Confusion
 from soundwave.evaluation.results import open_results, read_answers
 from tests.processes import WITHOUT_COMPILER
 
@@ -232,6 +233,18 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         read_answers(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"none: does not exist; give what evaluate --answers or --out wrote"):
         read_answers(tmp_path / "none")
+
+
+def test_each_task_has_a_picture_of_its_own(tmp_path):
+    confusion = Confusion(["a", "b"], [[1, 0, 0], [0, 1, 0]])
+    tasks = ["male or female", "male/or/female", "Male or female", "质" * 80]
+    with open_results(tmp_path / "out", {}) as kept:
+        files = [kept.draw(task, confusion) for task in tasks]
+        assert kept.draw(tasks[1], confusion) == files[1]
+    assert [file.name for file in files[:3]] == [
+        "confusion-male-or-female.png", "confusion-male-or-female-2.png", "confusion-Male-or-female-3.png"
+    ]  # fmt: skip
+    assert len({file.read_bytes() for file in files}) == 4
 
 
 def test_a_sample_is_left_out_once(tmp_path):

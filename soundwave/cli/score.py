@@ -149,6 +149,8 @@ def evaluate(
         if out is not None:
             results = stack.enter_context(_results(out, model, samples, settings, {} if ctc else how))
             settings["results"] = results
+            for left in missing:
+                results.leave_out(left)
         network, processor = common.load_model(model)
         ctc = ctc or network.config.stage == 1
         if results is not None:
@@ -191,7 +193,7 @@ def _samples(
         return None, read_manifest(test, allow_outside=allow_outside, leave_out=leave_out, note=common.warn)
     if data is None:
         raise ValueError(f"{test}: give the folder of its corpus with --data")
-    return protocol, protocol.read(data, prompt)
+    return protocol, protocol.read(data, prompt, leave_out)
 
 
 def _judge(
@@ -277,8 +279,12 @@ def _show(scores: "Scores", protocol: "Protocol | None", extra: Mapping[str, Any
     for task, count in scores.samples.items():
         cells = [escape(task), str(count), scores.text_of(task), scores.interval_of(task)]
         cells += [" · ".join(f"{name} {value:.1f}" for name, value in paper.items())] if paper else []
-        table.add_row(*cells, scores.normaliser.get(task, ""))
+        # A signature of sacrebleu is one word, which a column would break: it stands below.
+        table.add_row(*cells, "sacrebleu" if task in scores.bleu else scores.normaliser.get(task, ""))
     common.console.print(table)
+    for task in scores.bleu:
+        for signature in scores.normaliser[task].split("; "):
+            print(signature)
     for task, count in scores.unparsed.items():
         if count:
             common.say(f"{task}: {count} of {scores.samples[task]} answers name no option, and count as wrong")

@@ -6,7 +6,7 @@ The names of files come from the corpora's tables: one that leads out of its fol
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,14 @@ def folder_with(folder: Path, found: Iterable[str], name: str) -> Path:
 
 
 def read_rows(file: Path, columns: Iterable[str], delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a table with a header, each with its place. ValueError: a column or a cell is missing."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    """The rows of a table with a header, each with its place. ValueError: a column or a cell is missing.
+
+    In a table with tabs quotes are no marks, and a backslash stands before a character that is meant as such: so write
+    and read the scripts of CoVoST 2 (get_covost_splits.py).
+    """
+    how: dict[str, Any] = {"quoting": csv.QUOTE_NONE, "escapechar": "\\"} if delimiter == "\t" else {}
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
-        rows = csv.DictReader(opened, delimiter=delimiter, quoting=quoting)
+        rows = csv.DictReader(opened, delimiter=delimiter, **how)
         for column in columns:
             if column not in (rows.fieldnames or ()):
                 raise ValueError(f"{shown(file)}: has no column {column}; give the corpus's own table")
@@ -66,12 +70,19 @@ def read_rows(file: Path, columns: Iterable[str], delimiter: str) -> Iterator[tu
             yield place, row
 
 
-def read_librispeech(folder: Path, split: str, prompt: str | None) -> list[Sample]:
-    """The recordings of a split of LibriSpeech, such as "test-clean". `prompt` replaces the usual one."""
+def read_librispeech(
+    folder: Path, split: str, prompt: str | None, leave_out: Callable[[str, str, str], None] | None = None
+) -> list[Sample]:
+    """The recordings of a split of LibriSpeech, such as "test-clean".
+
+    Args:
+        prompt: replaces the usual one.
+        leave_out: called with name, recording and fault of each recording that is missing; without it that is an error.
+    """
     places = (split, f"LibriSpeech/{split}")
     root = folder if folder.name == split else folder_with(folder, places, "LibriSpeech")
     change = {"source_lang": "en", "prompt": prompt} if prompt else {"source_lang": "en"}
-    return [sample.model_copy(update=change) for sample in read_manifest(root)]
+    return [sample.model_copy(update=change) for sample in read_manifest(root, leave_out=leave_out)]
 
 
 def read_covost(folder: Path, source: str, target: str, prompt: str | None) -> list[Sample]:
@@ -150,7 +161,7 @@ def read_vocalsound(folder: Path, prompt: str | None) -> list[Sample]:
 
 
 def _names_of_vocalsound(table: Path, recordings: Path) -> Iterator[tuple[str, str]]:
-    """The recordings of the test set: those that the list names, or all of the speakers that the table names."""
+    """The recordings of the test set: those that the list names, or those of the speakers that the table names."""
     if table.suffix == ".json":
         try:
             found = [entry["wav"].strip() for entry in json.loads(table.read_text(encoding="utf-8"))["data"]]
@@ -161,8 +172,10 @@ def _names_of_vocalsound(table: Path, recordings: Path) -> Iterator[tuple[str, s
     with open(table, encoding="utf-8", newline="") as opened:
         for number, row in enumerate(csv.reader(opened), start=1):
             if row and re.fullmatch(r"[fm]\d+", row[0].strip()):
-                for file in sorted(recordings.glob(f"{row[0].strip()}_*.wav")):
-                    yield f"{shown(table)}:{number}", file.name
+                speaker = row[0].strip()  # each take has all sounds, so that one that is missing is told
+                takes = {file.stem.rpartition("_")[0] for file in recordings.glob(f"{speaker}_*_*.wav")}
+                for take in sorted(takes) or [f"{speaker}_0"]:
+                    yield from ((f"{shown(table)}:{number}", f"{take}_{sound}.wav") for sound in VOCAL_SOUNDS)
 
 
 def _any(samples: list[Sample], table: Path) -> list[Sample]:

@@ -26,6 +26,7 @@ from soundwave.evaluation.airbench import read_chat, read_foundation
 from soundwave.evaluation.corpora import read_covost, read_librispeech, read_meld, read_vocalsound
 
 LIBRISPEECH = tuple(f"librispeech-{part}-{kind}" for part in ("test", "dev") for kind in ("clean", "other"))
+LeaveOut = Callable[[str, str, str], None]
 PAPER = {
     "librispeech-test-clean": ("WER", 2.1),
     "librispeech-test-other": ("WER", 5.0),
@@ -42,34 +43,41 @@ class Protocol:
 
     Attributes:
         name: as the user writes it.
-        read: folder, and a prompt or None -> the samples.
+        read: folder, a prompt or None, and what is called with each missing recording or None -> the samples.
         paper: the score and its figure in per cent (BLEU: 0 to 100) in the paper; None if it is not known here.
     """
 
     name: str
-    read: Callable[[Path, str | None], list[Sample]]
+    read: Callable[[Path, str | None, LeaveOut | None], list[Sample]]
     paper: tuple[str, float] | None
 
 
 def protocol_named(name: str) -> Protocol | None:
     """The protocol of a name, None if there is none."""
-    readers: dict[str, Callable[[Path, str | None], list[Sample]]] = {
+    readers: dict[str, Callable[[Path, str | None, LeaveOut | None], list[Sample]]] = {
         **{name: partial(_librispeech, name.partition("-")[2]) for name in LIBRISPEECH},
-        "meld": read_meld,
-        "vocalsound": read_vocalsound,
-        "airbench-foundation": read_foundation,
-        "airbench-chat": read_chat,
+        "meld": partial(_table, read_meld),
+        "vocalsound": partial(_table, read_vocalsound),
+        "airbench-foundation": partial(_table, read_foundation),
+        "airbench-chat": partial(_table, read_chat),
     }
     if match := _COVOST.fullmatch(name):
         readers[name] = partial(_covost, match[1], match[2])
     return Protocol(name, readers[name], PAPER.get(name)) if name in readers else None
 
 
-def _librispeech(split: str, folder: Path, prompt: str | None) -> list[Sample]:
-    return read_librispeech(folder, split, prompt)
+def _librispeech(split: str, folder: Path, prompt: str | None, leave_out: LeaveOut | None) -> list[Sample]:
+    return read_librispeech(folder, split, prompt, leave_out)
 
 
-def _covost(source: str, target: str, folder: Path, prompt: str | None) -> list[Sample]:
+def _table(
+    read: Callable[[Path, str | None], list[Sample]], folder: Path, prompt: str | None, leave_out: LeaveOut | None
+) -> list[Sample]:
+    """The samples of a table. One whose recording is missing is among them, and the evaluation leaves it out."""
+    return read(folder, prompt)
+
+
+def _covost(source: str, target: str, folder: Path, prompt: str | None, leave_out: LeaveOut | None) -> list[Sample]:
     return read_covost(folder, source, target, prompt)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from soundwave.evaluation.intervals import interval
 from soundwave.evaluation.results import read_answers
 from soundwave.evaluation.scores import judge, word_errors
+from soundwave.evaluation.summary import is_in_characters
 from soundwave.evaluation.translation import is_translation, require_sacrebleu, score_translations
 from soundwave.evaluation.words import rules_for
 from soundwave.model.hub import SCORES_FILE
@@ -21,7 +22,8 @@ def record_scores(folder: str | Path, files: Sequence[Path]) -> list[dict[str, A
         files: JSON lines with `sample`, `task`, `reference` and `answer`, as `soundwave evaluate --answers` writes.
 
     Returns:
-        One entry for each task of each file: test, task, score, value, interval, samples, normaliser.
+        One entry for each task of each file, and two where only some transcripts are counted in characters: test,
+        task, score, value, interval, samples, normaliser.
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: a line has another form; the message names it.
@@ -36,7 +38,25 @@ def _scores_of(file: Path) -> list[dict[str, Any]]:
     for row in read_answers(file):
         language = row.get("target_lang") if is_translation(row["task"]) else None
         tasks[row["task"] if language is None else f"{row['task']} ({language})"].append(row)
-    return [_score(file.name, task, rows) for task, rows in tasks.items()]
+    return [
+        _score(file.name, task, part)
+        for task, rows in tasks.items()
+        for part in (_by_unit(rows) if task == "transcribe" else [rows])
+    ]
+
+
+def _by_unit(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Transcriptions that are counted in words, and those that are counted in characters.
+
+    Which normaliser scored them stands in each row; where it does not, the script of the references decides.
+    """
+    units: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for row, rule in zip(rows, rules_for([row["reference"] for row in rows]), strict=True):
+        if not (isinstance(row.get("normaliser"), str) and "errors" in row and "of" in row):
+            counted = word_errors(row["reference"], row["answer"], rule)
+            row = row | {"normaliser": rule.name} | counted._asdict()
+        units[is_in_characters(row)].append(row)
+    return [part for part in units.values() if part]
 
 
 def _score(test: str, task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -49,14 +69,8 @@ def _score(test: str, task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         signature = {"normaliser": "; ".join(scored.signatures)}
         return found | {"score": "BLEU", "value": scored.bleu, "interval": scored.interval} | signature
     if task == "transcribe":
-        # Which normaliser scored them stands in each row; where it does not, the script of the references decides.
-        rules = rules_for([reference for reference, _ in texts])
-        pairs = [
-            (row["errors"], row["of"]) if "errors" in row and "of" in row else word_errors(*text, rule)
-            for row, text, rule in zip(rows, texts, rules, strict=True)
-        ]
-        units = {"characters" if rule.kind == "characters" else "words" for rule in rules}
-        score = "CER" if units == {"characters"} else "WER"
+        pairs = [(row["errors"], row["of"]) for row in rows]
+        score = "CER" if is_in_characters(rows[0]) else "WER"
         sentences = [reference for reference, _ in texts]  # one sentence in several voices is drawn together
     else:
         pairs = [

@@ -39,6 +39,7 @@ class Results:
 
     def __init__(self, folder: Path, rows: Mapping[str, dict[str, Any]], left_out: Mapping[str, LeftOut]):
         self.folder, self.rows, self.left_out = folder, dict(rows), dict(left_out)
+        self._pictures: dict[str, str] = {}  # name of a picture, without case -> its task
 
     def settle(self, **about: Any) -> None:
         """Add what is known of the evaluation only once its model is loaded.
@@ -72,8 +73,12 @@ class Results:
         _append(self.folder / RATINGS, rating)
 
     def draw(self, task: str, confusion: Confusion) -> Path:
-        """Write the picture of a task's confusion matrix."""
-        name = re.sub(r"[^\w-]+", "-", task)[:80]
+        """Write the picture of a task's confusion matrix; "a b" and "a-b" get two of them."""
+        plain = name = re.sub(r"[^\w-]+", "-", task).encode()[:160].decode(errors="ignore")  # a name has 255 bytes
+        number = 1
+        while self._pictures.setdefault(name.casefold(), task) != task:
+            number += 1
+            name = f"{plain}-{number}"
         file = self.folder / f"confusion-{name}.png"
         aside = file.with_name(f"{file.name}.new")
         draw(confusion, task, aside)
