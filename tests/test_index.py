@@ -4,6 +4,7 @@ Manifests of the tests are small: `indexed` takes the threshold away and cuts th
 processes read.
 """
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -359,6 +360,24 @@ def test_a_recording_that_was_missing_and_comes_is_found(folder, indexed):
     assert len(chosen(path, 1)["samples"]) == 2
     shutil.copy(folder / "a.wav", folder / "noise.wav")
     assert len(chosen(path, 1)["samples"]) == 3
+
+
+def test_a_folder_of_clips_that_comes_later_is_found(folder, indexed):
+    (folder / "m.tsv").write_text("path\tsentence\na.mp3\tturn it on\n")
+    assert not len(select_samples([folder / "m.tsv"], [], stage=2).samples)
+    (folder / "clips").mkdir()
+    shutil.copy(folder / "a.wav", folder / "clips" / "a.mp3")
+    assert len(select_samples([folder / "m.tsv"], [], stage=2).samples) == 1
+
+
+def test_a_full_disk_leaves_nothing_of_an_index_that_gets_a_new_time(manifest, folder, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    os.utime(manifest, ns=(2 * 10**18, 2 * 10**18))
+    monkeypatch.setattr(os, "fsync", full)
+    assert text_of(manifest)[0] == "number 0"
+    assert not list(folder.glob("*.part"))
 
 
 def test_an_index_of_a_folder_that_was_copied_is_stale(manifest, folder):

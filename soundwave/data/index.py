@@ -331,17 +331,12 @@ def _keep(source: Source, index: Index, about: dict[str, Any], say: Say, aside: 
     if rows is not None:
         places = [place for place in places if place.with_name(place.name + aside) == rows]
     for place in places:
-        part = place.with_name(place.name + aside)
         try:
-            with open(part, "r+b") if rows is not None else _created(part) as file:
-                _write(file, header, index.columns)
-            os.replace(part, place)
+            _put(place, aside, header, index.columns, behind_rows=rows is not None)
             if place != places[0]:
                 say(f"the index of {shown(source.path)} is kept in {shown(place)}: {why}")
         except OSError as error:
             why = why or f"{shown(place)} cannot be written ({error.strerror})"
-            with suppress(OSError):
-                part.unlink()
             continue
         if found := _read(place, source, index.allow_outside):
             return found[0]
@@ -350,6 +345,21 @@ def _keep(source: Source, index: Index, about: dict[str, Any], say: Say, aside: 
         raise ManifestError(f"{shown(source.path)}: {why}; make room, or set XDG_CACHE_HOME to a folder that has room")
     say(f"the index of {shown(source.path)} is not kept, and will be made again at the next start: {why}")
     return index
+
+
+def _put(
+    place: Path, aside: str, header: dict[str, Any], columns: dict[str, np.ndarray], behind_rows: bool = False
+) -> None:
+    """Write an index aside, in a new file or behind the rows that are there, and rename it."""
+    part = place.with_name(place.name + aside)
+    try:
+        with open(part, "r+b") if behind_rows else _created(part) as file:
+            _write(file, header, columns)
+        os.replace(part, place)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def _write(file: BinaryIO, header: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
@@ -470,10 +480,7 @@ def _is_fresh(index: Index, header: dict[str, Any], place: Path, source: Source,
             if _hash_of(file) != header["hash"] or stamp_of(os.fstat(file.fileno())) != stamp:
                 return False
         with suppress(OSError):
-            part = place.with_name(place.name + renew)
-            with _created(part) as file:
-                _write(file, {**header, "stamp": stamp}, index.columns)
-            os.replace(part, place)
+            _put(place, renew, {**header, "stamp": stamp}, index.columns)
     return all(
         state_of(os.path.join(index.root, file)) == state
         for file, state in (

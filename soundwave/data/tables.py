@@ -61,7 +61,7 @@ def is_table(path: Path, head: bytes) -> bool:
 
 def table_source(path: Path) -> Source:
     """The rows of a CSV or TSV file; also of one that is compressed with gzip."""
-    return Source(path, path.parent, partial(_rows, path), lambda: stamp_of(os.stat(path)))
+    return Source(path, path.parent, partial(_rows, path), lambda: [*stamp_of(os.stat(path)), _has_clips(path)])
 
 
 def parquet_source(path: Path) -> Source:
@@ -139,12 +139,17 @@ def _table(path: Path, file: BinaryIO) -> Iterator[Entry]:
     for name in names:
         if name and names.count(name) > 1:
             raise ManifestError(f"{shown(path)}:{line}: has the column {_show(name)} twice; keep one")
-    in_clips = {"path", "sentence"} <= set(names) and (path.parent / "clips").is_dir()
+    in_clips = {"path", "sentence"} <= set(names) and _has_clips(path)
     for line, fields in found:
         if isinstance(fields, Refused):
             yield str(line), fields
         elif any(field.strip() for field in fields):
             yield str(line), _cells(names, fields, in_clips)
+
+
+def _has_clips(path: Path) -> bool:
+    """Whether the recordings of Common Voice may lie beside the table."""
+    return (path.parent / "clips").is_dir()
 
 
 def _cells(names: list[str], fields: list[str], in_clips: bool) -> dict[str, Any] | Refused:
