@@ -607,6 +607,13 @@ def changed(**changes) -> dict:
     return cut(recording=cut()["recording"] | changes)
 
 
+@pytest.mark.parametrize("name", ["long.jsonl", "long.jsonl.gz"])
+def test_a_first_cut_may_be_long(folder, name):
+    raw = json.dumps(cut(note="x" * 100_000)).encode()
+    (folder / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    assert len(read(folder / name)) == 1
+
+
 def test_a_cut_with_several_supervisions_is_a_sample_for_each(folder):
     parts = [
         {"start": -0.01, "duration": 0.03, "text": "one", "speaker": "a"},

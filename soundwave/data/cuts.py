@@ -20,8 +20,8 @@ from soundwave.data.chats import Refused
 from soundwave.data.chats import show as _show
 from soundwave.data.forms import READ_KEYS
 from soundwave.data.members import Member
-from soundwave.data.source import BLANK, KEYS, LONGEST_LINE, TOO_LONG, ManifestError, Source, parse, stamp_of
-from soundwave.data.tables import Entry, reading
+from soundwave.data.source import KEYS, ManifestError, Source, parse, stamp_of
+from soundwave.data.tables import Entry, lines_of
 
 SAVE = "write the cuts anew with `cuts.save_audios(folder)`"
 
@@ -79,13 +79,12 @@ def shar_source(folder: Path) -> Source:
 def _cuts(path: Path) -> Iterator[Entry]:
     for number, cut in _lines(path):
         for supervision, row in _samples(cut, None):
-            yield f"{number}, supervision {supervision}" if supervision else str(number), row
+            yield f"{number}, supervision {supervision}" if supervision else number, row
 
 
 def _shar(folder: Path, shards: list[tuple[str, str]]) -> Iterator[Entry]:
     for name, archive in shards:
         members = _members(folder / archive)
-        number = 0
         for number, cut in _lines(folder / name):
             inside = next(members, None)
             if inside is None:
@@ -108,19 +107,12 @@ def _shar(folder: Path, shards: list[tuple[str, str]]) -> Iterator[Entry]:
             )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
-    with reading(path) as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
-            if len(line) > LONGEST_LINE:
-                raise ManifestError(f"{shown(path)}:{number}: {TOO_LONG}")
-            if line.strip() in BLANK:
-                continue
-            try:
-                yield number, parse(line)
-            except ManifestError as error:
-                yield number, Refused(str(error))
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Refused]]:
+    for number, line in lines_of(path):
+        try:
+            yield number, parse(line)
+        except ManifestError as error:
+            yield number, Refused(str(error))
 
 
 def _members(archive: Path) -> Iterator[tuple[str, int | None]]:

@@ -13,16 +13,15 @@ that all of them can be named.
 
 import os
 import stat
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from soundwave.data.audio import shown
 from soundwave.data.cuts import cuts_source, is_cut
 from soundwave.data.folders import folder_source, metadata_source
-from soundwave.data.source import BLANK, LONGEST_LINE, TOO_LONG, ManifestError, Source, parse, stamp_of
+from soundwave.data.source import BLANK, ManifestError, Source, parse, stamp_of
 from soundwave.data.source import source_of as source_of_json
-from soundwave.data.tables import GZIP, arrow_source, is_table, parquet_source, reading, table_source
+from soundwave.data.tables import GZIP, arrow_source, is_table, lines_of, parquet_source, reading, table_source
 
 HEAD = 65_536  # bytes by which a file is known
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
@@ -63,13 +62,13 @@ def source_of(path: str | Path) -> Source:
         return metadata_source(path)
     if is_table(path, head):
         return table_source(path)
-    if _begins_with_cut(head):
+    if _begins_with_cut(path, head):
         return cuts_source(path)
     if not compressed:
         return source_of_json(path)
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         raise ManifestError(f"{shown(path)}: is a JSON array, compressed; uncompress it, or write JSON lines")
-    return Source(path, path.parent, partial(_compressed_lines, path), lambda: stamp_of(os.stat(path)))
+    return Source(path, path.parent, partial(lines_of, path), lambda: stamp_of(os.stat(path)))
 
 
 def _named(path: Path, ending: str, kind: str) -> Path:
@@ -78,20 +77,11 @@ def _named(path: Path, ending: str, kind: str) -> Path:
     return path
 
 
-def _begins_with_cut(head: bytes) -> bool:
+def _begins_with_cut(path: Path, head: bytes) -> bool:
     first = next((line for line in head.split(b"\n") if line.strip() not in BLANK), b"")
-    try:
-        return (b'"supervisions"' in first or b'"tracks"' in first) and is_cut(parse(first))
+    if b'"supervisions"' not in first and b'"tracks"' not in first:
+        return False
+    try:  # the line may be longer than the head
+        return is_cut(parse(next((line for _, line in lines_of(path)), b"")))
     except ManifestError:
         return False
-
-
-def _compressed_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    with reading(path) as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
-            if len(line) > LONGEST_LINE:
-                raise ManifestError(f"{shown(path)}:{number}: {TOO_LONG}")
-            if line.strip() not in BLANK:
-                yield str(number), line
