@@ -662,6 +662,13 @@ def test_the_duration_of_a_recording_that_was_changed_is_its_own(folder, indexed
     assert samples[0].duration == 0.5  # the fault is told when it is read
 
 
+def test_a_recording_that_is_too_long_now_is_left_out(folder, indexed):
+    samples = select_samples([write(folder / "m.jsonl", [ROW])], [], stage=1).samples
+    shutil.copy(folder / "long.wav", folder / "a.wav")
+    left = TrainingSet(samples)[0]
+    assert isinstance(left, LeftOut) and "a.wav: duration = 31, but at most 30 s can be trained on" in left.reason
+
+
 def test_samples_reach_other_processes(manifest):
     samples = select_samples([manifest], [], stage=1).samples
     assert list(pickle.loads(pickle.dumps(samples))) == list(samples)

@@ -19,7 +19,16 @@ from soundwave.data.chats import Refused
 from soundwave.data.collate import CHARACTERS_A_TOKEN, TOKENS_A_SECOND, LeftOut, with_duration
 from soundwave.data.index import Index
 from soundwave.data.manifest import EntryReader, Sample
-from soundwave.data.scan import FROM_HEADER, HAS_AUDIO, PLAIN, Collected, audio_stamp, entry_of, hash_of
+from soundwave.data.scan import (
+    FROM_HEADER,
+    HAS_AUDIO,
+    PLAIN,
+    Collected,
+    audio_stamp,
+    checked_duration,
+    entry_of,
+    hash_of,
+)
 from soundwave.data.source import ManifestError, parse
 
 LINES = "lines:"  # begins a hash of lines; that of samples themselves has none such
@@ -177,8 +186,8 @@ class _Part:
         """A sample, of which all but the presence of its audio file is checked again.
 
         Raises:
-            ManifestError: its line cannot be read, or has been changed since, or its audio file leads out of the folder
-                now.
+            ManifestError: its line cannot be read, or has been changed since; or its audio file leads out of the folder
+                now, or is too long now.
         """
         index = self.index
         if self._file is None:
@@ -205,7 +214,12 @@ class _Part:
             return sample
         if audio_stamp(sample.audio) != index.columns["audio"][row]:
             with suppress(AudioError):  # what is wrong with the file is told when it is read
-                return with_duration(sample)
+                sample = with_duration(sample)
+            if sample.duration is not None:
+                try:
+                    return checked_duration(sample)
+                except AudioError as error:  # it is too long now
+                    raise ManifestError(f"{shown(index.path)}:{place}: {error}") from None
         return sample.model_copy(update={"duration": float(index.columns["duration"][row])})
 
 
