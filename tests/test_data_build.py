@@ -290,6 +290,7 @@ def test_recipes_are_refused_by_name(sources, tmp_path, case):
         (b"", "is empty"),
         (b"- a\n- b\n", "holds a list"),
         (b"a: [1, 2\n", "is not YAML"),
+        (b"seed: 1\nsources: {a: {manifest: x}, a: {manifest: y}}\n", "is not YAML (the key 'a' stands twice"),
         (b"\xff\xfe\x00a", "is not UTF-8 text"),
         (b"a: !!python/object/apply:os.system [ls]\n", "is not YAML"),
         (b"sources: {}\ntasks: []\nphrasings: x\n", "sources"),

@@ -497,9 +497,10 @@ def test_words_win_over_the_file_and_the_file_over_the_paper(tmp_path):
     [
         ("- a\n- b\n", "holds a list; write one `key: value` a line"),
         ("a: [1\n", "is not YAML ("),
+        ("steps: 1\nseed: 2\nsteps: 3\n", "is not YAML (the key 'steps' stands twice"),
         ("lr: 1\n", "unknown setting 'lr'"),
     ],
-    ids=["list", "broken", "unknown"],
+    ids=["list", "broken", "twice", "unknown"],
 )
 def test_a_bad_file_is_one_line(tmp_path, text, message):
     assert message in fault(file=yaml_file(tmp_path, text))

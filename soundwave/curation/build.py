@@ -232,7 +232,7 @@ class _Source:
                     return None
             if source.label is not None:
                 if not isinstance(row.get(source.label), str) or not row[source.label].strip():
-                    raise _LabelMissing(f'lacks a string "{source.label}", the label of source {name}')
+                    raise _LabelMissing(f'lacks a string "{source.label}", the label of source {name}', row)
                 row = row | {"text": row[source.label]}
             return row
 
@@ -244,7 +244,8 @@ class _Source:
                     raise ValueError(f"{self.where}: {line.id}: {line.fault or 'has no recording'}")
                 self.samples.append(line.sample)
         except _LabelMissing as error:
-            raise ValueError(f"{self.where}: a line {error}") from None
+            fault, row = error.args
+            raise ValueError(f"{self.where}: {_name_of(row)} {fault}") from None
         if not self.samples:
             found = "; ".join(f"{key} is {', '.join(list(seen)[:10])}" for key, seen in values.items())
             raise ValueError(f"{self.where}: no line is as `where` of source {name!r} says; {found}")
@@ -271,6 +272,12 @@ class _Source:
                 raise ValueError(f"{self.where}: {sample.id}: lacks {lacks}; add it")
             clips = self.speakers.setdefault(str(speaker), defaultdict(list))
             clips[(sample.text or "").strip()].append(sample)
+
+
+def _name_of(row: Row) -> str:
+    """How a message names a line: by its recording."""
+    audio = row.get("audio_filepath")
+    return f"the line of {shown(audio)}" if isinstance(audio, str) else "a line"
 
 
 class _LabelMissing(Exception):

@@ -11,6 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from soundwave.data.audio import LONGEST_SECONDS, shown
+from soundwave.data.yaml_text import read_yaml
 
 LONGEST = 10_000  # phrasings that a pattern may give
 NAMES = {"answer", "nth", "number", "options", "text"}  # what may stand in braces in a phrasing
@@ -249,7 +250,7 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Phrasings]:
 
 def _load(path: Path, kind: type[Model]) -> Model:
     try:
-        loaded = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+        loaded = read_yaml(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"{shown(path)}: cannot be read ({error.strerror}); name a YAML file") from None
     except UnicodeDecodeError:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from soundwave import backbones
+from soundwave.data.yaml_text import read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -195,7 +196,7 @@ def load_config(
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            loaded = read_yaml(Path(file).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a YAML file of settings") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
