@@ -318,6 +318,7 @@ def test_ray_hears_the_same(small_whisper, batches, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--wer", "10"], "--wer 10 keeps lines of which every word is wrong; give a share: 0.1 is 10 %"),
         (["--language", "de"], "language = 'de', but embedded:whisper-tiny.en hears English only"),
         (["--language", "Klingon"], "language = 'Klingon'"),
         (["--whisper", "/nonexistent"], "/nonexistent.*there is no such folder"),

@@ -24,7 +24,7 @@ def curate(
         float | None,
         typer.Option(
             min=0,
-            help="Word error rate below which a line is kept.",
+            help="Word error rate below which a line is kept, as a share: 0.1 is 10 %.",
             show_default="0.1, as in the paper for Whisper-medium; for the embedded one 0.7",
         ),
     ] = None,
@@ -59,6 +59,8 @@ def curate(
     For data/train.jsonl it writes train-kept.jsonl, train-left-out.jsonl with the reasons, and train-transcripts.jsonl.
     After a kill the same command goes on. With another --wer nothing is transcribed again.
     """
+    if wer is not None and wer > 1:
+        raise ValueError(f"--wer {wer:g} keeps lines of which every word is wrong; give a share: 0.1 is 10 %")
     common.quiet_transformers()
     from soundwave.curation.curate import Filters, limit_of
     from soundwave.curation.curate import curate as curate_manifest

@@ -287,7 +287,7 @@ def _show(scores: "Scores", protocol: "Protocol | None", extra: Mapping[str, Any
             print(signature)
     for task, count in scores.unparsed.items():
         if count:
-            common.say(f"{task}: {count} of {scores.samples[task]} answers name no option, and count as wrong")
+            common.say(f"{task}: {count} of {scores.samples[task]} answers name no option or label, and count as wrong")
     _show_airbench(extra.get("airbench") or {})
     if scores.blank_share is not None:
         common.say(
