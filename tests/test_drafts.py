@@ -136,6 +136,13 @@ def test_an_answer_ends_at_its_limit(loaded, prompts, greedy, most):
     assert found == [tokens[:most] for tokens in greedy]
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("most", [0, -3])
+def test_an_answer_of_no_tokens_is_refused_with_drafts_too(loaded, clips, most, draft):
+    with pytest.raises(ValueError, match=f"max_new_tokens = {most}, but it must be 1 or more"):
+        answer(*loaded, PROMPTS[:1], clips[:1], max_new_tokens=most, draft=draft)
+
+
 def test_an_answer_ends_at_its_first_end_token(loaded, prompts, greedy):
     """In the draft, or as the token that follows what is accepted."""
     ends = {greedy[0][4], greedy[1][7]}

@@ -157,6 +157,12 @@ def test_a_batch_size_below_1_is_refused(model, processor, samples, batch_size):
             score(model, processor, samples, batch_size=batch_size)
 
 
+@pytest.mark.parametrize("most", [0, {"transcribe": 8, "capital": -3}], ids=["all tasks", "one task"])
+def test_a_longest_answer_of_no_tokens_is_refused(model, processor, samples, most):
+    with pytest.raises(ValueError, match=r"max_new_tokens = (0|-3), but it must be 1 or more"):
+        evaluate(model, processor, samples, max_new_tokens=most, draft="ctc")
+
+
 def test_a_task_without_a_longest_answer_is_named(model, processor, samples):
     with pytest.raises(ValueError, match="max_new_tokens has no entry for task 'transcribe'"):
         evaluate(model, processor, [s for s in samples if s.task == "transcribe"], max_new_tokens={"capital": 8})

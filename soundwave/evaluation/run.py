@@ -26,7 +26,7 @@ from soundwave.evaluation.scores import ANSWER_RULES, Scores, classes_named, has
 from soundwave.evaluation.summary import score_rows
 from soundwave.evaluation.translation import is_translation, require_sacrebleu, tokenizer_for
 from soundwave.evaluation.words import Rules, check_language, is_language, rules_for
-from soundwave.inference.answer import LoadedModel, answer, check_draft, read_ctc
+from soundwave.inference.answer import LoadedModel, answer, check_draft, check_longest, read_ctc
 from soundwave.inference.long import read_windows
 from soundwave.inference.reading import Reader, Window
 from soundwave.inference.timestamps import Reading
@@ -183,6 +183,8 @@ def evaluate(
         raise ValueError("samples is empty: there is nothing to evaluate")
     check_batch_size(batch_size)
     check_draft(draft, accept)
+    for longest in max_new_tokens.values() if isinstance(max_new_tokens, Mapping) else [max_new_tokens]:
+        check_longest(longest)
     if any(is_translation(sample.task) for sample in samples):
         require_sacrebleu()
     wanted = [answer_of(sample) for sample in samples]

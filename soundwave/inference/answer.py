@@ -130,7 +130,11 @@ def answer(
 
     Returns:
         The answers, without special tokens and outer white space.
+
+    Raises:
+        ValueError: `max_new_tokens` is below 1; as in `check_draft`.
     """
+    check_longest(max_new_tokens)
     check_draft(draft, accept)
     batch = batch_to(dict(processor(prompts, audio)), model.device)
     ends = end_tokens(model, processor)
@@ -186,6 +190,12 @@ class _Watched(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return torch.tensor(self.watch(input_ids.tolist()), dtype=torch.bool, device=input_ids.device)
+
+
+def check_longest(max_new_tokens: int) -> None:
+    """ValueError: no token may be written. Only transformers' decoding would say so, and not that with drafts."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}, but it must be 1 or more")
 
 
 def check_draft(draft: str, accept: float | None = None) -> None:

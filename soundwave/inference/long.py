@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from soundwave.data.audio import LONGEST_SECONDS, RATES, SAMPLING_RATE, load_audio, read_blocks, seconds_of
-from soundwave.inference.answer import LoadedModel, answer, check_draft, load_model
+from soundwave.inference.answer import LoadedModel, answer, check_draft, check_longest, load_model
 from soundwave.inference.reading import Reader, Text, Window, cut_into_windows, seam
 from soundwave.inference.timestamps import segments_of
 from soundwave.inference.transcript import Segment, Transcript, Word
@@ -236,8 +236,7 @@ def transcribe_each(
     check_draft(draft, accept)
     if timestamps is not None and timestamps not in TIMESTAMPS:
         raise ValueError(f"timestamps = {timestamps!r}, but it must be {' or '.join(map(repr, TIMESTAMPS))}, or None")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}, but it must be 1 or more")
+    check_longest(max_new_tokens)
     if (path := _path(recordings)) is not None:
         raise TypeError(f"recordings = {path!r}, but it must be an iterable; use transcribe for one file")
     reader = Reader(_loaded(model), batch_size=batch_size, max_new_tokens=max_new_tokens, draft=draft, accept=accept)
