@@ -143,6 +143,15 @@ def test_the_command_prints_the_differences_and_writes_the_page(files, monkeypat
     assert [score["score"] for score in found["scores"]] == ["WER", "accuracy"]
 
 
+def test_a_reading_by_ctc_and_answers_of_the_language_model_are_told_apart(files, monkeypatch, capsys, tmp_path):
+    reading = [json.loads(line) | {"blanks": 3} for line in (files / "big.jsonl").read_text().splitlines()]
+    ctc, page = tmp_path / "ctc.jsonl", tmp_path / "page.html"
+    ctc.write_text("".join(json.dumps(row) + "\n" for row in reading))
+    status, _, err = command(monkeypatch, capsys, files / "small.jsonl", ctc, "--out", page)
+    told = "Transcripts of ctc are what CTC writes, those of small what the language model answers."
+    assert status == 0 and told in err and told in page.read_text()
+
+
 def test_mistakes_are_one_line(files, monkeypatch, capsys, tmp_path):
     small, big = files / "small.jsonl", files / "big.jsonl"
     (files / "m").mkdir()

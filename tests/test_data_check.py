@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -255,6 +256,17 @@ def test_a_recording_that_ends_its_process_is_found_by_itself(monkeypatch):
     found = list(measure_all(iter(parts), 2))
     assert [sound.samples for sound in found] == [0 if number == 7 else number + 1 for number in range(20)]
     assert "ends the process that decodes it" in found[7].fault
+
+
+def test_a_script_that_guards_nothing_is_told_so_and_no_recording_is_blamed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from soundwave.curation.sounds import Part, measure_all\n"
+        "print(list(measure_all([Part('a.wav', 0.0, None)], 2)))\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert ended.returncode and not ended.stdout
+    assert "in a script, call this below" in ended.stderr.splitlines()[-1]
 
 
 def test_processes_find_the_same(folder, checked, processor):

@@ -385,9 +385,16 @@ def compare(
     from soundwave.evaluation.results import read_answers
     from soundwave.report.comparison import write_comparison
 
-    found = compare_rows(*map(read_answers, places))
+    answers = [read_answers(place) for place in places]
+    found = compare_rows(*answers)
     names = _two_names(first, second)
-    page = write_comparison(found, names, out, [] if test is None else [f"Test: {test.name}."])
+    about = [] if test is None else [f"Test: {test.name}."]
+    ctc = [any("blanks" in row for row in rows) for rows in answers]  # frames that are blank are counted for CTC alone
+    if ctc[0] != ctc[1]:
+        one, other = (names[place] for place in (ctc.index(True), ctc.index(False)))
+        about.append(f"Transcripts of {one} are what CTC writes, those of {other} what the language model answers.")
+        common.warn(about[-1])
+    page = write_comparison(found, names, out, about)
     if as_json:
         scores = [score._asdict() for score in found.scores]
         print(

@@ -108,6 +108,13 @@ def _measure_each(parts: list[Part]) -> list[Sound]:
 def _measure_alone(part: Part) -> Sound:
     with _pool(1) as pool:
         try:
+            pool.submit(int).result()
+        except BrokenProcessPool:  # no recording is to blame
+            raise RuntimeError(
+                "processes that decode recordings end as soon as they begin; in a script, call this below "
+                'if __name__ == "__main__":, or take processes=1'
+            ) from None
+        try:
             return pool.submit(measure, part).result()
         except BrokenProcessPool:
             return Sound(
