@@ -3,6 +3,7 @@
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 
 def read_yaml(text: str) -> Any:
@@ -17,6 +18,6 @@ class _OneOfEach(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                    raise ComposerError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
                 seen.add((key.tag, key.value))
         return node
