@@ -50,6 +50,8 @@ def run(stage: int, settings: dict[str, Any], poisoned: str | None = None, stop:
         train_stage(make_config(stage, **settings))
     except (Interrupted, ValueError, FloatingPointError) as caught:
         error = f"{type(caught).__name__}: {caught}"
+    finally:
+        CheckedCollator.clip, SoundwaveTrainer.get_batch_samples = CLIP, BATCHES
     return {"steps": steps, "error": error}
 
 

@@ -30,6 +30,7 @@ from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 
 from soundwave import backbones
+from soundwave.curation.recipes import Recipe
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.demo.espeak import Espeak
 from soundwave.inference.answer import load_model
@@ -60,6 +61,7 @@ APPENDED = {
     "demo": "--help",
     "ablate": "--help",
     "serve": "--help",
+    "merge runs/mine/vllm": "--help",
 }
 WORDS = ("zero", "one", "two", "three")
 SERVED = "127.0.0.1:8000"  # in the documents
@@ -130,9 +132,14 @@ def read_manifest_lines(_: Home, block: Block) -> None:
 
 
 def load_yaml(_: Home, block: Block) -> None:
-    """Settings of a stage are checked as such, and left in the file that the first line names: `# stage1.yaml`."""
+    """Settings of a stage are checked as such, and left in the file that the first line names: `# stage1.yaml`.
+
+    So are recipes of data, which have tasks.
+    """
     values = yaml.safe_load(block.code)
-    if set(values) & set(StageConfig.model_fields):
+    if "sources" in values:
+        Recipe.model_validate(values)
+    elif set(values) & set(StageConfig.model_fields):
         named = re.match(r"# (\w*?(\d?)\.yaml)", block.code)
         name, stage = (named[1], int(named[2] or 1)) if named else ("settings.yaml", 1)
         Path(name).write_text(block.code, encoding="utf-8")
@@ -317,7 +324,10 @@ RULES: list[tuple[str, Callable[[Home, list[str]], None]]] = [
     ("nsys profile|ncu", run_wrapped),
     ("torchrun|accelerate launch", run_launched),
     ("curl", run_curl),
-    ("evalscope|nsys stats|git clone|cd|source|ffmpeg|hf auth login|hf download|apt install|python3? -m venv", leave),
+    (
+        "evalscope|schemathesis|nsys stats|git clone|cd|source|ffmpeg|hf auth login|hf download|apt install|python3? -m venv",
+        leave,
+    ),
 ]
 
 

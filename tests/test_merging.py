@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaCo
 import soundwave
 from soundwave import backbones
 from soundwave.backbones.load import load_language_model
+from soundwave.inference.answer import LoadedModel
 from soundwave.model import merging
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.merging import merge
@@ -89,8 +90,13 @@ def test_the_merged_folder_is_a_model_of_its_own(source, tmp_path):
     assert json.loads((out / "config.json").read_text())["language_model"] == "./language_model"
     # The auto class reads the configuration first, and does not know where a relative folder is.
     assert AutoModel.from_pretrained(str(out)).config.language_model == str(out / "language_model")
-    loaded, before = soundwave.load(out), soundwave.load(source)
-    assert not [name for name in loaded.model.state_dict() if "lora_" in name]
+    assert not [name for name in soundwave.load(out).model.state_dict() if "lora_" in name]
+    # In float32: `load` takes bfloat16 where that is fast, and there rounding decides between tokens that are nearly
+    # as probable as each other, as those of a random model are.
+    loaded, before = (
+        LoadedModel(SoundwaveForConditionalGeneration.from_pretrained(folder).eval(), soundwave.load(folder).processor)
+        for folder in (out, source)
+    )
     torch.manual_seed(1)
     audio = [0.1 * torch.randn(16_000).numpy(), 0.1 * torch.randn(9_000).numpy()]
     for draft in ("ctc", "none"):

@@ -13,10 +13,9 @@ greedy acceptance), is that of Stern et al., 2018 (arXiv 1811.03115); that CTC d
 are the language model's own tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ from transformers import DynamicCache
 
 from soundwave.kernels.vocab_rows import argmax
 from soundwave.model.modeling import SoundwaveForConditionalGeneration
-from soundwave.model.packed import decode_packed, reason_against_packing
 from soundwave.model.processing import pad
 
 GROWTH, FEWEST, MISSES = 4, 8, 3
@@ -72,103 +70,11 @@ def reason_against_drafts(language_model: Any) -> str:
     return ""
 
 
-def _best(head: nn.Module, states: Tensor) -> list[int]:
-    """The most probable token after each of `states` [n, D], of equals the first; few logits are held at once."""
-    step = max(1, LOGITS // head.weight.shape[0])
-    return [token for part in states.split(step) for token in argmax(head(part)).tolist()]
-
-
-class _Cache(NamedTuple):
-    """Keys and values of the clips that go on, and bool [B, columns], the columns of each that are looked at."""
-
-    values: DynamicCache
-    seen: Tensor
-
-
-# Called with the places of the clips that go on and how many draft tokens of each were accepted.
-_Keep = Callable[[list[int], list[int]], _Cache]
-
-
-def _first_forward(
-    model: SoundwaveForConditionalGeneration, embeddings: Tensor, mask: Tensor, tried: list[list[int]]
-) -> tuple[list[list[int]], _Keep]:
-    """Prompts and drafts in one forward, on packed rows if the language model can.
-
-    Returns:
-        For each clip the most probable tokens after its prompt and after each token of its draft; and what to keep.
-    """
-    language_model, device = model.language_model, embeddings.device
-    embed, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
-    if reason_against_packing(language_model):
-        cache = _Cache(DynamicCache(config=language_model.config), mask[:, :0].bool())
-        return _forward(language_model, cache, embeddings, mask.bool(), tried)
-    prompts = mask.sum(1).tolist()
-    lengths = [prompt + len(draft) for prompt, draft in zip(prompts, tried, strict=True)]
-    bounds = [0, *accumulate(lengths)]
-    drafts = torch.tensor([token for draft in tried for token in draft], dtype=torch.int64, device=device)
-    drafts = embed(drafts).to(embeddings.dtype).split([len(draft) for draft in tried])
-    parts = [(row[len(row) - prompt :], draft) for row, prompt, draft in zip(embeddings, prompts, drafts, strict=True)]
-    rows = torch.cat([part for both in parts for part in both])
-    wanted = [range(bounds[i] + prompts[i] - 1, bounds[i + 1]) for i in range(len(tried))]
-    packed = DynamicCache(config=language_model.config)
-    states = decode_packed(
-        language_model,
-        rows,
-        torch.tensor(bounds, device="cpu"),
-        max(lengths),
-        torch.tensor([place for places in wanted for place in places], device="cpu"),
-        packed,
-    )
-    found = iter(_best(head, states))
-    best = [[next(found) for _ in places] for places in wanted]
-
-    def keep(places: list[int], agreed: list[int]) -> _Cache:
-        counts = torch.tensor([prompts[place] + count for place, count in zip(places, agreed, strict=True)])
-        column = torch.arange(int(counts.max()))
-        seen = column < counts[:, None]
-        index = (torch.tensor(bounds)[places][:, None] + column).where(seen, 0).to(device)
-        kept = DynamicCache(config=language_model.config)
-        for number, layer in enumerate(packed.layers):
-            kept.update(*(x[0][:, index].transpose(0, 1) for x in (layer.keys, layer.values)), number)
-        return _Cache(kept, seen.to(device))
-
-    return best, keep
-
-
-def _forward(
-    language_model: Any, cache: _Cache, rows: Tensor, inside: Tensor, tried: list[list[int]]
-) -> tuple[list[list[int]], _Keep]:
-    """One padded forward: `rows` [B, L, D], of which those are looked at that `inside` bool [B, L] names, and drafts.
-
-    The rows end with what stands before the drafts. Returns are those of `_first_forward`.
-    """
-    device, width = rows.device, max(map(len, tried))
-    drafts = pad(tried, 0, "right")[:, :width].to(device)
-    lengths = torch.tensor([len(draft) for draft in tried], device=device)
-    seen = torch.cat([cache.seen, inside, torch.arange(width, device=device) < lengths[:, None]], 1)
-    rows = torch.cat([rows, language_model.get_input_embeddings()(drafts).to(rows.dtype)], 1)
-    states = language_model.base_model(
-        inputs_embeds=rows,
-        attention_mask=seen.to(torch.int64),
-        position_ids=(seen.cumsum(1) - 1).clamp_(min=0)[:, -rows.shape[1] :],
-        past_key_values=cache.values,
-        use_cache=True,
-    ).last_hidden_state[:, -width - 1 :]
-    found = _best(language_model.get_output_embeddings(), states.flatten(0, 1))
-    best = [found[start : start + width + 1] for start in range(0, len(found), width + 1)]
-
-    def keep(places: list[int], agreed: list[int]) -> _Cache:
-        start, longest = seen.shape[1] - width, max(agreed)
-        if longest < width:  # what nobody has accepted leaves the cache
-            cache.values.crop(longest - width)
-        if len(places) < len(tried):
-            cache.values.batch_select_indices(torch.tensor(places, dtype=torch.int64, device=device))
-        kept = seen[places, : start + longest]
-        for row, count in zip(kept, agreed, strict=True):
-            row[start + count :] = False  # what was not accepted is never looked at
-        return _Cache(cache.values, kept)
-
-    return best, keep
+def _best(head: nn.Module, states: Tensor) -> list[list[int]]:
+    """The most probable token after each of `states` [B, n, D]; few logits are held at once."""
+    step = max(1, LOGITS // (len(states) * head.weight.shape[0]))
+    parts = (head(part) for part in states.split(step, 1))
+    return torch.cat([argmax(part.flatten(0, 1)).view(part.shape[:2]) for part in parts], 1).tolist()
 
 
 @torch.no_grad()
@@ -193,15 +99,33 @@ def decode_drafts(
     Returns:
         The tokens of each answer, up to its end token, or to `max_new_tokens`.
     """
-    language_model = model.language_model
-    embed = language_model.get_input_embeddings()
+    language_model, device = model.language_model, embeddings.device
+    embed, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
     answers: list[list[int]] = [[] for _ in drafts]
     active, misses = list(range(len(drafts))), [0] * len(drafts)
     left = [list(draft) for draft in drafts]
     tried = [draft[: max_new_tokens - 1] for draft in left]
-    best, keep = _first_forward(model, embeddings, mask, tried) if drafts else ([], None)
+    cache = DynamicCache(config=language_model.config)
+    known = embeddings.new_zeros(len(drafts), 0, dtype=torch.int64)  # tokens that are written, but not yet in the cache
+    seen = mask.to(torch.int64)
     while active:
-        goes_on, accepted, tries = [], [], []
+        width = max(map(len, tried))
+        ids = torch.cat([known, pad(tried, 0, "right")[:, :width].to(device)], 1)
+        length = torch.tensor([known.shape[1] + len(draft) for draft in tried], device=device)
+        inside = torch.arange(ids.shape[1], device=device) < length[:, None]
+        seen = torch.cat([seen, inside.to(torch.int64)], 1)
+        rows = embed(ids).to(embeddings.dtype)
+        if not cache.get_seq_length():
+            rows = torch.cat([embeddings, rows], 1)
+        states = language_model.base_model(
+            inputs_embeds=rows,
+            attention_mask=seen,
+            position_ids=(seen.cumsum(1) - 1).clamp_(min=0)[:, -rows.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        best = _best(head, states[:, -width - 1 :])
+        goes_on, tries, start, longest = [], [], seen.shape[1] - width, 0
         for place, number in enumerate(active):
             draft, room = tried[place], max_new_tokens - len(answers[number])
             agreed = next((i for i, (a, b) in enumerate(zip(draft, best[place], strict=False)) if a != b), len(draft))
@@ -213,20 +137,22 @@ def decode_drafts(
                 counts.forwards += 1
                 counts.tokens += len(new)
                 counts.accepted += min(agreed, len(new))
+            seen[place, start + agreed :] = 0  # what was not accepted is never looked at
             if end is None and len(new) < room:
                 goes_on.append(place)
-                accepted.append(agreed)
+                longest = max(longest, agreed)
                 misses[number] = 0 if agreed else misses[number] + 1
                 left[number] = _rest(left[number][agreed:], new[-1]) if misses[number] < MISSES else []
                 most = min(GROWTH * agreed + FEWEST, max_new_tokens - len(answers[number]) - 1)
                 tries.append(left[number][:most])
+        if longest < width:  # what nobody has accepted leaves the cache
+            cache.crop(longest - width)
+            seen = seen[:, : start + longest]
+        if len(goes_on) < len(active):
+            cache.batch_select_indices(torch.tensor(goes_on, dtype=torch.int64, device=device))
+            seen = seen[goes_on]
         active, tried = [active[place] for place in goes_on], tries
-        if active:
-            cache = keep(goes_on, accepted)
-            # The last token is written, but not yet in the cache.
-            last = torch.tensor([answers[number][-1:] for number in active], device=embeddings.device)
-            rows = embed(last).to(embeddings.dtype)
-            best, keep = _forward(language_model, cache, rows, torch.ones_like(last, dtype=torch.bool), tried)
+        known = torch.tensor([answers[number][-1:] for number in active], dtype=torch.int64, device=device)
     if counts is not None:
         counts.clips += len(drafts)
     return answers

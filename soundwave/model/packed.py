@@ -13,7 +13,7 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -82,21 +82,13 @@ def reason_against_packing(language_model: Any) -> str:
     return ""
 
 
-def decode_packed(
-    language_model: Any,
-    embeddings: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    wanted: Tensor,
-    cache: Cache | None = None,
-) -> Tensor:
+def decode_packed(language_model: Any, embeddings: Tensor, cu_seqlens: Tensor, longest: int, wanted: Tensor) -> Tensor:
     """The last states [n, D] of `wanted` rows of a language model over packed `embeddings` [N, D].
 
     Args:
         cu_seqlens: int [B + 1], the bounds of the sequences, on the CPU. Each begins at position 0.
         longest: rows of the longest of them.
         wanted: int64 [n], on the CPU. The last layer's MLP computes these rows alone.
-        cache: an empty one, which takes the keys and values of all rows, [1, H, N, E] a layer.
     """
     wanted = to_device(wanted, embeddings.device)
     if not len(embeddings):
@@ -113,8 +105,7 @@ def decode_packed(
             inputs_embeds=embeddings[None],
             attention_mask=bounds_of(bounds, longest),
             position_ids=positions.to(torch.int64)[None],
-            past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=False,
         ).last_hidden_state[0]
     return states.index_select(0, wanted)
 
