@@ -324,10 +324,8 @@ RULES: list[tuple[str, Callable[[Home, list[str]], None]]] = [
     ("nsys profile|ncu", run_wrapped),
     ("torchrun|accelerate launch", run_launched),
     ("curl", run_curl),
-    (
-        "evalscope|schemathesis|nsys stats|git clone|cd|source|ffmpeg|hf auth login|hf download|apt install|python3? -m venv",
-        leave,
-    ),
+    ("evalscope|schemathesis|nsys stats|git clone|cd|source|ffmpeg", leave),
+    ("hf auth login|hf download|apt install|python3? -m venv", leave),
 ]
 
 
