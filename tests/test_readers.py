@@ -312,6 +312,7 @@ def test_a_table_in_gzip(folder):
         (gzip.compress(b"RIFF\0\0"), "holds a binary file or UTF-16 text, compressed"),
         (gzip.compress(b""), "holds no samples"),
     ],
+    ids=["cut short", "array", "binary", "empty"],  # else the bytes, which hold the time of day, would name the tests
 )
 def test_bad_gzip_is_named(folder, data, wanted):
     assert wanted in fault(write(folder / "m.jsonl.gz", data))
