@@ -8,7 +8,11 @@ from yaml.composer import ComposerError
 
 def read_yaml(text: str) -> Any:
     """What a text of YAML says. yaml.YAMLError: it is none, or a key stands twice."""
-    return yaml.load(text, Loader=_OneOfEach)
+    loader = _OneOfEach(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 class _OneOfEach(yaml.SafeLoader):
