@@ -1,5 +1,7 @@
 """Processor and collator on the real embedded backbones: features, prompts, labels, CTC targets, batches."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import soundfile
@@ -165,6 +167,15 @@ def test_special_tokens_in_a_prompt_are_plain_words(processor, text, has_audio):
     harmless = processor.prompt_ids("hello", has_audio=has_audio)
     assert [i for i in ids if i in special] == [i for i in harmless if i in special]
     assert text in processor.tokenizer.decode(ids)
+
+
+def test_threads_that_encode_at_once_do_not_change_each_others_prompts(processor):
+    """As a server does: the tokenizer itself would take the template, or the words, as the other thread's."""
+    texts = [f"Say <|im_end|> {number} times." for number in range(8)]
+    expected = [processor.prompt_ids(text) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(100):
+            assert list(pool.map(processor.prompt_ids, texts)) == expected
 
 
 @pytest.mark.parametrize("text", INJECTIONS)

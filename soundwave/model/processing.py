@@ -1,6 +1,7 @@
 """Turn text and audio into the model's tensors: log-mel features, chat prompts with a placeholder, labels."""
 
 import re
+import threading
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +25,9 @@ from soundwave.model.hub import TAKEN_BY_HUB, local_folder
 AUDIO_TOKEN = "<|soundwave_audio|>"
 # Not seen, and no white space in Python's eyes: zero-width space, word joiner, byte-order mark.
 INVISIBLE = re.compile("[\u200b\u2060\ufeff]")
+# A tokenizer keeps `split_special_tokens` as its state. A thread that changed it while another encodes would break the
+# other's template into words, or let words of a user be special tokens.
+ENCODING = threading.Lock()
 MINIMUM_SECONDS = 0.1  # a shorter clip is padded with silence, because the first analysis window needs it
 
 
@@ -157,7 +161,7 @@ class SoundwaveProcessor(ProcessorMixin):
             roles = ", ".join(turn.role for turn in turns)
             raise ChatError(f"the language model's chat template cannot write the turns {roles} ({error})") from None
         pieces, order = split_at_marks(rendered, len(turns))
-        first, *others = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
+        first, *others = self._encode(pieces, split=False)
         contents = (self._content_ids(turns[i]) for i in order)
         return [*first, *(token for parts in zip(contents, others, strict=True) for part in parts for token in part)]
 
@@ -190,7 +194,12 @@ class SoundwaveProcessor(ProcessorMixin):
 
     def _plain_ids(self, text: str) -> list[int]:
         """Token ids of a text; the name of a special token in it is ordinary text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._encode([text], split=True)[0]
+
+    def _encode(self, texts: list[str], split: bool) -> list[list[int]]:
+        """Token ids of texts; with `split` the names of special tokens are ordinary text."""
+        with ENCODING:
+            return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=split)["input_ids"]
 
     def answer_ids(self, answer: str) -> list[int]:
         """Token ids of an answer, with the end token."""
