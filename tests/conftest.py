@@ -198,3 +198,23 @@ def model_folders(small_llm, tmp_path_factory) -> dict[int, Path]:
 def models_of_few_tokens(small_vocabulary, tmp_path_factory) -> dict[int, Path]:
     """The same with a language model of 500 tokens, which answers in half the time."""
     return untrained_models(small_vocabulary, tmp_path_factory)
+
+
+@pytest.fixture
+def soundwave(monkeypatch, capsys):
+    """Runs the command in this process and returns exit status, stdout and stderr."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["soundwave", *map(str, words)])
+        capsys.readouterr()
+        from soundwave.cli import main  # here, because few tests need it
+
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -50,24 +50,6 @@ def spoken(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def soundwave(monkeypatch, capsys):
-    """Runs the command in this process and returns exit status, stdout and stderr."""
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["soundwave", *map(str, words)])
-        capsys.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def fault(soundwave):
     """Runs a command that must fail and returns its one line."""
 

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import soundfile
 
-from soundwave.cli import main
 from soundwave.data.manifest import write_manifest
 from soundwave.evaluation.compare import compare_rows
 from soundwave.evaluation.intervals import interval, p_value
@@ -121,38 +119,27 @@ def files(tmp_path):
     return tmp_path
 
 
-def command(monkeypatch, capsys, *words) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["soundwave", "compare", *map(str, words)])
-    capsys.readouterr()
-    status = 0
-    try:
-        main()
-    except SystemExit as end:
-        status = end.code
-    return (status, *capsys.readouterr())
-
-
-def test_the_command_prints_the_differences_and_writes_the_page(files, monkeypatch, capsys):
+def test_the_command_prints_the_differences_and_writes_the_page(files, soundwave):
     words = files / "small.jsonl", files / "big.jsonl", "--out", files / "page.html"
-    status, out, err = command(monkeypatch, capsys, *words)
+    status, out, err = soundwave("compare", *words)
     assert status == 0 and not err
     assert "A small · B big" in out and "+50.0" in out and f"page {files / 'page.html'}" in out
-    status, out, _ = command(monkeypatch, capsys, *words, "--json")
+    status, out, _ = soundwave("compare", *words, "--json")
     found = json.loads(out)
     assert status == 0 and found["names"] == ["small", "big"]
     assert [score["score"] for score in found["scores"]] == ["WER", "accuracy"]
 
 
-def test_a_reading_by_ctc_and_answers_of_the_language_model_are_told_apart(files, monkeypatch, capsys, tmp_path):
+def test_a_reading_by_ctc_and_answers_of_the_language_model_are_told_apart(files, soundwave, tmp_path):
     reading = [json.loads(line) | {"blanks": 3} for line in (files / "big.jsonl").read_text().splitlines()]
     ctc, page = tmp_path / "ctc.jsonl", tmp_path / "page.html"
     ctc.write_text("".join(json.dumps(row) + "\n" for row in reading))
-    status, _, err = command(monkeypatch, capsys, files / "small.jsonl", ctc, "--out", page)
+    status, _, err = soundwave("compare", files / "small.jsonl", ctc, "--out", page)
     told = "Transcripts of ctc are what CTC writes, those of small what the language model answers."
     assert status == 0 and told in err and told in page.read_text()
 
 
-def test_mistakes_are_one_line(files, monkeypatch, capsys, tmp_path):
+def test_mistakes_are_one_line(files, soundwave, tmp_path):
     small, big = files / "small.jsonl", files / "big.jsonl"
     (files / "m").mkdir()
     (files / "m" / "config.json").write_text("{}")
@@ -162,17 +149,17 @@ def test_mistakes_are_one_line(files, monkeypatch, capsys, tmp_path):
         ((small, files / "m"), "m: is a model; name with --test what both are evaluated on"),
         ((small, big, "--test", "meld"), "--test is for models, but A and B are answers; leave it out"),
     ):
-        status, out, err = command(monkeypatch, capsys, *words, "--out", files / "page.html")
+        status, out, err = soundwave("compare", *words, "--out", files / "page.html")
         assert status == 1 and not out and len(err.splitlines()) == 1 and fault in err, err
     assert not (files / "page.html").exists()
 
 
-def test_the_page_in_a_browser(files, monkeypatch, capsys):
+def test_the_page_in_a_browser(files, soundwave):
     driver = pytest.importorskip("playwright.sync_api")
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         pytest.skip("needs Chromium: apt install chromium")
-    command(monkeypatch, capsys, files / "small.jsonl", files / "big.jsonl", "--out", files / "page.html")
+    soundwave("compare", files / "small.jsonl", files / "big.jsonl", "--out", files / "page.html")
     with driver.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path)
         for scheme, width in (("light", 1200), ("dark", 420)):
@@ -192,7 +179,7 @@ def test_the_page_in_a_browser(files, monkeypatch, capsys):
         browser.close()
 
 
-def test_two_models_are_evaluated_and_compared(models_of_few_tokens, monkeypatch, capsys, tmp_path):
+def test_two_models_are_evaluated_and_compared(models_of_few_tokens, soundwave, tmp_path):
     rows = []
     for i in range(3):
         samples = np.random.default_rng(i).standard_normal(9000 + 900 * i)
@@ -201,7 +188,7 @@ def test_two_models_are_evaluated_and_compared(models_of_few_tokens, monkeypatch
     write_manifest(tmp_path / "test.jsonl", rows)
     models = [models_of_few_tokens[stage] for stage in (1, 3)]
     words = *models, "--test", tmp_path / "test.jsonl", "--out", tmp_path / "page.html", "--max-new-tokens", 4
-    status, out, err = command(monkeypatch, capsys, *words, "--json")
+    status, out, err = soundwave("compare", *words, "--json")
     assert status == 0, err
     found = json.loads(out)
     assert found["names"] == ["stage1/model", "stage3/model"] and found["scores"][0]["samples"] == 3

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from soundwave.cli import main
 from soundwave.curation import check as checking
 from soundwave.curation import sounds
 from soundwave.curation.check import FAULTS, REMARKS, Checked, check_manifest
@@ -275,22 +274,6 @@ def test_processes_find_the_same(folder, checked, processor):
 
 
 # --- the command and its page
-
-
-@pytest.fixture
-def soundwave(monkeypatch, capsys):
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["soundwave", *map(str, words)])
-        capsys.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
 
 
 def test_the_command_prints_every_bad_line_and_fails(soundwave, folder, tmp_path):

@@ -30,7 +30,6 @@ import pytest
 import soundfile
 
 import soundwave
-from soundwave.cli import main
 from soundwave.data.audio import LONGEST_SAMPLES, SAMPLING_RATE, AudioError
 from soundwave.data.manifest import Sample, read_manifest, write_manifest
 from soundwave.demo.espeak import Espeak
@@ -281,20 +280,9 @@ def test_scripts_without_spaces_have_a_character_error_rate(monkeypatch, loaded,
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(soundwave):
     """Runs `soundwave evaluate` in this process and returns exit status, stdout and stderr."""
-
-    def run_it(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["soundwave", "evaluate", *map(str, words)])
-        capsys.readouterr()
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code
-        return (status, *capsys.readouterr())
-
-    return run_it
+    return lambda *words: soundwave("evaluate", *words)
 
 
 def test_the_command_scores_what_it_can_and_says_what_it_left_out(command, folder, model_folders, tmp_path):

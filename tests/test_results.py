@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from soundwave.cli import main
 from soundwave.data.audio import SAMPLING_RATE, AudioError
 from soundwave.data.collate import LeftOut
 from soundwave.data.manifest import Sample, read_manifest, write_manifest
@@ -257,26 +256,13 @@ def test_a_sample_is_left_out_once(tmp_path):
 # ---------------------------------------------------------------- the command
 
 
-def command(monkeypatch, capsys, *words) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["soundwave", "evaluate", *map(str, words)])
-    capsys.readouterr()
-    status = 0
-    try:
-        main()
-    except SystemExit as end:
-        status = end.code
-    return (status, *capsys.readouterr())
-
-
-def test_an_evaluation_that_is_killed_ends_with_the_same_bytes(
-    folder, models_of_few_tokens, tmp_path, monkeypatch, capsys, fuzz
-):
+def test_an_evaluation_that_is_killed_ends_with_the_same_bytes(folder, models_of_few_tokens, tmp_path, soundwave, fuzz):
     chance, kills = random.Random(0), fuzz(1)
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     write_manifest(folder / "many.jsonl", rows * -(-kills // 4))
     words = ["--model", models_of_few_tokens[3], "--batch-size", "2", "--max-new-tokens", "12"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    status, out, err = command(monkeypatch, capsys, folder / "many.jsonl", *words, "--out", whole, "--quiet")
+    status, out, err = soundwave("evaluate", folder / "many.jsonl", *words, "--out", whole, "--quiet")
     assert status == 0, err
     assert "RTFx" in out and "to the first token" in out and "frames kept a second" in out and "left out: " in out
     speed = json.loads((whole / "speed.json").read_text())
@@ -302,12 +288,12 @@ def test_an_evaluation_that_is_killed_ends_with_the_same_bytes(
             assert started.poll() is None  # else it was not killed, but had ended
             started.send_signal(signal.SIGKILL)
         assert not (killed / "scores.json").exists()
-    status, _, err = command(monkeypatch, capsys, *process, "--quiet")
+    status, _, err = soundwave("evaluate", *process, "--quiet")
     assert status == 0, err
     assert contents(killed) == contents(whole)
 
 
-def test_mistakes_are_one_line_before_a_model_is_loaded(folder, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_one_line_before_a_model_is_loaded(folder, tmp_path, soundwave, monkeypatch):
     monkeypatch.setattr("soundwave.cli.common.load_model", lambda *_: pytest.fail("a model was loaded"))
     test, model = folder / "test.jsonl", tmp_path / "model"
     model.mkdir()
@@ -327,9 +313,9 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(folder, tmp_path, monkey
         ((test, "--model", model, "--out", folder), "which is no evaluation's; name a new folder"),
         ((test, "--model", model, "--out", tmp_path / "file" / "x"), "Not a directory"),
     ):
-        status, _, err = command(monkeypatch, capsys, *words)
+        status, _, err = soundwave("evaluate", *words)
         assert status == 1 and fault in err.splitlines()[-1], (words, err)
     with open_results(out[1], {"batch_size": 1}):
         pass
-    status, _, err = command(monkeypatch, capsys, test, "--model", model, *out)
+    status, _, err = soundwave("evaluate", test, "--model", model, *out)
     assert status == 1 and "out: holds another evaluation: " in err

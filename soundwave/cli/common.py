@@ -49,6 +49,10 @@ AcceptOption = Annotated[
         "Faster, but not the same text.",
     ),
 ]
+AllowOutsideOption = Annotated[
+    bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 
 def quiet_transformers() -> None:

@@ -49,10 +49,8 @@ def curate(
     ray: Annotated[
         bool, typer.Option("--ray", help="Transcribe on a Ray cluster: that of RAY_ADDRESS, or one on this machine.")
     ] = False,
-    allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    allow_outside: common.AllowOutsideOption = False,
+    quiet: common.QuietOption = False,
 ) -> None:
     """Leave out lines with a wrong transcript: those whose text is not what a Whisper hears.
 
@@ -98,7 +96,7 @@ def curate(
 def build(
     recipe: Annotated[Path, typer.Argument(help="YAML file of sources and tasks.", metavar="RECIPE.yaml")],
     out: Annotated[Path, typer.Argument(help="Folder to build, which must not exist yet.", metavar="OUT")],
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    quiet: common.QuietOption = False,
 ) -> None:
     """Build a manifest and its recordings from manifests: spliced speakers, sounds between speech, questions.
 

@@ -68,10 +68,8 @@ def check(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes that decode recordings; by default one for each core.")
     ] = None,
-    allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    allow_outside: common.AllowOutsideOption = False,
+    quiet: common.QuietOption = False,
 ) -> None:
     """Read every line and every recording of a manifest once; print what is in it and what is wrong with it.
 

@@ -37,10 +37,8 @@ def features(
     ] = 120.0,
     shard_mib: Annotated[int, typer.Option(min=1, help="Size of a file in MiB, which is what a kill loses.")] = 128,
     workers: Annotated[int, typer.Option(min=0, help="Number of processes that read recordings.")] = 0,
-    allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    allow_outside: common.AllowOutsideOption = False,
+    quiet: common.QuietOption = False,
 ) -> None:
     """Write the frozen encoder's frames of all recordings, which `train` then reads: `features=OUT spec_augment=false`.
 

@@ -58,7 +58,7 @@ def transcribe(
     ] = 256,
     draft: DraftOption = Draft.ctc,
     accept: AcceptOption = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    quiet: common.QuietOption = False,
 ) -> None:
     """Write down what is said in recordings.
 

@@ -88,9 +88,7 @@ def evaluate(
         bool,
         typer.Option("--strict", help="Read all recordings first, and stop at one that cannot be used."),
     ] = False,
-    allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
-    ] = False,
+    allow_outside: common.AllowOutsideOption = False,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -103,7 +101,7 @@ def evaluate(
     judge_prompt: Annotated[
         Path | None, typer.Option(dir_okay=False, help="File with another prompt for the judge.", metavar="FILE")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    quiet: common.QuietOption = False,
 ) -> None:
     """Score a model on a manifest or on a named test.
 

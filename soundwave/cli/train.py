@@ -63,10 +63,8 @@ def train(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at a sample that cannot be used, instead of leaving it out.")
     ] = False,
-    allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Permit audio files outside the manifest's folder.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    allow_outside: common.AllowOutsideOption = False,
+    quiet: common.QuietOption = False,
 ) -> None:
     """Train one stage on your own recordings.
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from soundwave.data.audio import shown
 from soundwave.data.chats import Refused
@@ -119,13 +119,18 @@ def _named(path: Path) -> Iterator[None]:
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """The lines of a manifest that are not blank."""
     with _named(path), open(path, "rb") as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
-            if len(line) > LONGEST_LINE:
-                raise ManifestError(f"{shown(path)}:{number}: {TOO_LONG}")
-            if line.strip() not in BLANK:
-                yield str(number), line
+        yield from numbered_lines(path, file)
+
+
+def numbered_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """The lines of an open file that are not blank, each with its number. ManifestError: one is too long."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise ManifestError(f"{shown(path)}:{number}: {TOO_LONG}")
+        if line.strip() not in BLANK:
+            yield str(number), line
 
 
 def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -32,7 +32,16 @@ from soundwave.data.chats import show as _show
 from soundwave.data.containers import Fault
 from soundwave.data.forms import ANSWER_KEYS, AUDIO_KEYS, CHAT_KEYS, PROMPT_KEYS, READ_KEYS, TEXT_KEYS
 from soundwave.data.members import Member, damaged, holds_bytes, import_pyarrow, open_arrow
-from soundwave.data.source import BLANK, CALLED, KEYS, LONGEST_LINE, TOO_LONG, ManifestError, Source, stamp_of
+from soundwave.data.source import (
+    CALLED,
+    KEYS,
+    LONGEST_LINE,
+    TOO_LONG,
+    ManifestError,
+    Source,
+    numbered_lines,
+    stamp_of,
+)
 
 GZIP = b"\x1f\x8b"  # the beginning of a file
 DELIMITERS = (",", ";", "\t", "|")
@@ -120,13 +129,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 def lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
     """The lines that are not blank of a file, or of what a gzip file holds, each with its number."""
     with reading(path) as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
-            if len(line) > LONGEST_LINE:
-                raise ManifestError(f"{shown(path)}:{number}: {TOO_LONG}")
-            if line.strip() not in BLANK:
-                yield str(number), line
+        yield from numbered_lines(path, file)
 
 
 def _rows(path: Path) -> Iterator[Entry]:
