@@ -19,9 +19,9 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from soundwave.backbones.check import check_language_model
-from soundwave.data.audio import AudioError, shown
+from soundwave.data.audio import AudioError
 from soundwave.data.collate import CheckedCollator, LeftOut, tokens_of
-from soundwave.data.features import FEW_FRAMES, Features, about_encoder
+from soundwave.data.features import about_encoder
 from soundwave.data.manifest import Sample
 from soundwave.data.samples import Samples, TrainingSet
 from soundwave.data.sampling import BucketBatchSampler, DynamicBatchSampler, paper_temperature
@@ -36,6 +36,7 @@ from soundwave.training import text_only
 from soundwave.training.callbacks import Board, Clock, Interrupted, ProgressBar, ProgressLines, StopOnSignal
 from soundwave.training.checkpoints import WriteError, step_of, written_aside
 from soundwave.training.distributed import LostProcess, Processes, count_launched, is_launched, joined
+from soundwave.training.frames import compare_frames, open_frames, refuse_missing_frames
 from soundwave.training.journal import Journal, say
 from soundwave.training.lineage import write_lineage
 from soundwave.training.record import (
@@ -53,8 +54,6 @@ from soundwave.training.sharding import check_sharding, shard_layers, sharded_si
 from soundwave.training.text_only import how_many, own_answers, read_answers
 from soundwave.training.trainer import SoundwaveTrainer
 
-LOOKED_AT = 20_000  # samples whose frames are looked for before training
-COMPARED = 8  # recordings that are encoded again to compare their frames
 UNITS = {"batch_size": "samples", "batch_tokens": "tokens", "batch_duration": "s of speech"}
 OF_STAGE_2 = ("keep", "keys", "lora_rank", "lora_alpha")  # settings that stage II may still change
 TRAINED = {
@@ -91,7 +90,7 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
 def _train_stage(
     config: StageConfig, device: torch.device, processes: Processes
 ) -> tuple[Path, list[dict[str, float]], float]:
-    features = _open_features(config)
+    features = open_frames(config)
     checkpoint = processes.of_first(checkpoint_of(config) if processes.first else None)
     step = (step_of(checkpoint) or 0) if checkpoint else 0
     set_seed(config.seed)
@@ -103,7 +102,7 @@ def _train_stage(
     # A CPU finds its faster dtype by a timing, whose result may differ between the processes.
     config = config.model_copy(update={"dtype": processes.of_first(note["config"]["dtype"])})
     if features is not None:
-        _refuse_without_frames(config, features, samples)
+        refuse_missing_frames(config, features, samples)
     if checkpoint:
         tell_where_it_goes_on(config, checkpoint)
         tell_of_processes(before, note)
@@ -135,7 +134,7 @@ def _train_stage(
     if features is not None:
         whole_window = model.config.whole_window
         features.refuse_misfit(about_encoder(model.audio_tower, processor.feature_extractor, whole_window))
-        _compare_frames(config, model, reader, features, samples)
+        compare_frames(config, model, reader, features, samples)
     if config.model is None and checkpoint is None:
         own = samples[processes.rank :: processes.count]
         with memory_named("while the blank's bias was set", _smaller_batch(config)):
@@ -190,78 +189,6 @@ def _train_stage(
     if processes.any(stop.asked):  # in the last step: what follows a stage, as in the demonstration, must not begin
         raise Interrupted(f"stopped at the end of stage {config.stage}, whose model is in {folder}")
     return folder, [entry for entry in trainer.state.log_history if "loss" in entry], journal.seconds
-
-
-def _open_features(config: StageConfig) -> Features | None:
-    """The frames that a stage reads in place of recordings.
-
-    Raises:
-        ConfigError, FeaturesError: they cannot take the place of recordings.
-    """
-    if config.features is None:
-        return None
-    found = f"features = {str(config.features)!r}, but"
-    if config.spec_augment:
-        raise ConfigError(
-            f"{found} spec_augment = True masks other parts of a recording in each epoch, and its frames are of whole "
-            "ones; give spec_augment=false, or leave out features"
-        )
-    if config.implementation != "fused" or not config.packed:
-        raise ConfigError(
-            f"{found} its frames are of packed rows, with other last bits than padded ones; give implementation=fused "
-            "and packed=true, or leave out features"
-        )
-    return Features(config.features)
-
-
-def _refuse_without_frames(config: StageConfig, features: Features, samples: Samples) -> None:
-    """ConfigError if the frames have another dtype, or samples have none; of many samples some are looked at.
-
-    One that is not looked at is left out, with its name, when its batch is made.
-    """
-    if features.about["dtype"] != config.dtype:
-        raise ConfigError(
-            f"dtype = {config.dtype!r}, but features = {str(config.features)!r} holds frames of "
-            f"{features.about['dtype']!r}; give dtype={features.about['dtype']}, or leave out features"
-        )
-    for sample in samples[:: max(1, len(samples) // LOOKED_AT)]:
-        if sample.audio is not None and not features.holds(sample):
-            raise ConfigError(
-                f"features = {str(config.features)!r} holds no frames of {sample.id} ({shown(sample.audio)}, offset "
-                f"{sample.offset:g}, duration {sample.duration:g}); write those of this manifest: soundwave features"
-            )
-
-
-@torch.no_grad()
-def _compare_frames(
-    config: StageConfig,
-    model: SoundwaveForConditionalGeneration,
-    reader: CheckedCollator,
-    features: Features,
-    samples: Samples,
-) -> None:
-    """Say it if the encoder gives other bits for the first recordings than there are in the folder of frames."""
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for sample in (sample for sample in samples[: 4 * COMPARED] if sample.audio is not None):
-        with suppress(AudioError):  # such a sample is left out, with a message, when its batch is made
-            clip, frames = reader.clip(sample), features.of(sample).rows
-            found += [(clip, frames)] if isinstance(clip, torch.Tensor) else []
-        if len(found) == COMPARED:
-            break
-    if sum(len(frames) for _, frames in found) < FEW_FRAMES:
-        return
-    inputs, dtype = reader.processor.pad_features([clip for clip, _ in found]), model.compute_dtype
-    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        own, _ = model.encode(inputs["input_features"].to(model.device), inputs["feature_lengths"], packed=True)
-    kept = torch.cat([frames for _, frames in found])
-    own = own.to(kept.dtype).cpu().float()
-    off = float((own - kept.float()).norm() / own.norm())
-    if off > 0:
-        say(
-            f"the encoder gives other last bits here than in {config.features} (by {off:.1g} of the frames), "
-            "because they depend on the device and on what is encoded together: the weights will not be those of a run "
-            "without features, bit for bit"
-        )
 
 
 def _mixed_in(
