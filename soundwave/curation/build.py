@@ -434,6 +434,8 @@ class _Block:
         audio = self._short([_samples_of(sample)])
         text = None if self.source.source.label else (sample.text or "").strip() or None
         row = self._phrased(rng, task.task, self._answer(sample), text)
+        if task.token:
+            row["ctc_text"] = fill(task.token, label=(sample.text or "").strip())
         return audio, f"{self.source.name}-{index:06d}", ({"text": text} if text else {}) | row
 
     def _short(self, parts: list[np.ndarray]) -> np.ndarray:

@@ -40,7 +40,15 @@ def _some_weight(weights: dict[str, float]) -> dict[str, float]:
     return weights
 
 
+def _label_alone(token: str) -> str:
+    for name in re.findall(r"\{([^{}]*)\}", token):
+        if name != "label":
+            raise ValueError(f"{token!r} has {{{name}}}; what may stand in braces is label")
+    return token
+
+
 Positive = Annotated[int, Field(ge=1)]
+Token = Annotated[str, Field(min_length=1), AfterValidator(_label_alone)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=-60, le=60)]
 Formats = Annotated[dict[Format, Weight], AfterValidator(_some_weight)]
@@ -114,7 +122,7 @@ class Sound(_Task):
     clips: Clips = (1, 1)
     seconds: Annotated[float, Field(gt=0, le=20)] = 3.0
     level: Annotated[tuple[Level, Level], AfterValidator(_in_order)] = (-10.0, 0.0)
-    token: Annotated[str, Field(min_length=1)] = "<sound>"
+    token: Token = "<sound>"
     ask: Annotated[dict[Literal["transcribe", "sound"], Weight], AfterValidator(_some_weight)] = {
         "transcribe": 1.0,
         "sound": 1.0,
@@ -129,6 +137,7 @@ class Question(_Task):
         answer: the key; of a source with a `label` that by default, else the transcript.
         choices: the options to choose wrong ones from; by default all answers of the source.
         count: how many; by default each line once. More of them take each line several times.
+        token: what CTC writes for a recording of a source with a `label`; `{label}` stands for its label.
     """
 
     kind: Literal["question"]
@@ -136,6 +145,7 @@ class Question(_Task):
     task: Annotated[str, Field(min_length=1)]
     answer: str | None = None
     choices: list[str] | None = None
+    token: Token | None = None
 
 
 Task = Annotated[Strings | Speakers | Sound | Question, Field(discriminator="kind")]
@@ -160,6 +170,11 @@ class Recipe(_Strict):
             if isinstance(task, Sound) and self.sources[task.sounds].label is None:
                 raise ValueError(
                     f"tasks[{number}]: sounds = {task.sounds!r} has no label; say which key names its sound"
+                )
+            if isinstance(task, Question) and task.token and self.sources[task.source].label is None:
+                raise ValueError(
+                    f"tasks[{number}]: token = {task.token!r}, but CTC learns the transcripts of {task.source!r}, "
+                    "which has no label; leave token out"
                 )
         return self
 
