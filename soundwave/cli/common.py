@@ -63,6 +63,11 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: "1 fault", "2 faults"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def say(line: str) -> None:
     """Print a line that may hold paths: it is neither wrapped nor read as markup."""
     console.print(line, soft_wrap=True, markup=False, highlight=False)

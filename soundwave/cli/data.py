@@ -124,7 +124,7 @@ def check(
 
         common.say(f"\npage {write_page(found, page)}")
     remarks = len(found.findings) - len(found.faults)
-    common.say(f"\n{len(found.faults)} faults · {remarks} remarks")
+    common.say(f"\n{common.counted(len(found.faults), 'fault')} · {common.counted(remarks, 'remark')}")
     if found.faults:
         raise typer.Exit(1)
 
