@@ -1,14 +1,12 @@
 """Commands that measure: `evaluate`, `compare` and `report`."""
 
 import json
-import os
-import re
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,10 +15,7 @@ from soundwave.cli import common
 from soundwave.cli.common import DEMO_MODEL, AcceptOption, Draft, DraftOption, ModelOption
 
 if TYPE_CHECKING:
-    from soundwave.data.manifest import Sample
-    from soundwave.evaluation.airbench import Judge
     from soundwave.evaluation.protocols import Protocol
-    from soundwave.evaluation.results import Results
     from soundwave.evaluation.scores import Scores
 
 
@@ -112,155 +107,29 @@ def evaluate(
     cannot be used is named and left out.
     """
     common.check_accept(draft, accept)
-    from soundwave.data.collate import LeftOut
-    from soundwave.evaluation.progress import NAMED
+    from soundwave.evaluation.scoring import How, judge_of, read_test, score
     from soundwave.evaluation.words import check_language
 
     check_language(language)
-    missing: list[LeftOut] = []
-    leave_out = None if strict else lambda *fault: missing.append(LeftOut(*fault))
-    protocol, samples = _samples(test, data, prompt, allow_outside, leave_out)
-    judge_of_chat = _judge(protocol, judge, judge_model, judge_prompt, out)
-    for left in missing[:NAMED]:
-        common.warn(f"left out: {left}")
-    if len(missing) > NAMED:
-        common.warn(f"left out: {len(missing) - NAMED} more samples, which --json lists")
-    if not samples:
-        raise ValueError(f"{test}: every sample was left out")
-    if answers is not None:
-        if out is not None:
-            raise ValueError(f"--out keeps the answers, in {out / 'answers.jsonl'}; leave out --answers")
-        if answers.resolve() in (test.resolve(), *(sample.audio for sample in samples)):
-            raise ValueError(f"{answers}: is read by this evaluation; name another file with --answers")
-        answers.parent.mkdir(parents=True, exist_ok=True)
-        answers.open("a").close()  # raises before the work what cannot be written
-    if any(sample.task != "transcribe" for sample in samples):
-        from soundwave.evaluation.translation import is_translation, require_sacrebleu
-
-        if any(is_translation(sample.task) for sample in samples):
-            require_sacrebleu()
-    settings: dict[str, Any] = {"batch_size": batch_size, "language": language, "normaliser": normaliser.value}
-    settings["strict"] = strict
-    how = {"max_new_tokens": max_new_tokens, "draft": draft.value, "accept": accept}
-    with ExitStack() as stack:
-        results = None
-        if out is not None:
-            results = stack.enter_context(_results(out, model, samples, settings, {} if ctc else how))
-            settings["results"] = results
-            for left in missing:
-                results.leave_out(left)
-        network, processor = common.load_model(model)
-        ctc = ctc or network.config.stage == 1
-        if results is not None:
-            results.settle(ctc=ctc, device=network.device.type, dtype=str(network.compute_dtype))
-        settings["progress"] = None if quiet else f"evaluating {test.name}"
-        rows: list[dict[str, Any]] = []
-        settings["each"] = rows.append if answers is None else _row_writer(answers, stack, rows)
-        scores = _scores(network, processor, samples, ctc, settings, how)
-        scores.left_out[:0] = missing
-        extra = _more_scores(rows, results, samples, protocol, judge_of_chat)
-        if results is not None:
-            results.finish(scores.as_dict() | extra, scores.speed)
-            for task, confusion in scores.confusion.items():
-                results.draw(task, confusion)
+    read = read_test(test, data=data, prompt=prompt, allow_outside=allow_outside, strict=strict, warn=common.warn)
+    if answers is not None and out is not None:
+        raise ValueError(f"--out keeps the answers, in {out / 'answers.jsonl'}; leave out --answers")
+    if answers is not None and answers.resolve() == test.resolve():
+        raise ValueError(f"{answers}: is read by this evaluation; name another file with --answers")
+    how = How(
+        ctc, batch_size, max_new_tokens, draft.value, accept, language, normaliser=normaliser.value, strict=strict
+    )
+    rating = judge_of(read, judge, judge_model, judge_prompt, out)
+    folder = model if out is None else common.model_folder(model)
+    scores, extra = score(read, folder, common.load_model, how, out=out, answers=answers, judge=rating, quiet=quiet)
     if as_json:
         print(json.dumps(scores.as_dict() | extra, ensure_ascii=False))
         return
-    _show(scores, protocol, extra)
+    _show(scores, read.protocol, extra)
     if scores.left_out:
-        common.say(f"left out: {len(scores.left_out)} of {len(samples) + len(missing)} samples")
+        common.say(f"left out: {len(scores.left_out)} of {len(read.samples) + len(read.missing)} samples")
     if scores.cut_off:
         common.say(f"cut off after {max_new_tokens} tokens: {len(scores.cut_off)} answers; raise --max-new-tokens")
-
-
-def _samples(
-    test: Path, data: Path | None, prompt: str | None, allow_outside: bool, leave_out: Any
-) -> tuple["Protocol | None", list["Sample"]]:
-    """The samples of a manifest, or of a named test with its protocol."""
-    from soundwave.data.manifest import read_manifest
-    from soundwave.evaluation.protocols import names, protocol_named
-
-    protocol = None if test.exists() and data is None else protocol_named(str(test))
-    if protocol is None:
-        if data is not None:
-            raise ValueError(f"{test}: is no test; --data belongs to one of {names()}")
-        if prompt is not None:
-            raise ValueError("--prompt belongs to a named test; a manifest has prompts of its own")
-        if not test.exists() and re.fullmatch(r"[A-Za-z][\w-]*", str(test)):
-            raise ValueError(f"{test}: is neither a manifest nor a test; the tests are {names()}")
-        return None, read_manifest(test, allow_outside=allow_outside, leave_out=leave_out, note=common.warn)
-    if data is None:
-        raise ValueError(f"{test}: give the folder of its corpus with --data")
-    return protocol, protocol.read(data, prompt, leave_out)
-
-
-def _judge(
-    protocol: "Protocol | None", url: str | None, model: str | None, prompt: Path | None, out: Path | None
-) -> "Judge | None":
-    """The judge of a chat, None without."""
-    chat = protocol is not None and protocol.name == "airbench-chat"
-    if url is None:
-        if model is not None or prompt is not None:
-            raise ValueError("--judge-model and --judge-prompt need --judge, the address of a server")
-        return None
-    if not chat or model is None or out is None:
-        lacks = "is for airbench-chat alone" if not chat else "needs --judge-model" if model is None else "needs --out"
-        raise ValueError(f"--judge {lacks}")
-    from soundwave.evaluation.airbench import JUDGE_PROMPT, Judge
-
-    text = JUDGE_PROMPT if prompt is None else prompt.read_text(encoding="utf-8")
-    return Judge(url, model, key=os.environ.get("OPENAI_API_KEY"), prompt=text)
-
-
-def _results(
-    out: Path, model: Path, samples: list["Sample"], settings: Mapping[str, Any], how: Mapping[str, Any]
-) -> Any:
-    """Opens the results in a folder, new ones or those of the same evaluation."""
-    from soundwave.evaluation.results import hash_of_model, hash_of_samples, open_results
-
-    about = {name: settings[name] for name in ("batch_size", "language", "normaliser")} | dict(how)
-    about |= {"model": hash_of_model(common.model_folder(model)), "test": hash_of_samples(samples)}
-    return open_results(out, about)
-
-
-def _scores(
-    network: Any,
-    processor: Any,
-    samples: list["Sample"],
-    ctc: bool,
-    settings: Mapping[str, Any],
-    how: Mapping[str, Any],
-) -> "Scores":
-    from soundwave.evaluation import run
-
-    if ctc:
-        return run.evaluate_ctc(network, processor, samples, **settings)
-    scores = run.evaluate(network, processor, samples, **how, **settings)
-    if scores.speed and (seconds := run.seconds_to_first_token(network, processor, samples)) is not None:
-        scores.speed["seconds_to_first_token"] = seconds
-    return scores
-
-
-def _more_scores(
-    rows: list[dict[str, Any]],
-    results: "Results | None",
-    samples: list["Sample"],
-    protocol: "Protocol | None",
-    judge: "Judge | None",
-) -> dict[str, Any]:
-    """What a named test adds to the scores: the paper's figure, and the tables of AIR-Bench."""
-    from soundwave.evaluation import airbench
-
-    if protocol is None:
-        return {}
-    rows = rows if results is None else list(results.rows.values())
-    found: dict[str, Any] = {} if protocol.paper is None else {"paper": dict([protocol.paper])}
-    if protocol.name == "airbench-foundation":
-        found["airbench"] = {task: score._asdict() for task, score in airbench.score_foundation(rows, samples).items()}
-    if judge is not None and results is not None:
-        rated = airbench.judge_chat(rows, samples, judge, results.ratings(), results.add_rating)
-        found["airbench"] = airbench.score_chat(rated) | {"judge": judge.model}
-    return found
 
 
 def _show(scores: "Scores", protocol: "Protocol | None", extra: Mapping[str, Any]) -> None:
@@ -317,22 +186,6 @@ def _show_airbench(found: Mapping[str, Any]) -> None:
             counts = str(score["unparsed"]), str(score["dropped"])
             table.add_row(escape(task), str(score["questions"]), f"{score['strict']:.1%}", own, *counts)
     common.console.print(table)
-
-
-def _row_writer(file: Path, stack: ExitStack, rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
-    """A function that adds rows to a list, and writes them to a file as JSON lines, each at once.
-
-    The file is emptied at the first row.
-    """
-    opened: list[TextIO] = []
-
-    def write(row: dict[str, Any]) -> None:
-        if not opened:
-            opened.append(stack.enter_context(common.new_file(file)))
-        print(json.dumps(row, ensure_ascii=False), file=opened[0], flush=True)
-        rows.append(row)
-
-    return write
 
 
 def compare(
