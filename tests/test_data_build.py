@@ -92,6 +92,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+ASK = {"kind": "question", "source": "sounds", "task": "sound"}
 EVERY = [
     {"kind": "strings", "source": "words", "count": 4, "clips": [1, 3]},
     {"kind": "speakers", "source": "words", "count": 6, "clips": [1, 2], "ask": {"said": 1, "turn": 1, "speakers": 1}},
@@ -198,6 +199,15 @@ def test_ctc_learns_the_token_of_a_sound_that_is_asked_for(sources, tmp_path):
     assert not any("text" in row for row in rows)
 
 
+def test_each_sound_may_have_a_word_of_its_own(sources, tmp_path):
+    words = {label: f"word {place}" for place, label in enumerate(SOUNDS)}
+    for kind in (EVERY[2] | {"count": 20}, ASK):
+        (folder := tmp_path / kind["kind"]).mkdir()
+        for row in made(folder, sources, kind | {"token": words, "formats": {"direct": 1}}):
+            sound = row.get("sound", row["answer"])
+            assert words[sound] in row["ctc_text"] and sound not in row["ctc_text"]
+
+
 def test_phrasings_are_all_used(sources, tmp_path):
     rows = made(tmp_path, sources, {"kind": "question", "source": "sounds", "task": "sound", "count": 100})
     assert len({row["prompt"] for row in rows}) == 6
@@ -262,7 +272,6 @@ def test_a_full_folder_is_left_alone(whole, tmp_path):
 
 # ---------------------------------------------------------------- what is refused
 
-ASK = {"kind": "question", "source": "sounds", "task": "sound"}
 REFUSED = {
     "unknown key": ([EVERY[0] | {"cout": 3}], {}, "unknown key 'tasks.0.cout'; did you mean 'count'"),
     "unknown key above": ([EVERY[0]], {"seeds": 1}, "unknown key 'seeds'; did you mean 'seed'"),
@@ -271,6 +280,13 @@ REFUSED = {
     "another kind": ([{"kind": "song", "source": "words"}], {}, "give its kind"),
     "unknown source": ([EVERY[0] | {"source": "word"}], {}, "takes from 'word', but the sources are sounds, words"),
     "token of speech": ([ASK | {"source": "words", "token": "a"}], {}, "'words', which has no label; leave token out"),
+    "no word for a sound": ([ASK | {"token": {}}], {}, f"token has no word for {min(SOUNDS)!r}; the labels are "),
+    "a word for no sound": (
+        [ASK | {"token": {label: "x" for label in (*SOUNDS, "wind")}}],
+        {},
+        "token has 'wind', which nothing in the source is; the labels are ",
+    ),
+    "blank word": ([ASK | {"token": {"rain": " "}}], {}, "' ' is blank; write what CTC shall write for the sound"),
     "token of nothing": ([ASK | {"token": "{lable}"}], {}, "'{lable}' has {lable}; what may stand in braces is label"),
     "sounds without a label": ([EVERY[2] | {"sounds": "words"}], {}, "sounds = 'words' has no label"),
     "speech with a label": ([EVERY[0] | {"source": "sounds"}], {}, "source 'sounds' has a label, so it is no speech"),

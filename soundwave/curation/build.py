@@ -43,6 +43,7 @@ from soundwave.curation.recipes import (
     Task,
     fill,
     load_recipe,
+    token_of,
 )
 from soundwave.data.audio import SAMPLING_RATE, AudioError, load_audio, shown
 from soundwave.data.manifest import Sample, write_manifest
@@ -322,6 +323,13 @@ class _Block:
                         f"{self.place}: clips = {list(task.clips)}, but speaker {speaker!r} says one text only; leave "
                         "the speaker out (where), or write clips: [1, 1]"
                     )
+        labels = self.sounds or self.source
+        if isinstance(token := getattr(task, "token", None), dict):
+            without = [label for label in sorted(labels.labels) if label not in token]
+            unknown = [label for label in token if label not in labels.labels]
+            if without or unknown:
+                fault = f"no word for {without[0]!r}" if without else f"{unknown[0]!r}, which nothing in the source is"
+                raise RecipeError(f"{self.place}: token has {fault}; the labels are {', '.join(sorted(labels.labels))}")
         self.answers: list[str] = []
         self.key = ""
         if isinstance(task, Question):
@@ -396,7 +404,7 @@ class _Block:
             parts.insert(1, at_level(loudest, np.concatenate(parts), float(rng.uniform(*task.level))))
         except ValueError as error:
             raise AudioError(sound.audio or "", f"{error}; leave it out of source {task.sounds!r}") from None
-        row |= {"sound": label, "ctc_text": f"{texts[0]} {fill(task.token, label=label)} {texts[1]}"}
+        row |= {"sound": label, "ctc_text": f"{texts[0]} {token_of(task.token, label)} {texts[1]}"}
         answer = text if ask == "transcribe" else label
         return self._short(parts), name, {"text": text} | self._phrased(rng, ask, answer, text) | row
 
@@ -435,7 +443,7 @@ class _Block:
         text = None if self.source.source.label else (sample.text or "").strip() or None
         row = self._phrased(rng, task.task, self._answer(sample), text)
         if task.token:
-            row["ctc_text"] = fill(task.token, label=(sample.text or "").strip())
+            row["ctc_text"] = token_of(task.token, (sample.text or "").strip())
         return audio, f"{self.source.name}-{index:06d}", ({"text": text} if text else {}) | row
 
     def _short(self, parts: list[np.ndarray]) -> np.ndarray:

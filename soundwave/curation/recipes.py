@@ -40,15 +40,19 @@ def _some_weight(weights: dict[str, float]) -> dict[str, float]:
     return weights
 
 
-def _label_alone(token: str) -> str:
-    for name in re.findall(r"\{([^{}]*)\}", token):
-        if name != "label":
-            raise ValueError(f"{token!r} has {{{name}}}; what may stand in braces is label")
+def _label_alone(token: str | dict[str, str]) -> str | dict[str, str]:
+    if isinstance(token, str):
+        for name in re.findall(r"\{([^{}]*)\}", token):
+            if name != "label":
+                raise ValueError(f"{token!r} has {{{name}}}; what may stand in braces is label")
+    for text in [token] if isinstance(token, str) else token.values():
+        if not text.strip():
+            raise ValueError(f"{text!r} is blank; write what CTC shall write for the sound")
     return token
 
 
 Positive = Annotated[int, Field(ge=1)]
-Token = Annotated[str, Field(min_length=1), AfterValidator(_label_alone)]
+Token = Annotated[str | dict[str, str], AfterValidator(_label_alone)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=-60, le=60)]
 Formats = Annotated[dict[Format, Weight], AfterValidator(_some_weight)]
@@ -113,7 +117,7 @@ class Sound(_Task):
         sounds: the source of the sounds, which has a `label`.
         seconds: of a longer sound the part with the most energy is taken.
         level: dB of the sound above the speech, from and to.
-        token: what CTC writes for the sound; `{label}` stands for its label.
+        token: what CTC writes for the sound; `{label}` stands for its label. Or a word for each label.
         ask: weights of the questions: the words, and what the sound is.
     """
 
@@ -137,7 +141,7 @@ class Question(_Task):
         answer: the key; of a source with a `label` that by default, else the transcript.
         choices: the options to choose wrong ones from; by default all answers of the source.
         count: how many; by default each line once. More of them take each line several times.
-        token: what CTC writes for a recording of a source with a `label`; `{label}` stands for its label.
+        token: what CTC writes for a recording of a source with a `label`, as in `Sound`.
     """
 
     kind: Literal["question"]
@@ -313,3 +317,8 @@ def _keys_at(kind: type[BaseModel], place: tuple[Any, ...], loaded: Any) -> list
     if place[0] == "sources" and len(place) == 3:
         return [*SourceOf.model_fields]
     return [*TaskPhrasings.model_fields] if kind is Phrasings and place[0] == "tasks" and len(place) == 3 else []
+
+
+def token_of(token: str | dict[str, str], label: str) -> str:
+    """What CTC writes for a sound; a recipe's `token`."""
+    return fill(token, label=label) if isinstance(token, str) else token[label]
