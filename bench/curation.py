@@ -24,11 +24,11 @@ import soxr
 
 from soundwave import backbones
 from soundwave.curation.curate import Filters, curate, limit_of
+from soundwave.curation.espeak import Espeak
 from soundwave.data.audio import SAMPLING_RATE
 from soundwave.data.instructions import instructions
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.demo import corpus
-from soundwave.demo.espeak import Espeak
 from soundwave.demo.grammar import split_sentences
 
 SWAPPED = 0.1

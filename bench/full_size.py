@@ -59,7 +59,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from soundwave import cli, memory
 from soundwave.backbones.wheels import EmbeddedError, _download, _Wheel, cache_dir
-from soundwave.demo.espeak import Espeak
+from soundwave.curation.espeak import Espeak
 from soundwave.hardware import pick_device, pick_dtype
 from soundwave.provenance import commit, versions
 

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from soundwave import __version__, backbones
 from soundwave.cli import main
+from soundwave.curation.espeak import Espeak
 from soundwave.data.manifest import read_manifest, write_manifest
 from soundwave.demo.ablation import VARIANTS
-from soundwave.demo.espeak import Espeak
 from soundwave.evaluation import progress
 from soundwave.evaluation.scores import Scores
 from soundwave.training.settings import StageConfig

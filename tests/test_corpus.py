@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from soundwave.curation.espeak import Espeak
 from soundwave.data.manifest import read_manifest
 from soundwave.demo import corpus, grammar, tasks
-from soundwave.demo.espeak import Espeak
 
 STAGES = ("stage1", "labels", "stage2", "stage3")
 TESTS = ("test", "test_voices")

@@ -17,10 +17,10 @@ from soundwave.backbones import wheels
 from soundwave.cli import main
 from soundwave.curation import hearing
 from soundwave.curation.curate import Filters, curate
+from soundwave.curation.espeak import Espeak
 from soundwave.curation.hearing import Clip
 from soundwave.curation.journal import Journal
 from soundwave.data.manifest import read_manifest
-from soundwave.demo.espeak import Espeak
 from tests.killing import until_done
 
 RATE = 16_000

@@ -30,9 +30,9 @@ from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 
 from soundwave import backbones
+from soundwave.curation.espeak import Espeak
 from soundwave.curation.recipes import Recipe
 from soundwave.data.manifest import read_manifest, write_manifest
-from soundwave.demo.espeak import Espeak
 from soundwave.inference.answer import load_model
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.modeling import SoundwaveForConditionalGeneration

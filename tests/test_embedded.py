@@ -24,7 +24,7 @@ from transformers import (
 
 from soundwave import backbones
 from soundwave.backbones import conversion, wheels
-from soundwave.demo.espeak import Espeak
+from soundwave.curation.espeak import Espeak
 
 TINY = "embedded:tiny"
 

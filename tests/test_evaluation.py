@@ -7,9 +7,9 @@ import soundfile
 import torch
 
 from soundwave import backbones
+from soundwave.curation.espeak import Espeak
 from soundwave.data.collate import features
 from soundwave.data.manifest import read_manifest, write_manifest
-from soundwave.demo.espeak import Espeak
 from soundwave.eager import length_mask
 from soundwave.evaluation.run import alike, evaluate, evaluate_ctc
 from soundwave.evaluation.scores import normalise, word_error_rate

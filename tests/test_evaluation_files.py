@@ -30,9 +30,9 @@ import pytest
 import soundfile
 
 import soundwave
+from soundwave.curation.espeak import Espeak
 from soundwave.data.audio import LONGEST_SAMPLES, SAMPLING_RATE, AudioError
 from soundwave.data.manifest import Sample, read_manifest, write_manifest
-from soundwave.demo.espeak import Espeak
 from soundwave.evaluation import progress, run
 from soundwave.evaluation.listening import Heard, _clips
 from tests import processes

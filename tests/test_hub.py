@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSpeechSeq2Seq, AutoP
 
 import soundwave
 from soundwave import backbones
-from soundwave.demo.espeak import Espeak
+from soundwave.curation.espeak import Espeak
 from soundwave.evaluation.record import record_scores
 from soundwave.model.configuration import SoundwaveConfig
 from soundwave.model.hub import push, write_model_card

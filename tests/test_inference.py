@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from soundwave import backbones
 from soundwave.backbones import wheels
+from soundwave.curation.espeak import Espeak
 from soundwave.data.audio import AudioError, load_audio
-from soundwave.demo.espeak import Espeak
 from soundwave.inference.answer import LoadedModel, answer, load_model, read_ctc
 from soundwave.inference.long import Answer, Transcript, ask, transcribe, transcribe_each, windows
 from soundwave.model.configuration import SoundwaveConfig

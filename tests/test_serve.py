@@ -30,7 +30,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from soundwave.demo.espeak import Espeak
+from soundwave.curation.espeak import Espeak
 from soundwave.inference import long
 from soundwave.inference.answer import answer, load_model
 from soundwave.inference.formats import one_line

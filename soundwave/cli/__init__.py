@@ -110,10 +110,11 @@ PANELS = {
     "Models": (models.convert, models.merge, models.card, models.push),
     "This machine": (doctor,),
 }
-data_commands = typer.Typer(no_args_is_help=True, help="Check data, and build data by a recipe.")
+data_commands = typer.Typer(no_args_is_help=True, help="Check data, build data by a recipe, and make synthetic speech.")
 app.add_typer(data_commands, name="data", rich_help_panel="Data")
 data_commands.command()(data.check)
 data_commands.command()(curation.build)
+data_commands.command()(curation.speak)
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)

@@ -1,5 +1,7 @@
-"""Commands that choose and build data: `curate` and `data build`."""
+"""Commands that choose, build and make data: `curate`, `data build` and `data speak`."""
 
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -108,3 +110,72 @@ def build(
     counts = " · ".join(f"{task} {count}" for task, count in built.samples.items())
     common.say(f"{counts} · {built.hours:.2f} hours")
     common.say(f"manifest {built.manifest}{' (it was there already)' if built.was_there else ''}")
+
+
+def speak(
+    out: Annotated[Path, typer.Argument(help="Folder for recordings and manifest, which must not exist yet.")],
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Number of sentences.", show_default="5000, or all of --text")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            exists=True,
+            help="File with one sentence a line, which become the transcripts as they stand. Without it the language "
+            "model writes sentences, in lower case without punctuation.",
+            metavar="FILE",
+        ),
+    ] = None,
+    voice: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Language or accent of eSpeak NG, such as de or en-us (may be repeated).",
+            show_default="eight accents of English",
+        ),
+    ] = None,
+    language_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Language model that writes the sentences: a Hub id or a folder.", show_default="the embedded one"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for sentences, voices, rates and pitches.")] = 0,
+    quiet: common.QuietOption = False,
+) -> None:
+    """Make synthetic speech for a first pass of stage 1: sentences that eSpeak NG says in many voices.
+
+    It pays where there are minutes to hours of recordings: train on it first, then on them. After a kill the same
+    command goes on.
+    """
+    if text is not None and language_model is not None:
+        raise ValueError("--language-model writes sentences, but --text has them; leave out one of them")
+    if voice and text is None:
+        raise ValueError("--voice needs --text, since the language model writes English")
+    common.quiet_transformers()
+    from tqdm import tqdm
+
+    from soundwave import backbones
+    from soundwave.curation.speak import ENGLISH
+    from soundwave.curation.speak import speak as speak_sentences
+
+    with ExitStack() as stack:
+        bars: dict[str, tqdm] = {}
+
+        def show(what: str, done: int, of: int) -> None:
+            if what not in bars:
+                hidden = quiet or not sys.stderr.isatty()
+                bars[what] = stack.enter_context(tqdm(total=of, desc=what, disable=hidden))
+            bars[what].update(done - bars[what].n)
+
+        made = speak_sentences(
+            out,
+            count=5000 if count is None and text is None else count,
+            text=text,
+            voices=voice or ENGLISH,
+            language_model=language_model or backbones.LANGUAGE_MODEL,
+            seed=seed,
+            progress=show,
+        )
+    common.say(f"{made.sentences} sentences · {made.words} different words · {made.seconds / 3600:.2f} hours")
+    common.say(f"manifest {made.manifest}")

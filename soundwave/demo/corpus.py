@@ -21,9 +21,9 @@ import numpy as np
 import soundfile
 import soxr
 
+from soundwave.curation.espeak import Espeak, SpokenWord
 from soundwave.data.audio import SAMPLING_RATE
 from soundwave.data.manifest import write_manifest
-from soundwave.demo.espeak import Espeak, SpokenWord
 from soundwave.demo.grammar import COMMANDS, Sentence, split_sentences
 from soundwave.demo.tasks import FORMATS, RATES, phrase
 
