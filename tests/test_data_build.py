@@ -208,6 +208,16 @@ def test_each_sound_may_have_a_word_of_its_own(sources, tmp_path):
             assert words[sound] in row["ctc_text"] and sound not in row["ctc_text"]
 
 
+def test_the_token_may_stand_at_the_end_before_a_tail_of_silence(sources, tmp_path):
+    kind = EVERY[2] | {"count": 10, "token": "{label}", "token_at": "end", "tail": 0.25}
+    for row in made(tmp_path, sources, kind):
+        assert row["ctc_text"] == f"{row['text']} {row['sound']}"
+        samples, _ = soundfile.read(tmp_path / "out" / row["audio_filepath"])
+        assert (
+            len(samples) / RATE == row["duration"] and not samples[-RATE // 4 :].any() and samples[: -RATE // 4].any()
+        )
+
+
 def test_phrasings_are_all_used(sources, tmp_path):
     rows = made(tmp_path, sources, {"kind": "question", "source": "sounds", "task": "sound", "count": 100})
     assert len({row["prompt"] for row in rows}) == 6

@@ -404,7 +404,9 @@ class _Block:
             parts.insert(1, at_level(loudest, np.concatenate(parts), float(rng.uniform(*task.level))))
         except ValueError as error:
             raise AudioError(sound.audio or "", f"{error}; leave it out of source {task.sounds!r}") from None
-        row |= {"sound": label, "ctc_text": f"{texts[0]} {token_of(task.token, label)} {texts[1]}"}
+        token = token_of(task.token, label)
+        written = [*texts, token] if task.token_at == "end" else [texts[0], token, texts[1]]
+        row |= {"sound": label, "ctc_text": " ".join(written)}
         answer = text if ask == "transcribe" else label
         return self._short(parts), name, {"text": text} | self._phrased(rng, ask, answer, text) | row
 
@@ -444,10 +446,11 @@ class _Block:
         row = self._phrased(rng, task.task, self._answer(sample), text)
         if task.token:
             row["ctc_text"] = token_of(task.token, (sample.text or "").strip())
-        return audio, f"{self.source.name}-{index:06d}", ({"text": text} if text else {}) | row
+        tail = f"-tail{1000 * task.tail:.0f}" if task.tail else ""  # other questions may ask about it without a tail
+        return audio, f"{self.source.name}-{index:06d}{tail}", ({"text": text} if text else {}) | row
 
     def _short(self, parts: list[np.ndarray]) -> np.ndarray:
-        audio = np.concatenate(parts)
+        audio = np.concatenate([*parts, np.zeros(round(self.task.tail * SAMPLING_RATE), parts[0].dtype)])
         if len(audio) > self.task.max_seconds * SAMPLING_RATE:
             raise _TooLong
         return audio / max(1.0, float(np.abs(audio).max(initial=0)))

@@ -83,6 +83,7 @@ class _Task(_Strict):
     formats: Formats = {"direct": 1.0}
     options: Annotated[int, Field(ge=2, le=26)] = 4
     answer_with: Literal["text", "letter", "both"] = "both"
+    tail: Annotated[float, Field(ge=0, le=5)] = 0.0
     max_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS)] = LONGEST_SECONDS
 
 
@@ -118,6 +119,7 @@ class Sound(_Task):
         seconds: of a longer sound the part with the most energy is taken.
         level: dB of the sound above the speech, from and to.
         token: what CTC writes for the sound; `{label}` stands for its label. Or a word for each label.
+        token_at: where CTC writes it: between the words, as the sound is heard, or at their end.
         ask: weights of the questions: the words, and what the sound is.
     """
 
@@ -127,6 +129,7 @@ class Sound(_Task):
     seconds: Annotated[float, Field(gt=0, le=20)] = 3.0
     level: Annotated[tuple[Level, Level], AfterValidator(_in_order)] = (-10.0, 0.0)
     token: Token = "<sound>"
+    token_at: Literal["between", "end"] = "between"
     ask: Annotated[dict[Literal["transcribe", "sound"], Weight], AfterValidator(_some_weight)] = {
         "transcribe": 1.0,
         "sound": 1.0,
