@@ -58,6 +58,7 @@ APPENDED = {
     "features": "--dtype float32",
     "curate": "--help",
     "data data/spliced": "--help",
+    "data data/speech": "--text data/sentences.txt",
     "demo": "--help",
     "ablate": "--help",
     "serve": "--help",
@@ -365,6 +366,7 @@ def furnished(brief_llm, tiny_corpus, tmp_path_factory) -> Path:
     intent = {"task": "intent", "prompt": "What is the command about?", "answer": "light"}
     write_manifest(folder / "data" / "train.jsonl", [*rows, rows[0] | intent])
     write_manifest(folder / "data" / "test.jsonl", [rows[1], rows[2] | intent])
+    (folder / "data" / "sentences.txt").write_text("".join(f"{row['text']}\n" for row in rows))
     config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(brief_llm), lora_rank=4, stage=3)
     torch.manual_seed(0)
     SoundwaveForConditionalGeneration.from_backbones(config).save_pretrained(folder / "runs" / "demo" / "model")
