@@ -10,6 +10,7 @@ of its stage, and the share is what the log calls `loading_share`. `--features` 
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -116,9 +117,10 @@ def measure_demo(corpus: Path, steps: int, workers: int, features: bool) -> None
                 changed = {"steps": steps, "log_steps": steps, "workers": workers, "quiet": True, "save_steps": 10**6}
                 if variant == "frames":
                     changed["features"] = corpus.parent / "frames"
-                _, log, _ = train_stage(config.model_copy(update=changed))
-                last, first = log[-1], log[0]
-                taken = (last["seconds"] if "seconds" in last else float("nan")) if last is not first else float("nan")
+                folder_of_model, _, _ = train_stage(config.model_copy(update=changed))
+                lines = (folder_of_model.parent / "log.jsonl").read_text(encoding="utf-8").splitlines()
+                first, *_, last = (json.loads(line) for line in lines)
+                taken = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
                 print(f"| {name} | {variant} | {taken:.2f} | {last['loading_share']:.1%} |", flush=True)
 
 

@@ -43,6 +43,8 @@ def test_an_interrupted_demonstration_goes_on_and_the_next_one_starts_anew(tmp_p
     assert TIME.match(said)  # the first line, before any training
     assert "stage1 has seen all 2 steps already; its model is written again" in said and "stage2/checkpoint-" in said
     assert (tmp_path / "stage1" / "log.jsonl").read_bytes() == trained  # not trained again
+    settings = json.loads((tmp_path / "stage2" / "run.json").read_text())["config"]
+    assert settings["features"].endswith("frames-tiny") and not (tmp_path / "frames-tiny").exists()
     assert summary["seconds"]["stage1"] == pytest.approx(json.loads(trained.splitlines()[-1])["seconds"], abs=2)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert {"report.html", "losses.png", "answers.jsonl", "model"} <= {path.name for path in tmp_path.iterdir()}

@@ -14,6 +14,7 @@ import torch
 
 from soundwave import backbones
 from soundwave.backbones import wheels
+from soundwave.data.encoding import write_features
 from soundwave.data.manifest import Sample, read_manifest
 from soundwave.demo.corpus import build_corpus
 from soundwave.evaluation.run import evaluate, evaluate_ctc
@@ -91,8 +92,14 @@ QUICK = Recipe(
 STAGE = {"stage1": 1, "labels": 1, "stage2": 2, "stage3": 3}
 
 
-def stage_config(recipe: Recipe, name: str, corpus: Path, out: Path, seed: int) -> StageConfig:
-    """Settings of one pass of the demonstration. Each pass starts from the model of the pass before it."""
+def stage_config(
+    recipe: Recipe, name: str, corpus: Path, out: Path, seed: int, frames: Path | None = None
+) -> StageConfig:
+    """Settings of one pass of the demonstration. Each pass starts from the model of the pass before it.
+
+    Args:
+        frames: where `write_frames` has written what the encoder gives; None to encode each recording every time.
+    """
     names = list(recipe.passes)
     return make_config(
         STAGE[name],
@@ -101,10 +108,20 @@ def stage_config(recipe: Recipe, name: str, corpus: Path, out: Path, seed: int) 
         model=out / names[names.index(name) - 1] / "model" if name != names[0] else None,
         accumulation=1,
         spec_augment=False,
+        features=frames,
         save_steps=100,
         seed=seed,
         **recipe.passes[name],
     )
+
+
+def write_frames(recipe: Recipe, corpus: Path, folder: Path) -> None:
+    """Encode each recording once, in half a minute. The trainings read it three to five times, which takes two."""
+    device, _ = pick_device()
+    samples = [sample for name in recipe.passes for sample in read_manifest(corpus / f"{name}.jsonl")]
+    wanted = next(iter(recipe.passes.values())).get("dtype", "auto")
+    dtype = pick_dtype(device.type)[0] if wanted == "auto" else getattr(torch, wanted)
+    write_features(samples, folder, audio_tower=backbones.WHISPER, dtype=dtype, device=device)
 
 
 def estimate_minutes(product_seconds: float, quick: bool = False, *, threads: int = REFERENCE_THREADS) -> float:
@@ -158,9 +175,12 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     tests = {name: read_manifest(corpus / f"{name}.jsonl") for name in ("test", "test_voices")}
     summary: dict[str, Any] = {"seconds": {"stage1": 0.0, "stage2": 0.0, "stage3": 0.0}}
     logs: dict[int, list[dict[str, float]]] = {}
+    frames = out / f"frames-{recipe.corpus}"
+    say("encoding the recordings")
+    write_frames(recipe, corpus, frames)
     for name in recipe.passes:
         stage = STAGE[name]
-        folder, log, seconds = train_stage(stage_config(recipe, name, corpus, out, seed))
+        folder, log, seconds = train_stage(stage_config(recipe, name, corpus, out, seed, frames))
         summary["seconds"][f"stage{stage}"] += seconds
         logs[stage] = logs.get(stage, []) + [entry | {"step": entry["step"] + _last(logs.get(stage))} for entry in log]
         if name == "labels":
@@ -199,6 +219,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     write_report([out], out / "report.html")
     for checkpoint in out.glob("*/checkpoint-*"):
         shutil.rmtree(checkpoint)  # Without them the next demonstration in the same folder starts from the beginning.
+    shutil.rmtree(frames)
     return summary
 
 
