@@ -11,8 +11,8 @@ def until_done(work: Callable[[], None], kills: int, seconds: float, seed: int =
     """Do `work` in copies of this process until `kills` of them were killed, and once more to its end.
 
     Args:
-        seconds: what the work takes without kills. Each copy lives for a random part of a tenth of it, so that about
-            all of it is left for the last one, however fast the machine is.
+        seconds: what the work takes without kills. The copies live for random times that add up to about half of it,
+            so that some of it is left for the last one, however fast the machine is.
 
     Returns:
         How many copies were killed before they had done their work.
@@ -28,7 +28,7 @@ def until_done(work: Callable[[], None], kills: int, seconds: float, seed: int =
             finally:
                 os._exit(status)
         if number < kills:
-            time.sleep(rng.uniform(0, seconds / 10))
+            time.sleep(rng.uniform(0, seconds / kills))
             os.kill(child, signal.SIGKILL)
         ended = os.waitpid(child, 0)[1]
         killed += os.WIFSIGNALED(ended)

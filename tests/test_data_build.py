@@ -291,8 +291,15 @@ REFUSED = {
     "unknown source": ([EVERY[0] | {"source": "word"}], {}, "takes from 'word', but the sources are sounds, words"),
     "token of speech": ([ASK | {"source": "words", "token": "a"}], {}, "'words', which has no label; leave token out"),
     "no word for a sound": ([ASK | {"token": {}}], {}, f"token has no word for {min(SOUNDS)!r}; the labels are "),
-    "a word for no sound": (
-        [ASK | {"token": {label: "x" for label in (*SOUNDS, "wind")}}],
+    "a word that YAML reads as no text": ([ASK | {"token": {"rain": True}}], {}, "'rain': True is no text; put both"),
+    "braces in a word": (
+        [ASK | {"token": {"rain": "<{label}>"}}],
+        {},
+        "'rain': '<{label}>' has braces; write the word",
+    ),
+    "one word for two": ([ASK | {"token": dict.fromkeys(SOUNDS, "x")}], {}, "two sounds have the same word"),
+    "a word for nothing": (
+        [ASK | {"token": {label: label for label in (*SOUNDS, "wind")}}],
         {},
         "token has 'wind', which nothing in the source is; the labels are ",
     ),

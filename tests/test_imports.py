@@ -29,11 +29,11 @@ ROOMS = [
     "__main__",
 ]  # fmt: skip
 APART = [("training", "inference"), ("inference", "training"), ("serve", "training"), ("evaluation", "training")]
-# Modules by the names that they had in version 0.1, kept for one version.
+# Modules by the names that they had in version 0.1 or 0.2, kept for one version.
 OLD_NAMES = {
     "soundwave.ablation", "soundwave.comparison", "soundwave.configuration", "soundwave.conversion",
     "soundwave.embedded", "soundwave.modeling", "soundwave.processing", "soundwave.data.corpus",
-    "soundwave.data.grammar", "soundwave.data.tasks",
+    "soundwave.data.grammar", "soundwave.data.tasks", "soundwave.demo.espeak",
 }  # fmt: skip
 # `soundwave.data.audio.windows` is such a name, too, but in a module that stays.
 OLD_IMPORTS = {("soundwave.data.audio", "soundwave.inference.long")}

@@ -91,6 +91,7 @@ OLD_PATHS = {
     "soundwave.data.grammar": ["split_sentences"],
     "soundwave.data.tasks": ["PROMPTS", "phrase"],
     "soundwave.demo": ["run_demo"],
+    "soundwave.demo.espeak": ["Espeak"],
     "soundwave.embedded": ["LANGUAGE_MODEL", "WHISPER", "EmbeddedError", "Espeak", "folder_of", "resolve"],
     "soundwave.evaluation": ["Report", "answer", "evaluate", "evaluate_ctc", "load_model", "normalise", "read_ctc"],
     "soundwave.modeling": ["SoundwaveForConditionalGeneration", "batch_to", "freeze_all_but", "spec_augment"],

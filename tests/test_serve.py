@@ -653,15 +653,15 @@ def test_sigterm_answers_what_is_open_and_ends_with_status_0(server, spoken, pla
     """The last test of the shared server."""
     server.until_idle()
     samples = soundfile.read(io.BytesIO(spoken[SENTENCES[0]]))[0]
-    recording = wav(np.resize(samples, 75 * 16_000))  # three windows, so that some are open when the signal comes
+    recording = wav(np.resize(samples, 85 * 16_000))  # three windows, so that some are open when the signal comes
     with ThreadPoolExecutor(12) as pool:
         answers = [pool.submit(transcribe, server.client(), recording) for _ in range(12)]
-        while not server.health()["open_requests"]:
-            assert not any(found.done() for found in answers)
-        server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
+        # Until the server has all of them: it closes connections of which it has read nothing yet.
+        while server.health()["open_requests"] + sum(found.done() for found in answers) < 12:
+            time.sleep(0.005)
         assert not all(found.done() for found in answers)
-        assert [found.result().usage.seconds for found in answers] == [75.0] * 12
+        server.process.send_signal(signal.SIGTERM)
+        assert [found.result().usage.seconds for found in answers] == [85.0] * 12
     assert server.process.wait(30) == 0
     assert server.process.stderr.read() == ""
     assert list(place.iterdir()) == []

@@ -1,6 +1,7 @@
 """`soundwave data speak`: sentences of a file or of the real language model, spoken by the real eSpeak."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from soundwave.curation import speak as module
 from soundwave.curation.speak import VARIANTS, speak
 from soundwave.data.audio import load_audio
 from soundwave.data.manifest import read_manifest
+from tests.killing import until_done
 
 LINES = ["Turn on the light.", "the  kettle boils", "Mach das Licht an!"]
 
@@ -82,9 +84,35 @@ def test_after_an_end_the_same_command_goes_on_with_the_sentences_that_it_has(tm
     rows = [json.loads(line) for line in made.manifest.read_text().splitlines()]
     assert [row["text"] for row in rows] == kept[:5] and not (tmp_path / "out.partial").exists()
     assert all(row["text"] == row["text"].lower() and len(row["text"].split()) >= 3 for row in rows)
+    assert not list(tmp_path.glob(".*.lock"))
     (tmp_path / "out").rename(tmp_path / "out.partial")
-    with pytest.raises(ValueError, match=r"out\.partial is of another command; delete it"):
-        speak(tmp_path / "out", count=6)
+    assert speak(tmp_path / "out", count=4).sentences == 4  # of those that are there
+    (tmp_path / "out").rename(tmp_path / "out.partial")
+    with pytest.raises(ValueError, match=r"out\.partial has sentences of another language model or seed; delete it"):
+        speak(tmp_path / "out", count=4, seed=1)
+
+
+def test_kills_leave_no_half_folder(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"sentence number {number}\n" for number in range(40)))
+    begun = time.monotonic()
+    whole = files_of(speak(tmp_path / "whole", text=tmp_path / "text.txt").manifest.parent)
+    seconds = time.monotonic() - begun
+    killed = until_done(lambda: speak(tmp_path / "out", text=tmp_path / "text.txt") and None, 20, 10 * seconds)
+    assert killed >= 10 and files_of(tmp_path / "out") == whole
+
+
+def test_two_commands_do_not_write_one_folder(tmp_path, text):
+    with module._alone(tmp_path / "out"), pytest.raises(ValueError, match="is being written by another process"):
+        speak(tmp_path / "out", text=text)
+    speak(tmp_path / "out", text=text)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, text):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").touch()
+    with pytest.raises(ValueError, match=r"out\.partial holds something that is not of this command"):
+        speak(tmp_path / "out", text=text)
+    assert (tmp_path / "out.partial" / "mine").exists()
 
 
 def test_a_language_model_that_repeats_itself_is_given_up(tmp_path, monkeypatch):
@@ -123,6 +151,7 @@ def test_what_cannot_be_spoken_is_one_line(tmp_path, text, soundwave):
         ((tmp_path / "s", "--text", tmp_path / "signs.txt"), "sentence 1, '...': eSpeak says nothing; take it out"),
         ((tmp_path / "l", "--text", tmp_path / "long.txt"), "sentence 1 lasts over 30 s; cut it in two"),
         ((tmp_path / "v", "--text", text, "--voice", "elvish"), "is not a voice of eSpeak NG"),
+        ((tmp_path / "w", "--text", text, "--voice", "de+f3"), "'de+f3': name the language alone, since variants are"),
         ((out, "--voice", "de"), "--voice needs --text, since the language model writes English"),
         ((out, "--text", text, "--language-model", "x"), "--language-model writes sentences, but --text has them"),
         ((tmp_path / "file", "--text", text), "file holds something already, not of this command; name a new folder"),

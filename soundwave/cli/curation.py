@@ -115,7 +115,10 @@ def build(
 def speak(
     out: Annotated[Path, typer.Argument(help="Folder for recordings and manifest, which must not exist yet.")],
     count: Annotated[
-        int | None, typer.Option(min=1, help="Number of sentences.", show_default="5000, or all of --text")
+        int | None,
+        typer.Option(
+            min=1, help="Number of sentences; of --text the first ones.", show_default="5000, or all of --text"
+        ),
     ] = None,
     text: Annotated[
         Path | None,
@@ -145,8 +148,8 @@ def speak(
 ) -> None:
     """Make synthetic speech for a first pass of stage 1: sentences that eSpeak NG says in many voices.
 
-    It pays where there are minutes to hours of recordings: train on it first, then on them. After a kill the same
-    command goes on.
+    It is meant for those who have minutes of recordings: train on it first, then on them. After a kill the same command
+    goes on with the sentences that were written.
     """
     if text is not None and language_model is not None:
         raise ValueError("--language-model writes sentences, but --text has them; leave out one of them")

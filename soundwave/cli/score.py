@@ -114,8 +114,6 @@ def evaluate(
     read = read_test(test, data=data, prompt=prompt, allow_outside=allow_outside, strict=strict, warn=common.warn)
     if answers is not None and out is not None:
         raise ValueError(f"--out keeps the answers, in {out / 'answers.jsonl'}; leave out --answers")
-    if answers is not None and answers.resolve() == test.resolve():
-        raise ValueError(f"{answers}: is read by this evaluation; name another file with --answers")
     how = How(
         ctc, batch_size, max_new_tokens, draft.value, accept, language, normaliser=normaliser.value, strict=strict
     )

@@ -106,7 +106,7 @@ def build(
     blocks = [_Block(number, task, chosen, phrasings, sources) for number, task in enumerate(chosen.tasks)]
     made_by = {
         "form": FORM,
-        "recipe": _hash(chosen.model_dump(mode="json")),
+        "recipe": _hash(chosen.model_dump(mode="json", exclude_defaults=True)),
         "phrasings": _hash(phrasings.model_dump(mode="json")),
         "sources": {name: source.hash for name, source in sources.items()},
     }
@@ -234,7 +234,7 @@ class _Source:
             if source.label is not None:
                 if not isinstance(row.get(source.label), str) or not row[source.label].strip():
                     raise _LabelMissing(f'lacks a string "{source.label}", the label of source {name}', row)
-                row = row | {"text": row[source.label]}
+                row = row | {"text": row[source.label].strip()}
             return row
 
         self.samples: list[Sample] = []
@@ -365,7 +365,9 @@ class _Block:
         else:
             if isinstance(self.task, Question):
                 sample = self.source.samples[int(self.order[place % len(self.order)])]
-                raise AudioError(sample.audio or "", f"is longer than max_seconds = {self.task.max_seconds:g}; cut it")
+                longer = f"is longer than max_seconds = {self.task.max_seconds:g}"
+                tail = f", with its tail of {self.task.tail:g} s" if self.task.tail else ""
+                raise AudioError(sample.audio or "", f"{longer}{tail}; cut it")
             raise RecipeError(
                 f"{self.place}: {TRIES} draws gave no recording of at most {self.task.max_seconds:g} s; use fewer "
                 "clips or speakers"
@@ -446,7 +448,8 @@ class _Block:
         row = self._phrased(rng, task.task, self._answer(sample), text)
         if task.token:
             row["ctc_text"] = token_of(task.token, (sample.text or "").strip())
-        tail = f"-tail{1000 * task.tail:.0f}" if task.tail else ""  # other questions may ask about it without a tail
+        # Other questions may ask about the same recording with another tail.
+        tail = f"-tail{round(task.tail * SAMPLING_RATE)}" if task.tail else ""
         return audio, f"{self.source.name}-{index:06d}{tail}", ({"text": text} if text else {}) | row
 
     def _short(self, parts: list[np.ndarray]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""eSpeak NG (GPL-3.0), the demonstration's speech synthesiser: the library of a wheel through ctypes, 22.05 kHz."""
+"""eSpeak NG (GPL-3.0), a speech synthesiser: the library of a wheel through ctypes, 22.05 kHz."""
 
 import ctypes
 import re

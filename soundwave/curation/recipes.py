@@ -40,6 +40,21 @@ def _some_weight(weights: dict[str, float]) -> dict[str, float]:
     return weights
 
 
+def _a_word_each(token: object) -> object:
+    """The words of a mapping, before its values are read as texts: YAML makes booleans and numbers of some words."""
+    if isinstance(token, dict):
+        for label, word in token.items():
+            if not isinstance(label, str) or not isinstance(word, str):
+                raise ValueError(f"{label!r}: {word!r} is no text; put both between quotation marks")
+            if "{" in word:
+                raise ValueError(f"{label!r}: {word!r} has braces; write the word itself")
+        if len(set(token.values())) < len(token):
+            raise ValueError("two sounds have the same word; CTC could not tell them apart")
+    elif not isinstance(token, str):
+        raise ValueError(f"{token!r} is no text; write one, or a word for each label")
+    return token
+
+
 def _label_alone(token: str | dict[str, str]) -> str | dict[str, str]:
     if isinstance(token, str):
         for name in re.findall(r"\{([^{}]*)\}", token):
@@ -52,7 +67,7 @@ def _label_alone(token: str | dict[str, str]) -> str | dict[str, str]:
 
 
 Positive = Annotated[int, Field(ge=1)]
-Token = Annotated[str | dict[str, str], AfterValidator(_label_alone)]
+Token = Annotated[str | dict[str, str], BeforeValidator(_a_word_each), AfterValidator(_label_alone)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=-60, le=60)]
 Formats = Annotated[dict[Format, Weight], AfterValidator(_some_weight)]
@@ -178,7 +193,7 @@ class Recipe(_Strict):
                 raise ValueError(
                     f"tasks[{number}]: sounds = {task.sounds!r} has no label; say which key names its sound"
                 )
-            if isinstance(task, Question) and task.token and self.sources[task.source].label is None:
+            if isinstance(task, Question) and task.token is not None and self.sources[task.source].label is None:
                 raise ValueError(
                     f"tasks[{number}]: token = {task.token!r}, but CTC learns the transcripts of {task.source!r}, "
                     "which has no label; leave token out"

@@ -16,6 +16,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import numpy as np
 import soundfile
 import soxr
 import torch
+from filelock import FileLock, Timeout
 
 from soundwave import backbones
 from soundwave.backbones import wheels
@@ -81,7 +83,7 @@ def speak(
             write them, in lower case without punctuation.
         voices: eSpeak's names of languages or accents, such as "de"; each sentence is said in one, in a random variant.
         language_model: writes the sentences: a Hub id, a folder or an embedded name.
-        seed: decides sentences and voices.
+        seed: decides voices, and sentences on the same machine.
         progress: called with what is done, how many, and of how many.
 
     Raises:
@@ -89,6 +91,36 @@ def speak(
     """
     if count is None and text is None:
         raise ValueError("count is missing: say how many sentences the language model shall write")
+    out = Path(os.path.abspath(out))
+    with _alone(out):
+        return _speak(out, count, text, voices, language_model, seed, progress)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Lock what will be a folder: two processes would write each other's files."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{shown(out)} is being written by another process; wait for its end") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _speak(
+    out: Path,
+    count: int | None,
+    text: Path | None,
+    voices: Sequence[str],
+    language_model: str,
+    seed: int,
+    progress: Callable[[str, int, int], None],
+) -> Speech:
     wanted = None if text is None else _lines_of(text, count)
     about = {"count": len(wanted) if wanted is not None else count, "voices": list(voices), "seed": seed}
     about |= {"text": wanted} if wanted is not None else {"language_model": language_model}
@@ -97,13 +129,19 @@ def speak(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{shown(out)} holds something already, not of this command; name a new folder")
     with Espeak() as espeak:
-        for voice in voices:
-            espeak.speak("a", voice=voice)  # raises before the work for one that it does not know
+        for voice in voices:  # raises before the work for one that eSpeak does not know
+            if "+" in voice:
+                raise ValueError(f"voice = {voice!r}: name the language alone, since variants are drawn")
+            espeak.speak("a", voice=voice)
     partial = out.with_name(out.name + ".partial")
-    if partial.exists() and (was := _about(partial)) != about and not (was and "text" in was):
-        raise ValueError(f"{shown(partial)} is of another command; delete it, or name another folder")
+    if (partial / SENTENCES).exists() and not _goes_on(_about(partial), about):
+        raise ValueError(
+            f"{shown(partial)} has sentences of another language model or seed; delete it, or name another folder"
+        )
+    if partial.exists() and not _is_ours(partial):
+        raise ValueError(f"{shown(partial)} holds something that is not of this command; name another folder")
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(partial / ABOUT, json.dumps(about, ensure_ascii=False, indent=1) + "\n")
     if wanted is None:
         assert count is not None
         wanted = _written(partial / SENTENCES, language_model, count, seed, progress)
@@ -114,7 +152,7 @@ def speak(
         rows.append(row)
         progress("sentences spoken", len(rows), len(wanted))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (partial / MANIFEST).write_text(lines, encoding="utf-8")
+    write_text(partial / MANIFEST, lines)
     if out.exists():
         out.rmdir()
     os.replace(partial, out)
@@ -132,16 +170,26 @@ def _lines_of(file: Path, count: int | None) -> list[str]:
     return found[:count]
 
 
-def _about(folder: Path) -> Any:
+def _about(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        return dict(json.loads((folder / ABOUT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _goes_on(was: dict[str, Any], about: dict[str, Any]) -> bool:
+    """Whether sentences that were written are those of this command, which may want more or fewer of them."""
+    return all(was.get(key) == about.get(key) for key in ("language_model", "seed"))
+
+
+def _is_ours(partial: Path) -> bool:
+    own = {ABOUT, f".{ABOUT}", SENTENCES, f".{SENTENCES}", MANIFEST, f".{MANIFEST}", "audio"}
+    return partial.is_dir() and {path.name for path in partial.iterdir()} <= own
 
 
 def _told(out: Path) -> Speech:
     rows = [json.loads(line) for line in (out / MANIFEST).read_text(encoding="utf-8").splitlines()]
-    words = {word for row in rows for word in row["text"].lower().split()}
+    words = {word for row in rows for word in re.findall(r"\w[\w'’]*", row["text"].lower())}
     return Speech(out / MANIFEST, len(rows), sum(row["duration"] for row in rows), len(words))
 
 

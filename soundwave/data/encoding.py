@@ -38,6 +38,7 @@ from soundwave.data.features import (
     INDEX,
     FeaturesError,
     Keys,
+    OtherFramesError,
     about_encoder,
     crc_of,
     rows_of,
@@ -295,15 +296,17 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
             found = json.loads((out / name).read_text(encoding="utf-8"))
             differ = [key for key in about if found.get(key) != about[key]]
         except (ValueError, AttributeError):
-            raise FeaturesError(f"{shown(out / name)} is damaged; name another folder") from None
+            raise OtherFramesError(f"{shown(out / name)} is damaged; name another folder") from None
         if differ:
             pairs = ", ".join(f"{key} = {found.get(key)!r} (now {about[key]!r})" for key in differ)
-            raise FeaturesError(f"{shown(out)} holds frames of other clips or settings: {pairs}; name another folder")
+            raise OtherFramesError(
+                f"{shown(out)} holds frames of other clips or settings: {pairs}; name another folder"
+            )
         return
     own = {LOCK, BEGUN + ASIDE}  # what a kill at the very beginning leaves
     others = sorted(path.name for path in out.iterdir() if path.name not in own)
     if others:
-        raise FeaturesError(f"{shown(out)} holds {shown(others[0])}, but no frames; name a new folder")
+        raise OtherFramesError(f"{shown(out)} holds {shown(others[0])}, but no frames; name a new folder")
     _write(out / BEGUN, _text(about))
 
 
@@ -324,7 +327,7 @@ def _end(out: Path, shards: list[list[Clip]], about: dict[str, Any]) -> Written:
     if old is not None and old != text:
         was = json.loads(old)["shards"]
         damaged = [new["file"] for new, entry in zip(entries, was, strict=False) if new != entry] or [INDEX]
-        raise FeaturesError(f"{shown(out / damaged[0])} is damaged; delete it, and start the command again")
+        raise OtherFramesError(f"{shown(out / damaged[0])} is damaged; delete it, and start the command again")
     if old is None:
         _write(index, text)
     (out / BEGUN).unlink(missing_ok=True)

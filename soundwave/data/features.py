@@ -44,6 +44,10 @@ class FeaturesError(ValueError):
     """A folder of frames that cannot be used. The message is one line: what was found and how to mend it."""
 
 
+class OtherFramesError(FeaturesError):
+    """A folder of frames that holds other ones than those that are to be written, or damaged ones."""
+
+
 class Frames(NamedTuple):
     """Frames of one clip.
 

@@ -1,7 +1,7 @@
 """The demonstration on a synthetic corpus and small backbones, and the paper's ablations on the same.
 
 `run` is the command `soundwave demo`, `ablation` is `soundwave ablate`. `corpus` writes the recordings and manifests:
-`grammar` gives the sentences, `tasks` the prompts and answers, `espeak` the speech.
+`grammar` gives the sentences, `tasks` the prompts and answers, `soundwave.curation.espeak` the speech.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -15,6 +15,7 @@ import torch
 from soundwave import backbones
 from soundwave.backbones import wheels
 from soundwave.data.encoding import write_features
+from soundwave.data.features import OtherFramesError
 from soundwave.data.manifest import Sample, read_manifest
 from soundwave.demo.corpus import build_corpus
 from soundwave.evaluation.run import evaluate, evaluate_ctc
@@ -93,12 +94,13 @@ STAGE = {"stage1": 1, "labels": 1, "stage2": 2, "stage3": 3}
 
 
 def stage_config(
-    recipe: Recipe, name: str, corpus: Path, out: Path, seed: int, frames: Path | None = None
+    recipe: Recipe, name: str, corpus: Path, out: Path, seed: int, frames: Path | None = None, dtype: str = "auto"
 ) -> StageConfig:
     """Settings of one pass of the demonstration. Each pass starts from the model of the pass before it.
 
     Args:
         frames: where `write_frames` has written what the encoder gives; None to encode each recording every time.
+        dtype: of the frames.
     """
     names = list(recipe.passes)
     return make_config(
@@ -111,17 +113,39 @@ def stage_config(
         features=frames,
         save_steps=100,
         seed=seed,
-        **recipe.passes[name],
+        **({"dtype": dtype} | recipe.passes[name]),
     )
 
 
-def write_frames(recipe: Recipe, corpus: Path, folder: Path) -> None:
-    """Encode each recording once, in half a minute. The trainings read it three to five times, which takes two."""
-    device, _ = pick_device()
+def write_frames(recipe: Recipe, corpus: Path, folder: Path, dtype: str) -> None:
+    """Encode each recording once. The trainings read it three to five times.
+
+    Frames of another corpus, dtype or version, or damaged ones, which an interrupted demonstration may have left, are
+    written anew: it takes half a minute.
+    """
     samples = [sample for name in recipe.passes for sample in read_manifest(corpus / f"{name}.jsonl")]
-    wanted = next(iter(recipe.passes.values())).get("dtype", "auto")
-    dtype = pick_dtype(device.type)[0] if wanted == "auto" else getattr(torch, wanted)
-    write_features(samples, folder, audio_tower=backbones.WHISPER, dtype=dtype, device=device)
+    how = {"audio_tower": backbones.WHISPER, "dtype": getattr(torch, dtype), "device": pick_device()[0]}
+    try:
+        write_features(samples, folder, **how)
+    except OtherFramesError:
+        say(f"{folder} holds frames of another demonstration; they are written anew")
+        shutil.rmtree(folder)
+        write_features(samples, folder, **how)
+
+
+def _note_of(folder: Path) -> dict[str, Any]:
+    """The settings of a pass that was begun earlier; empty if there is none."""
+    try:
+        return dict(json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _dtype_of(recipe: Recipe, begun: list[dict[str, Any]]) -> str:
+    """The dtype of the backbones: that of the passes that were begun earlier, or else the faster one."""
+    known = [note["dtype"] for note in begun if note.get("dtype") in ("bfloat16", "float32")]
+    wanted = next(iter(recipe.passes.values())).get("dtype") or next(iter(known), None)
+    return wanted or str(pick_dtype(pick_device()[0].type)[0]).removeprefix("torch.")
 
 
 def estimate_minutes(product_seconds: float, quick: bool = False, *, threads: int = REFERENCE_THREADS) -> float:
@@ -175,12 +199,18 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     tests = {name: read_manifest(corpus / f"{name}.jsonl") for name in ("test", "test_voices")}
     summary: dict[str, Any] = {"seconds": {"stage1": 0.0, "stage2": 0.0, "stage3": 0.0}}
     logs: dict[int, list[dict[str, float]]] = {}
-    frames = out / f"frames-{recipe.corpus}"
-    say("encoding the recordings")
-    write_frames(recipe, corpus, frames)
+    begun = [
+        note for name in recipe.passes if any((out / name).glob("checkpoint-*")) and (note := _note_of(out / name))
+    ]
+    # One that was begun by a version without frames goes on without them, to the weights that it would have had.
+    frames = out / f"frames-{recipe.corpus}" if all(note.get("features") for note in begun) else None
+    dtype = "auto" if frames is None else _dtype_of(recipe, begun)
+    if frames is not None:
+        say("encoding the recordings")
+        write_frames(recipe, corpus, frames, dtype)
     for name in recipe.passes:
         stage = STAGE[name]
-        folder, log, seconds = train_stage(stage_config(recipe, name, corpus, out, seed, frames))
+        folder, log, seconds = train_stage(stage_config(recipe, name, corpus, out, seed, frames, dtype), compare=False)
         summary["seconds"][f"stage{stage}"] += seconds
         logs[stage] = logs.get(stage, []) + [entry | {"step": entry["step"] + _last(logs.get(stage))} for entry in log]
         if name == "labels":
@@ -219,7 +249,8 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]
     write_report([out], out / "report.html")
     for checkpoint in out.glob("*/checkpoint-*"):
         shutil.rmtree(checkpoint)  # Without them the next demonstration in the same folder starts from the beginning.
-    shutil.rmtree(frames)
+    if frames is not None:
+        shutil.rmtree(frames)
     return summary
 
 

@@ -29,13 +29,13 @@ class EvaluationSet:
     """What a model is scored on.
 
     Attributes:
-        name: the manifest's file name, or that of the named test.
+        path: the manifest, or the name of the named test.
         samples: in order, without those that cannot be used.
         missing: those, with the reason.
         protocol: of a named test, None of a manifest.
     """
 
-    name: str
+    path: Path
     samples: list[Sample]
     missing: list[LeftOut]
     protocol: Protocol | None
@@ -103,7 +103,7 @@ def read_test(
         warn(f"left out: {len(missing) - NAMED} more samples, which --json lists")
     if not samples:
         raise ValueError(f"{test}: every sample was left out")
-    return EvaluationSet(test.name, samples, missing, protocol)
+    return EvaluationSet(test, samples, missing, protocol)
 
 
 def judge_of(
@@ -168,7 +168,11 @@ def score(
         if results is not None:
             results.settle(ctc=ctc, device=network.device.type, dtype=str(network.compute_dtype))
         rows: list[Row] = []
-        settings |= {"strict": how.strict, "progress": None if quiet else f"evaluating {test.name}", "results": results}
+        settings |= {
+            "strict": how.strict,
+            "progress": None if quiet else f"evaluating {test.path.name}",
+            "results": results,
+        }
         with _writer(answers, rows) as settings["each"]:
             if ctc:
                 scores = run.evaluate_ctc(network, processor, test.samples, **settings)
@@ -188,7 +192,7 @@ def score(
 
 def _check_answers(file: Path, test: EvaluationSet) -> None:
     """Raises, before the work, if answers cannot be written to a file or would replace what is read."""
-    if file.resolve() in {sample.audio for sample in test.samples}:
+    if file.resolve() in {test.path.resolve(), *(sample.audio for sample in test.samples)}:
         raise ValueError(f"{file}: is read by this evaluation; name another file with --answers")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.open("a").close()

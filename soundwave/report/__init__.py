@@ -32,7 +32,7 @@ NAMED = 5  # most samples that are named for a skipped step
 POINTS = 1000  # most points of a curve
 ALL_POINTS = 20_000  # most points of all curves of one kind together, so that a page stays below 5 MB
 # Settings that say where the files of a training are, not what it did. They are not shown.
-PLACES = ("train", "out", "model", "resume")
+PLACES = ("train", "out", "model", "features", "resume")
 
 
 def write_report(

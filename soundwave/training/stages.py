@@ -63,10 +63,14 @@ TRAINED = {
 }
 
 
-def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], float]:
+def train_stage(config: StageConfig, *, compare: bool = True) -> tuple[Path, list[dict[str, float]], float]:
     """Run one stage, or continue it from its newest checkpoint; `out` gets the settings and the log (`Journal`).
 
     Processes that a launcher has started (`soundwave.training.distributed`) train together. Each of them calls this.
+
+    Args:
+        compare: whether encoder frames that are read are compared with what the encoder gives now, and one line says
+            so if their bits differ.
 
     Returns:
         The model's folder (`out/model`), the log (one dict per logging step, see `SoundwaveTrainer`), and the seconds
@@ -84,11 +88,11 @@ def train_stage(config: StageConfig) -> tuple[Path, list[dict[str, float]], floa
     check_sharding(config, device.type)
     with joined(device.type) as processes, alone_in(config.out) if processes.first else nullcontext():
         processes.wait()  # until the first one has locked the folder
-        return _train_stage(config, device, processes)
+        return _train_stage(config, device, processes, compare)
 
 
 def _train_stage(
-    config: StageConfig, device: torch.device, processes: Processes
+    config: StageConfig, device: torch.device, processes: Processes, compare: bool
 ) -> tuple[Path, list[dict[str, float]], float]:
     features = open_frames(config)
     checkpoint = processes.of_first(checkpoint_of(config) if processes.first else None)
@@ -134,7 +138,8 @@ def _train_stage(
     if features is not None:
         whole_window = model.config.whole_window
         features.refuse_misfit(about_encoder(model.audio_tower, processor.feature_extractor, whole_window))
-        compare_frames(config, model, reader, features, samples)
+        if compare:
+            compare_frames(config, model, reader, features, samples)
     if config.model is None and checkpoint is None:
         own = samples[processes.rank :: processes.count]
         with memory_named("while the blank's bias was set", _smaller_batch(config)):
