@@ -218,6 +218,15 @@ def test_the_token_may_stand_at_the_end_before_a_tail_of_silence(sources, tmp_pa
         )
 
 
+def test_questions_with_and_without_a_tail_have_recordings_of_their_own(sources, tmp_path):
+    tasks = [ASK | {"count": 2}, ASK | {"count": 2, "tail": 0.5}]
+    built = build(write_recipe(tmp_path, sources, tasks), tmp_path / "out")
+    rows = [json.loads(line) for line in built.manifest.read_text().splitlines()]
+    assert Counter(row["duration"] for row in rows) == {5.0: 2, 5.5: 2}
+    for row in rows:
+        assert soundfile.info(tmp_path / "out" / row["audio_filepath"]).duration == row["duration"]
+
+
 def test_phrasings_are_all_used(sources, tmp_path):
     rows = made(tmp_path, sources, {"kind": "question", "source": "sounds", "task": "sound", "count": 100})
     assert len({row["prompt"] for row in rows}) == 6
