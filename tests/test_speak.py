@@ -60,7 +60,8 @@ def test_every_variant_is_known_to_espeak():
 def test_the_same_command_makes_nothing_twice_and_another_one_is_refused(text, tmp_path):
     made = speak(tmp_path / "out", text=text)
     before = made.manifest.stat().st_mtime_ns
-    assert speak(tmp_path / "out", text=text) == made and made.manifest.stat().st_mtime_ns == before
+    assert not made.was_there and speak(tmp_path / "out", text=text) == made._replace(was_there=True)
+    assert made.manifest.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="holds something already, not of this command"):
         speak(tmp_path / "out", text=text, seed=1)
     assert made.manifest.stat().st_mtime_ns == before

@@ -164,11 +164,16 @@ def speak(
 
     with ExitStack() as stack:
         bars: dict[str, tqdm] = {}
+        told: dict[str, int] = {}  # tenths
 
         def show(what: str, done: int, of: int) -> None:
+            if not sys.stderr.isatty():
+                if not quiet and 10 * done // of > told.get(what, 0):
+                    told[what] = 10 * done // of
+                    common.errors.print(f"{what}: {done} of {of}", highlight=False)
+                return
             if what not in bars:
-                hidden = quiet or not sys.stderr.isatty()
-                bars[what] = stack.enter_context(tqdm(total=of, desc=what, disable=hidden))
+                bars[what] = stack.enter_context(tqdm(total=of, desc=what, disable=quiet))
             bars[what].update(done - bars[what].n)
 
         made = speak_sentences(
@@ -181,4 +186,4 @@ def speak(
             progress=show,
         )
     common.say(f"{made.sentences} sentences · {made.words} different words · {made.seconds / 3600:.2f} hours")
-    common.say(f"manifest {made.manifest}")
+    common.say(f"manifest {made.manifest}{' (it was there already)' if made.was_there else ''}")

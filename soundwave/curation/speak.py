@@ -24,13 +24,13 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-from filelock import FileLock, Timeout
 
 from soundwave import backbones
 from soundwave.backbones import wheels
 from soundwave.curation.espeak import Espeak
 from soundwave.data.audio import LONGEST_SECONDS, SAMPLING_RATE, shown
-from soundwave.hardware import pick_device, pick_dtype
+from soundwave.data.locks import locked
+from soundwave.hardware import memory_named, pick_device, pick_dtype
 from soundwave.training.journal import write_text
 
 MANIFEST, SENTENCES, ABOUT = "manifest.jsonl", "sentences.txt", "speech.json"
@@ -63,6 +63,7 @@ class Speech(NamedTuple):
     sentences: int
     seconds: float
     words: int  # different ones
+    was_there: bool  # an earlier command has written it
 
 
 def speak(
@@ -100,16 +101,12 @@ def speak(
 def _alone(out: Path) -> Iterator[None]:
     """Lock what will be a folder: two processes would write each other's files."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"{shown(out)} is being written by another process; wait for its end") from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    file = out.with_name(f".{out.name}.lock")
+    with locked(file, ValueError(f"{shown(out)} is being written by another process; wait for its end")):
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def _speak(
@@ -125,7 +122,7 @@ def _speak(
     about = {"count": len(wanted) if wanted is not None else count, "voices": list(voices), "seed": seed}
     about |= {"text": wanted} if wanted is not None else {"language_model": language_model}
     if (out / MANIFEST).is_file() and _about(out) == about:
-        return _told(out)
+        return _told(out, was_there=True)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{shown(out)} holds something already, not of this command; name a new folder")
     with Espeak() as espeak:
@@ -144,7 +141,8 @@ def _speak(
     write_text(partial / ABOUT, json.dumps(about, ensure_ascii=False, indent=1) + "\n")
     if wanted is None:
         assert count is not None
-        wanted = _written(partial / SENTENCES, language_model, count, seed, progress)
+        with memory_named("while the language model wrote", "close other programs, or take a smaller language model"):
+            wanted = _written(partial / SENTENCES, language_model, count, seed, progress)
     shutil.rmtree(partial / "audio", ignore_errors=True)
     (partial / "audio").mkdir()
     rows = []
@@ -156,7 +154,7 @@ def _speak(
     if out.exists():
         out.rmdir()
     os.replace(partial, out)
-    return _told(out)
+    return _told(out, was_there=False)
 
 
 def _lines_of(file: Path, count: int | None) -> list[str]:
@@ -187,10 +185,10 @@ def _is_ours(partial: Path) -> bool:
     return partial.is_dir() and {path.name for path in partial.iterdir()} <= own
 
 
-def _told(out: Path) -> Speech:
+def _told(out: Path, was_there: bool) -> Speech:
     rows = [json.loads(line) for line in (out / MANIFEST).read_text(encoding="utf-8").splitlines()]
     words = {word for row in rows for word in re.findall(r"\w[\w'’]*", row["text"].lower())}
-    return Speech(out / MANIFEST, len(rows), sum(row["duration"] for row in rows), len(words))
+    return Speech(out / MANIFEST, len(rows), sum(row["duration"] for row in rows), len(words), was_there)
 
 
 # ---------------------------------------------------------------- speech

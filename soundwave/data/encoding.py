@@ -6,7 +6,6 @@ clips are encoded together follows from the plan, so the bytes of all files are 
 number of processes that read recordings.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -44,6 +42,7 @@ from soundwave.data.features import (
     rows_of,
     state_of_file,
 )
+from soundwave.data.locks import locked
 from soundwave.data.manifest import Sample
 from soundwave.data.workers import ignore_ctrl_c, lost_worker_named
 from soundwave.model.packed import encode_packed
@@ -55,7 +54,6 @@ FRAMES_A_SECOND = 50
 VERSIONS_OF = ("soundwave", "torch", "transformers")
 LOCK, ASIDE = ".lock", ".writing"
 HEADER = "shard"  # the one entry of a shard's header, because the order of several is random
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without locks
 
 
 class Clip(NamedTuple):
@@ -383,15 +381,5 @@ def _alone_in(out: Path) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise FeaturesError(f"{shown(out)} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FeaturesError(f"{shown(out)} is being written by another process; wait for its end") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    try:
+    with locked(out / LOCK, FeaturesError(f"{shown(out)} is being written by another process; wait for its end")):
         yield
-    finally:
-        lock.release()

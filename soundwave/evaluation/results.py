@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from soundwave.data.audio import shown
 from soundwave.data.collate import LeftOut
+from soundwave.data.locks import locked
 from soundwave.data.manifest import Sample
 from soundwave.evaluation.classes import Confusion, draw
 from soundwave.provenance import versions
@@ -105,14 +104,8 @@ def open_results(folder: Path, about: Mapping[str, Any]) -> Iterator[Results]:
     """
     about = json.loads(json.dumps({"soundwave": versions(["soundwave"])["soundwave"], **about}))
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BlockingIOError(
-            f"{shown(folder)}: another evaluation writes here; wait for it, or name another"
-        ) from None
-    try:
+    busy = BlockingIOError(f"{shown(folder)}: another evaluation writes here; wait for it, or name another")
+    with locked(folder / ".lock", busy):
         file = folder / ABOUT
         if file.is_file():
             _refuse_others(file, about)
@@ -123,8 +116,6 @@ def open_results(folder: Path, about: Mapping[str, Any]) -> Iterator[Results]:
         rows = {row["sample"]: row for row in _read(folder / ANSWERS, KEYS)}
         left = {row["sample"]: LeftOut(**row) for row in _read(folder / LEFT_OUT, LeftOut._fields)}
         yield Results(folder, rows, left)
-    finally:
-        lock.release()
 
 
 def hash_of(*files: Path) -> str:

@@ -1,18 +1,17 @@
 """One run in one folder: its lock, the checkpoint that it continues from, and the content of `run.json`."""
 
-import errno
 import hashlib
 import json
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
+from soundwave.data.locks import locked
 from soundwave.data.manifest import Sample
 from soundwave.data.samples import LINES, Samples
 from soundwave.hardware import pick_dtype
@@ -30,8 +29,6 @@ FREE += ("strict", "max_skipped", "quiet", "sharding")
 BOUND = ("stage", "optimizer", "train_shrinking")
 # Values of the model's configuration that must not change, because they decide the shapes of its weights.
 SHAPING = ("audio_hidden_size", "hidden_size", "vocab_size", "semantics", "frame_stack", "keys", "lora_rank")
-# Errors of a file system without locks, as some network file systems are.
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 LOCK = ".lock"
 VERSIONS_OF = ("soundwave", "torch", "triton", "transformers", "peft", "numpy")
 
@@ -46,20 +43,14 @@ def alone_in(out: Path) -> Iterator[None]:
         ConfigError: another training uses the folder.
         WriteError: the folder cannot be written, or is a file.
     """
-    lock = FileLock(out / LOCK, timeout=0)
+    busy = ConfigError(
+        f"out = {str(out)!r} is in use by a training that still runs; wait for its end, or name another folder"
+    )
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    lock = ExitStack()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except OSError as error:
-            if isinstance(error, Timeout) or error.errno not in NO_LOCKS:
-                raise
-            say(f"{out} cannot be locked ({error.strerror}): make sure that no other training uses it")
-    except Timeout:
-        raise ConfigError(
-            f"out = {str(out)!r} is in use by a training that still runs; wait for its end, or name another folder"
-        ) from None
+        lock.enter_context(locked(out / LOCK, busy, say))
     except OSError as error:
         if isinstance(error, FileExistsError) and out.is_file():
             raise WriteError(f"out = {str(out)!r} is a file; name a folder") from None
@@ -67,7 +58,7 @@ def alone_in(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        lock.close()
         _remove_if_empty(out, made)
 
 
