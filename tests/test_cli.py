@@ -93,7 +93,7 @@ def test_script_trains_a_stage_and_tells_where_the_model_is(spoken, small_llm, t
     assert re.search(r" · blank_share [\d.e-]+ · kept_per_label [\d.e-]+ · compression [\d.e+]+ · ", line)
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     # stderr holds what is done before the first step, and the progress.
-    begun = ("loading ", "setting the blank's bias ", "step 1 of 1 begins", "stage 1 | step 1/1 | ")
+    begun = ("loading ", "setting the adapter's scale ", "step 1 of 1 begins", "stage 1 | step 1/1 | ")
     said = [part for part in done.stderr.replace("\r", "\n").splitlines() if part.strip()]
     assert [line for line in said if not line.startswith(begun)] == []
     assert "Loading weights" not in done.stderr and "Failed to load" not in done.stderr

@@ -40,7 +40,7 @@ def test_a_run_says_what_it_does_up_to_the_first_step(manifest, small_vocabulary
     told = [
         "loading embedded:whisper-tiny.en (Whisper's encoder in float32, ",
         f"{small_vocabulary} (output embedding in float32, 1 MiB)",
-        "setting the blank's bias from the first 2 recordings",
+        "setting the adapter's scale and the blank's bias from the first 2 recordings",
         "step 1 of 2 begins; a step has 4 samples",
         "kept per label ",
     ]

@@ -5,6 +5,7 @@ The backbones are the real ones, the language model cut to two layers; adapters 
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -373,6 +374,36 @@ def test_the_next_token_loss_reaches_the_alignment_adapter(model, batch):
     freeze_all_but(model, TRAINED[2])
     model.train()(**batch | {"ctc_labels": None}).loss.backward()
     assert model.alignment.projector.weight.grad.any()
+
+
+def test_a_fresh_adapter_starts_on_standardised_frames(config, batch):
+    torch.manual_seed(1)
+    model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=False)
+    inputs = {name: batch[name] for name in ("input_features", "feature_lengths")}
+    fresh = deepcopy(model.alignment.projector)
+    frames, lengths = model.encode(**inputs)
+    rows = torch.cat([clip[:length] for clip, length in zip(frames, lengths.tolist(), strict=True)]).double()
+    count, mean, square = model.frame_moments(**inputs)
+    assert count == len(rows)
+    torch.testing.assert_close(mean, rows.mean(0), rtol=1e-6, atol=1e-6)
+    model.standardise_frames(mean, square)
+    even = rows[: len(rows) // 2 * 2]
+    standard = ((even - rows.mean(0)) / rows.std(0, correction=0)).float()
+    wanted = fresh(standard.reshape(-1, 2 * standard.shape[1]))
+    found = model.alignment.projector(even.float().reshape(-1, 2 * standard.shape[1]))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_dimensions_that_do_not_vary_are_not_blown_up(config):
+    model = SoundwaveForConditionalGeneration.from_backbones(config, language_model=False)
+    projector, width = model.alignment.projector, model.config.audio_hidden_size
+    before = projector.weight.clone()
+    ones = torch.ones(width, dtype=torch.float64)
+    model.standardise_frames(ones, ones)  # of silence, or of a single frame
+    assert torch.equal(projector.weight, before)
+    square = 1 + torch.arange(width, dtype=torch.float64).clamp(max=1)
+    model.standardise_frames(ones, square)  # dimension 0 alone does not vary
+    assert (projector.weight / before).abs().max() < 102
 
 
 def test_blank_bias_starts_at_the_heads_log_sum_exp(config, batch):

@@ -142,8 +142,8 @@ def _train_stage(
             compare_frames(config, model, reader, features, samples)
     if config.model is None and checkpoint is None:
         own = samples[processes.rank :: processes.count]
-        with memory_named("while the blank's bias was set", _smaller_batch(config)):
-            _initialise_blank(config, model, processor, _first_clips(reader, own, config), processes)
+        with memory_named("while the adapter was fitted to the first recordings", _smaller_batch(config)):
+            _initialise_adapter(config, model, processor, _first_clips(reader, own, config), processes)
 
     all_samples = samples + mixed_in
     clock, stop = Clock(journal, note), StopOnSignal(processes)
@@ -294,27 +294,35 @@ def _first_clips(collator: CheckedCollator, samples: Iterable[Sample], config: S
     return clips
 
 
-def _initialise_blank(
+def _initialise_adapter(
     config: StageConfig,
     model: SoundwaveForConditionalGeneration,
     processor: SoundwaveProcessor,
     clips: list[torch.Tensor],
     processes: Processes,
 ) -> None:
-    """Set the blank's bias from the first recordings: as over all processes' recordings in one batch."""
+    """Fit a fresh alignment adapter and its blank to the first recordings: as over all processes' in one batch."""
     count = sum(processes.sums(len(clips)))
     if not count:
         return
-    _tell(config, f"setting the blank's bias from the first {count} recordings")
-    bias, frames = 0.0, 0
+    _tell(config, f"setting the adapter's scale and the blank's bias from the first {count} recordings")
+    inputs = processor.pad_features(clips) if clips else {}
+    inputs = {name: x.to(model.device) for name, x in inputs.items()}
+    found = processes.gather(model.frame_moments(**inputs) if clips else None)
+    frames, mean, square = zip(*(moments for moments in found if moments is not None), strict=True)
+    whole = sum(frames)
+    model.standardise_frames(
+        sum(part.cpu() * (rows / whole) for part, rows in zip(mean, frames, strict=True)),
+        sum(part.cpu() * (rows / whole) for part, rows in zip(square, frames, strict=True)),
+    )
+    bias, rows = 0.0, 0
     if clips:
-        inputs = processor.pad_features(clips)
-        bias = model.initialise_blank(**{name: x.to(model.device) for name, x in inputs.items()})
-        frames = int((-(-inputs["feature_lengths"] // (2 * model.config.frame_stack))).sum())
+        bias = model.initialise_blank(**inputs)
+        rows = int((-(-inputs["feature_lengths"] // (2 * model.config.frame_stack))).sum())
     if processes.count > 1:
-        found = processes.gather((bias, frames))
+        biases = processes.gather((bias, rows))
         with torch.no_grad():
-            model.blank_bias.fill_(sum(bias * frames for bias, frames in found) / sum(frames for _, frames in found))
+            model.blank_bias.fill_(sum(bias * rows for bias, rows in biases) / sum(rows for _, rows in biases))
 
 
 def _summarise_left_out(journal: Journal, total: int) -> None:
