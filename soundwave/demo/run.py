@@ -71,8 +71,8 @@ class Recipe:
 FULL = Recipe(
     "full",
     {
-        "stage1": {"steps": 190, "batch_size": 28, "learning_rate": 1.5e-3, "warmup_steps": 15},
-        "labels": {"steps": 205, "batch_size": 20, "learning_rate": 6e-4, "warmup_steps": 15},
+        "stage1": {"steps": 150, "batch_size": 28, "learning_rate": 1.5e-3, "warmup_steps": 15},
+        "labels": {"steps": 160, "batch_size": 20, "learning_rate": 6e-4, "warmup_steps": 15},
         "stage2": {
             "steps": 175, "batch_size": 16, "learning_rate": 7e-4, "warmup_steps": 15, "ctc_weight": 1.0,
             "lora_alpha": 128,
