@@ -164,7 +164,9 @@ def main(folder: Path, columns: int | None) -> None:
     print("|" + "---|" * 10)
     torch.manual_seed(config.seed)
     start = build_model(config, torch.device("cpu")).float()
-    start.initialise_blank(batch["input_features"], batch["feature_lengths"])
+    clips = batch["input_features"], batch["feature_lengths"]
+    start.standardise_frames(*start.frame_moments(*clips)[1:])
+    start.initialise_blank(*clips)
     compare("initialisation", start, batch)
     points = {f"step {step}": config.out / f"checkpoint-{step}" for step in POINTS} | {f"end, step {STEPS}": trained}
     for name, path in points.items():

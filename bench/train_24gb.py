@@ -254,8 +254,10 @@ class Trial:
             batch = random_batch(self.stage, size, self.seconds, dims=self.dims, device=self.device, **self.text)
             if self.cuda:
                 torch.cuda.reset_peak_memory_stats()
-            if self.stage == 1:  # before the first step, training sets the blank's bias from the same batch
-                self.model.initialise_blank(batch["input_features"], batch["feature_lengths"])
+            if self.stage == 1:  # before the first step, training fits the adapter to the same batch
+                clips = batch["input_features"], batch["feature_lengths"]
+                self.model.frame_moments(*clips)  # what it changes needs no memory, and must not be done twice
+                self.model.initialise_blank(*clips)
                 self.mark("blank")
             self.step(batch)
             reserved = torch.cuda.memory_reserved() if self.cuda else 0

@@ -27,6 +27,7 @@ from soundwave.model.pretrained import SoundwavePreTrainedModel
 from soundwave.model.pretrained import freeze_all_but as freeze_all_but
 
 LEAST_DEVIATION = 0.01  # of a dimension of the encoder's frames, as a share of the mean deviation
+MOMENT_ROWS = 8192  # frames whose moments are taken at once
 FP32_BYTES = 4
 BLANK_CHUNK_BYTES = 256 << 20  # of the logits in float32 that `initialise_blank` makes at once
 OPERATIONS = {"fused": fused.functional, "eager": eager}  # the modules that hold them, by `config.implementation`
@@ -271,8 +272,12 @@ class SoundwaveForConditionalGeneration(SoundwavePreTrainedModel):
         """How many frames the encoder gives for a batch, their mean and their mean square, fp64 [E] each."""
         with self._autocast():
             frames, lengths = self.encode(input_features, feature_lengths, self.packed)
-        rows = (frames if self.packed else frames[eager.length_mask(lengths, frames.shape[1])]).double()
-        return len(rows), rows.mean(0), rows.square().mean(0)
+        rows = frames if self.packed else frames[eager.length_mask(lengths, frames.shape[1])]
+        total, square = (torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device) for _ in range(2))
+        for chunk in rows.split(MOMENT_ROWS):  # in fp64 all of them would take four times the memory of the frames
+            total += chunk.double().sum(0)
+            square += chunk.double().square().sum(0)
+        return len(rows), total / len(rows), square / len(rows)
 
     @torch.no_grad()
     def standardise_frames(self, mean: Tensor, square: Tensor) -> None:
