@@ -372,7 +372,7 @@ def test_a_source_without_such_lines_is_refused(sources, tmp_path):
 # ---------------------------------------------------------------- the examples
 
 
-@pytest.mark.parametrize("name", ["spliced", "questions"])
+@pytest.mark.parametrize("name", ["spliced", "sounds", "questions"])
 def test_examples_have_fifty_phrasings_of_every_task(name):
     recipe, phrasings = load_recipe(ROOT / "configs/data" / f"{name}.yaml")
     assert recipe.tasks

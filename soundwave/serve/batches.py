@@ -1,4 +1,4 @@
-"""Requests are answered together: one thread owns the model, another one reads recordings for it.
+"""Requests are answered together: threads of the model's, and one that reads recordings for them.
 
     submit ──> reader: opens recordings, cuts them into windows, makes features ──> windows ──> worker: model ──> tell
 
@@ -9,7 +9,8 @@ full or its oldest window has waited for `max_wait_ms`. Windows of several recor
 that is so short or long that more than half of the batch would be padding waits for the next.
 
 Where the language model is in another process, `ELSEWHERE` batches are answered at a time, each by a thread of its own:
-one is encoded while others are written.
+one is encoded while others are written. On a CPU with several cores they are `BESIDE`, which share the cores: two
+batches beside each other lose less time to what one core alone can do than one batch on all cores does.
 
 Every request ends once, with `Done` or with `Failed`. A request that is cancelled leaves the queue at once; in a chat
 that is being answered its row ends with the next token. If a batch fails, its halves are tried alone, so that one bad
@@ -42,6 +43,7 @@ from soundwave.serve.settings import Limits
 
 AHEAD = 2  # batches of windows that are read ahead
 ELSEWHERE = 4  # batches that are answered at a time, if the language model is in another process
+BESIDE = 2  # the same on a CPU
 SHORTEST = 2.0  # s; what a window costs besides its length is as much as this
 WASTE = 2.0  # a batch is at most this many times as long, with its padding, as its windows
 FRAMES_PER_SECOND = 25  # of speech that the language model gets at most, if nothing is shrunk
@@ -164,10 +166,13 @@ class Engine:
         self.to_read: deque[Job] = deque()
         self.items: deque[Item] = deque()
         self.closing = False
-        batches = ELSEWHERE if getattr(self.model.language_model, "runs_elsewhere", False) else 1
+        self.cores = torch.get_num_threads() if self.model.device.type == "cpu" else 1
+        elsewhere = getattr(self.model.language_model, "runs_elsewhere", False)
+        self.at_once = ELSEWHERE if elsewhere else min(BESIDE, self.cores)
+        self.answering = 0  # batches
         self.threads = [
             threading.Thread(target=target, name=f"soundwave-{name}", daemon=True)
-            for name, target in (("reader", self._read), *[("model", self._work)] * batches)
+            for name, target in (("reader", self._read), *[("model", self._work)] * self.at_once)
         ]
 
     # ------------------------------------------------------------ called by the server
@@ -326,12 +331,17 @@ class Engine:
     # ------------------------------------------------------------ the model
 
     def _work(self) -> None:
-        """The model's thread."""
+        """A thread of the model."""
         while batch := self._next_batch():
             began = time.monotonic()
+            if self.cores > 1:
+                with self.changed:  # the batches that come may be too few for all threads
+                    beside = max(self.answering, min(self.at_once, 1 + len(self.items) // self.limits.max_batch))
+                torch.set_num_threads(max(1, self.cores // beside))  # of this thread
             self._answer(batch)
             took = time.monotonic() - began
             with self.changed:
+                self.answering -= 1
                 self.busy -= Counter(item.job for item in batch)
                 self.changed.notify_all()
             self.on_batch(batch[0].job.kind, len(batch), sum(item.seconds for item in batch), took)
@@ -352,6 +362,7 @@ class Engine:
                 batch = choose(free, self.limits.max_batch)
                 taken = set(map(id, batch))
                 self.busy += Counter(item.job for item in batch)
+                self.answering += 1
                 self.items = deque(item for item in self.items if id(item) not in taken)
                 self.changed.notify_all()
                 return batch
