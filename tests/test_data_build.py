@@ -227,6 +227,20 @@ def test_questions_with_and_without_a_tail_have_recordings_of_their_own(sources,
         assert soundfile.info(tmp_path / "out" / row["audio_filepath"]).duration == row["duration"]
 
 
+def test_recordings_are_played_at_other_speeds(sources, tmp_path):
+    task = {"kind": "question", "source": "words", "task": "transcribe", "count": 30, "speed": [0.8, 1.25]}
+    rows = made(tmp_path, sources, task)
+    assert len({row["audio_filepath"] for row in rows}) == 30 and all(row["answer"] == row["text"] for row in rows)
+    speeds = [row["speed"] for row in rows]
+    assert 0.8 <= min(speeds) < 0.9 and 1.1 < max(speeds) <= 1.25
+    tones = {pitch * (1 + place) for pitch in PITCH.values() for place in range(len(WORDS))}
+    for row in rows:
+        audio, _ = soundfile.read(tmp_path / "out" / row["audio_filepath"])
+        assert len(audio) == pytest.approx(RATE / 4 / row["speed"], abs=2)
+        tone = np.abs(np.fft.rfft(audio, RATE)).argmax()  # Hz
+        assert min(abs(tone - row["speed"] * each) for each in tones) < 3
+
+
 def test_phrasings_are_all_used(sources, tmp_path):
     rows = made(tmp_path, sources, {"kind": "question", "source": "sounds", "task": "sound", "count": 100})
     assert len({row["prompt"] for row in rows}) == 6
@@ -372,7 +386,7 @@ def test_a_source_without_such_lines_is_refused(sources, tmp_path):
 # ---------------------------------------------------------------- the examples
 
 
-@pytest.mark.parametrize("name", ["spliced", "sounds", "questions"])
+@pytest.mark.parametrize("name", ["spliced", "sounds", "speeds", "questions"])
 def test_examples_have_fifty_phrasings_of_every_task(name):
     recipe, phrasings = load_recipe(ROOT / "configs/data" / f"{name}.yaml")
     assert recipe.tasks

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
+import soxr
 
 from soundwave.curation.journal import Journal, named
 from soundwave.curation.lines import Row, read_lines
@@ -384,7 +385,7 @@ class _Block:
         task, name = self.task, f"{self.number:02d}-{place:06d}"
         if isinstance(task, Question):
             index = int(self.order[place % len(self.order)])
-            return self._question(rng, task, index)
+            return self._question(rng, task, index, name)
         if isinstance(task, Speakers):
             return self._speakers(rng, task, name)
         speaker = self._speaker(rng)
@@ -441,13 +442,19 @@ class _Block:
         row = self._phrased(rng, ask, answer, text, **values)
         return self._short(parts), name, {"text": text} | row | {"speakers": chosen}
 
-    def _question(self, rng: Rng, task: Question, index: int) -> tuple[np.ndarray, str, Row]:
+    def _question(self, rng: Rng, task: Question, index: int, name: str) -> tuple[np.ndarray, str, Row]:
         sample = self.source.samples[index]
-        audio = self._short([_samples_of(sample)])
+        samples, speed = _samples_of(sample), 1.0
+        if task.speed != (1.0, 1.0):
+            speed = round(float(rng.uniform(*task.speed)), 3)
+            samples = soxr.resample(samples, speed * SAMPLING_RATE, SAMPLING_RATE)
+        audio = self._short([samples])
         text = None if self.source.source.label else (sample.text or "").strip() or None
         row = self._phrased(rng, task.task, self._answer(sample), text)
         if task.token:
             row["ctc_text"] = token_of(task.token, (sample.text or "").strip())
+        if task.speed != (1.0, 1.0):
+            return audio, name, ({"text": text} if text else {}) | row | {"speed": speed}
         # Other questions may ask about the same recording with another tail.
         tail = f"-tail{round(task.tail * SAMPLING_RATE)}" if task.tail else ""
         return audio, f"{self.source.name}-{index:06d}{tail}", ({"text": text} if text else {}) | row

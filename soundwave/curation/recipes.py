@@ -72,6 +72,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=-60, le=60)]
 Formats = Annotated[dict[Format, Weight], AfterValidator(_some_weight)]
 Clips = Annotated[tuple[Positive, Positive], AfterValidator(_in_order)]
+Speed = Annotated[float, Field(ge=0.5, le=2, allow_inf_nan=False)]
 
 
 class SourceOf(_Strict):
@@ -160,6 +161,7 @@ class Question(_Task):
         choices: the options to choose wrong ones from; by default all answers of the source.
         count: how many; by default each line once. More of them take each line several times.
         token: what CTC writes for a recording of a source with a `label`, as in `Sound`.
+        speed: how many times as fast a recording is played, drawn from and to; its pitch changes with it.
     """
 
     kind: Literal["question"]
@@ -168,6 +170,7 @@ class Question(_Task):
     answer: str | None = None
     choices: list[str] | None = None
     token: Token | None = None
+    speed: Annotated[tuple[Speed, Speed], AfterValidator(_in_order)] = (1.0, 1.0)
 
 
 Task = Annotated[Strings | Speakers | Sound | Question, Field(discriminator="kind")]
