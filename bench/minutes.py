@@ -3,8 +3,8 @@
     python bench/minutes.py DATA --work FOLDER [--minutes 5 10 20 45] [--threads 1]
 
 DATA holds `train.jsonl` and `test.jsonl` of other speakers and sentences. It runs the commands of
-docs/train-your-own.md, "Little speech?": synthetic speech first, once for all sizes, then the recordings through all
-three stages. Each size is the beginning of one shuffled list, so that the smaller ones lie in the larger ones. It
+docs/train-your-own.md, "Little speech?": synthetic speech first, once for all sizes, then the recordings, each at five
+speeds, through all three stages. Each size is the beginning of one shuffled list, so that the smaller ones lie in the larger ones. It
 prints each command, and for each size the word errors of CTC and of the language model with their 95 % intervals; they
 go to `FOLDER/minutes.json` with date, commit and versions. What is done already is not done again.
 """
@@ -19,8 +19,12 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 from soundwave.provenance import commit, versions
 
+RECIPES = Path(__file__).resolve().parents[1] / "configs/data"
+SPEEDS = 5  # copies of each recording
 SOUNDWAVE = str(Path(sys.executable).with_name("soundwave"))
 BATCH = "batch_size=16 accumulation=1 warmup_steps=20"
 SPEAK = ("data speak speech", "features speech/manifest.jsonl frames")
@@ -28,10 +32,11 @@ FIRST = (
     "train 1 train=speech/manifest.jsonl features=frames spec_augment=false out=runs/speech/1 "
     "steps=1000 batch_size=32 accumulation=1 learning_rate=1e-3 warmup_steps=20"
 )
+BUILD = "data build {recipe} {folder}"
 STAGES = (
-    f"train 1 train={{train}} model=runs/speech/1/model out={{out}}/1 steps=300 {BATCH} learning_rate=1e-3 "
+    f"train 1 train={{train}} model=runs/speech/1/model out={{out}}/1 steps=450 {BATCH} learning_rate=1e-3 "
     "adapter_dropout=0.2",
-    f"train 2 train={{train}} model={{out}}/1/model out={{out}}/2 steps=200 {BATCH} learning_rate=3e-4 "
+    f"train 2 train={{train}} model={{out}}/1/model out={{out}}/2 steps=200 {BATCH} learning_rate=5e-4 ctc_weight=1 "
     "adapter_dropout=0.2 lora_alpha=128",
     f"train 3 train={{train}} model={{out}}/2/model out={{out}}/3 steps=100 {BATCH} learning_rate=1e-4 lora_alpha=128",
 )
@@ -52,7 +57,7 @@ def run(work: Path, line: str, made: Path, threads: int) -> float:
 
 
 def write_parts(work: Path, minutes: list[float]) -> None:
-    """`data/train-M.jsonl`: the first M minutes of the shuffled sentences."""
+    """`data/train-M.jsonl`: the first M minutes of the shuffled sentences; `data/speeds-M.yaml`: them at many speeds."""
     lines = (work / "data/train.jsonl").read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(lines)
     for size in minutes:
@@ -63,6 +68,11 @@ def write_parts(work: Path, minutes: list[float]) -> None:
                 break
             part.append(line + "\n")
         (work / f"data/train-{size:g}.jsonl").write_text("".join(part), encoding="utf-8")
+        recipe = yaml.safe_load((RECIPES / "speeds.yaml").read_text(encoding="utf-8"))
+        recipe["phrasings"] = str(RECIPES / recipe["phrasings"])
+        recipe["sources"]["mine"]["manifest"] = f"train-{size:g}.jsonl"
+        recipe["tasks"][0]["count"] = SPEEDS * len(part)
+        (work / f"data/speeds-{size:g}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
 
 def wer(scores: Path) -> dict:
@@ -89,7 +99,9 @@ def main() -> None:
     about |= {"data": given.data.name, "sizes": {}}
     for size in sorted(given.minutes):
         out = Path(f"runs/{size:g}")
-        names = {"train": f"data/train-{size:g}.jsonl", "out": str(out)}
+        names = {"recipe": f"data/speeds-{size:g}.yaml", "folder": f"speeds-{size:g}", "out": str(out)}
+        names["train"] = f"{names['folder']}/manifest.jsonl"
+        run(work, BUILD.format(**names), Path(names["folder"]), given.threads)
         took = sum(
             run(work, line.format(**names), out / str(stage) / "model", given.threads)
             for stage, line in enumerate(STAGES, 1)

@@ -366,6 +366,12 @@ def furnished(brief_llm, tiny_corpus, tmp_path_factory) -> Path:
     intent = {"task": "intent", "prompt": "What is the command about?", "answer": "light"}
     write_manifest(folder / "data" / "train.jsonl", [*rows, rows[0] | intent])
     write_manifest(folder / "data" / "test.jsonl", [rows[1], rows[2] | intent])
+    recipes = folder / "configs" / "data"
+    recipes.mkdir(parents=True)
+    shutil.copy(ROOT / "configs/data/phrasings.yaml", recipes)
+    recipe, wanted = (ROOT / "configs/data/speeds.yaml").read_text(encoding="utf-8"), "count: 2815"
+    assert wanted in recipe
+    (recipes / "speeds.yaml").write_text(recipe.replace(wanted, "count: 3"), encoding="utf-8")
     (folder / "data" / "sentences.txt").write_text("".join(f"{row['text']}\n" for row in rows))
     config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(brief_llm), lora_rank=4, stage=3)
     torch.manual_seed(0)
