@@ -4,9 +4,10 @@
 
 DATA holds `train.jsonl` and `test.jsonl` of other speakers and sentences. It runs the commands of
 docs/train-your-own.md, "Little speech?": synthetic speech first, once for all sizes, then the recordings, each at five
-speeds, through all three stages. Each size is the beginning of one shuffled list, so that the smaller ones lie in the larger ones. It
-prints each command, and for each size the word errors of CTC and of the language model with their 95 % intervals; they
-go to `FOLDER/minutes.json` with date, commit and versions. What is done already is not done again.
+speeds, through all three stages. Each size is the beginning of one shuffled list, so that the smaller ones lie in the
+larger ones. It prints each command, and for each size the word errors of CTC and of the language model with their 95 %
+intervals; they go to `FOLDER/minutes.json` with date, commit, versions, and the word errors of Whisper's own decoder.
+What is done already is not done again.
 """
 
 import argparse
@@ -21,6 +22,10 @@ from pathlib import Path
 
 import yaml
 
+from soundwave import backbones
+from soundwave.curation.hearing import Clip, Whisper
+from soundwave.data.manifest import read_manifest
+from soundwave.evaluation.scores import word_error_rate
 from soundwave.provenance import commit, versions
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs/data"
@@ -57,7 +62,7 @@ def run(work: Path, line: str, made: Path, threads: int) -> float:
 
 
 def write_parts(work: Path, minutes: list[float]) -> None:
-    """`data/train-M.jsonl`: the first M minutes of the shuffled sentences; `data/speeds-M.yaml`: them at many speeds."""
+    """`data/train-M.jsonl`: the first M minutes of the shuffled sentences; `data/speeds-M.yaml`: at many speeds."""
     lines = (work / "data/train.jsonl").read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(lines)
     for size in minutes:
@@ -81,6 +86,15 @@ def wer(scores: Path) -> dict:
     return {"wer": found["wer"], "interval": found["intervals"]["transcribe"]["WER"]}
 
 
+def whisper_wer(work: Path) -> float:
+    """Word error rate of the embedded Whisper's own decoder on the test."""
+    samples = read_manifest(work / "data/test.jsonl")
+    whisper = Whisper(backbones.WHISPER)
+    clips = [Clip(place, sample.audio, sample.offset, sample.duration) for place, sample in enumerate(samples)]
+    heard = [found["pred_text"] for clip in clips for found in whisper([clip])]
+    return word_error_rate([sample.text for sample in samples], heard)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train.jsonl and test.jsonl")
@@ -96,7 +110,7 @@ def main() -> None:
     for line, made in zip((*SPEAK, FIRST), ("speech", "frames/features.json", "runs/speech/1/model"), strict=True):
         run(work, line, Path(made), given.threads)
     about = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "versions": versions(("torch", "transformers"))}
-    about |= {"data": given.data.name, "sizes": {}}
+    about |= {"data": given.data.name, "whisper": whisper_wer(work), "sizes": {}}
     for size in sorted(given.minutes):
         out = Path(f"runs/{size:g}")
         names = {"recipe": f"data/speeds-{size:g}.yaml", "folder": f"speeds-{size:g}", "out": str(out)}
