@@ -384,7 +384,7 @@ def run(words: list[str], log: Path, *, forked: bool, kill_at: Callable[[], bool
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
             break
-        if phase == "loading" and re.search(r"step \d+ of \d+ begins|setting the blank", _text(log)):
+        if phase == "loading" and re.search(r"step \d+ of \d+ begins|setting the adapter", _text(log)):
             phase = "running"
         peaks[phase] = max(peaks.get(phase, 0), _own_memory(pid, files=phase == "running" and not forked))
         gpu = max(gpu, _gpu_used() - before)

@@ -26,10 +26,9 @@ from soundwave import backbones
 from soundwave.curation.hearing import Clip, Whisper
 from soundwave.data.manifest import read_manifest
 from soundwave.evaluation.scores import word_error_rate
-from soundwave.provenance import commit, versions
+from soundwave.provenance import commit, device_name, versions
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs/data"
-SPEEDS = 5  # copies of each recording
 SOUNDWAVE = str(Path(sys.executable).with_name("soundwave"))
 BATCH = "batch_size=16 accumulation=1 warmup_steps=20"
 SPEAK = ("data speak speech", "features speech/manifest.jsonl frames")
@@ -69,14 +68,13 @@ def write_parts(work: Path, minutes: list[float]) -> None:
         left, part = 60 * size, []
         for line in lines:
             left -= json.loads(line)["duration"]
-            if left < 0 and part and size < max(minutes):
+            if left < 0 and part:
                 break
             part.append(line + "\n")
         (work / f"data/train-{size:g}.jsonl").write_text("".join(part), encoding="utf-8")
         recipe = yaml.safe_load((RECIPES / "speeds.yaml").read_text(encoding="utf-8"))
         recipe["phrasings"] = str(RECIPES / recipe["phrasings"])
         recipe["sources"]["mine"]["manifest"] = f"train-{size:g}.jsonl"
-        recipe["tasks"][0]["count"] = SPEEDS * len(part)
         (work / f"data/speeds-{size:g}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
 
@@ -88,11 +86,18 @@ def wer(scores: Path) -> dict:
 
 def whisper_wer(work: Path) -> float:
     """Word error rate of the embedded Whisper's own decoder on the test."""
+    kept = work / "whisper.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
     samples = read_manifest(work / "data/test.jsonl")
     whisper = Whisper(backbones.WHISPER)
     clips = [Clip(place, sample.audio, sample.offset, sample.duration) for place, sample in enumerate(samples)]
-    heard = [found["pred_text"] for clip in clips for found in whisper([clip])]
-    return word_error_rate([sample.text for sample in samples], heard)
+    heard = [found for clip in clips for found in whisper([clip])]
+    if faults := [f"{samples[each['line']].id}: {each['fault']}" for each in heard if "fault" in each]:
+        raise SystemExit(f"error: {faults[0]}; take it out of the test")
+    found = word_error_rate([sample.text for sample in samples], [each["pred_text"] for each in heard])
+    kept.write_text(json.dumps(found))
+    return found
 
 
 def main() -> None:
@@ -110,7 +115,8 @@ def main() -> None:
     for line, made in zip((*SPEAK, FIRST), ("speech", "frames/features.json", "runs/speech/1/model"), strict=True):
         run(work, line, Path(made), given.threads)
     about = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "versions": versions(("torch", "transformers"))}
-    about |= {"data": given.data.name, "whisper": whisper_wer(work), "sizes": {}}
+    about |= {"device": device_name(), "threads": given.threads, "data": given.data.name}
+    about |= {"whisper": whisper_wer(work), "sizes": {}}
     for size in sorted(given.minutes):
         out = Path(f"runs/{size:g}")
         names = {"recipe": f"data/speeds-{size:g}.yaml", "folder": f"speeds-{size:g}", "out": str(out)}

@@ -256,7 +256,7 @@ class Trial:
                 torch.cuda.reset_peak_memory_stats()
             if self.stage == 1:  # before the first step, training fits the adapter to the same batch
                 clips = batch["input_features"], batch["feature_lengths"]
-                self.model.frame_moments(*clips)  # what it changes needs no memory, and must not be done twice
+                self.model.frame_moments(*clips)  # standardise_frames takes no memory; it is for once
                 self.model.initialise_blank(*clips)
                 self.mark("blank")
             self.step(batch)

@@ -228,9 +228,10 @@ def test_questions_with_and_without_a_tail_have_recordings_of_their_own(sources,
 
 
 def test_recordings_are_played_at_other_speeds(sources, tmp_path):
-    task = {"kind": "question", "source": "words", "task": "transcribe", "count": 30, "speed": [0.8, 1.25]}
+    task = {"kind": "question", "source": "words", "task": "transcribe", "times": 2, "speed": [0.8, 1.25]}
     rows = made(tmp_path, sources, task)
-    assert len({row["audio_filepath"] for row in rows}) == 30 and all(row["answer"] == row["text"] for row in rows)
+    assert len({row["audio_filepath"] for row in rows}) == len(rows) == 2 * len(PITCH) * len(WORDS)
+    assert all(row["answer"] == row["text"] for row in rows)
     speeds = [row["speed"] for row in rows]
     assert 0.8 <= min(speeds) < 0.9 and 1.1 < max(speeds) <= 1.25
     tones = {pitch * (1 + place) for pitch in PITCH.values() for place in range(len(WORDS))}

@@ -369,9 +369,7 @@ def furnished(brief_llm, tiny_corpus, tmp_path_factory) -> Path:
     recipes = folder / "configs" / "data"
     recipes.mkdir(parents=True)
     shutil.copy(ROOT / "configs/data/phrasings.yaml", recipes)
-    recipe, wanted = (ROOT / "configs/data/speeds.yaml").read_text(encoding="utf-8"), "count: 2815"
-    assert wanted in recipe
-    (recipes / "speeds.yaml").write_text(recipe.replace(wanted, "count: 3"), encoding="utf-8")
+    shutil.copy(ROOT / "configs/data/speeds.yaml", recipes)
     (folder / "data" / "sentences.txt").write_text("".join(f"{row['text']}\n" for row in rows))
     config = SoundwaveConfig.from_backbones(backbones.WHISPER, str(brief_llm), lora_rank=4, stage=3)
     torch.manual_seed(0)

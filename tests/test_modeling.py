@@ -386,7 +386,7 @@ def test_a_fresh_adapter_starts_on_standardised_frames(config, batch):
     count, mean, square = model.frame_moments(**inputs)
     assert count == len(rows)
     torch.testing.assert_close(mean, rows.mean(0), rtol=1e-6, atol=1e-6)
-    model.standardise_frames(mean, square)
+    assert model.standardise_frames(mean, square)
     even = rows[: len(rows) // 2 * 2]
     standard = ((even - rows.mean(0)) / rows.std(0, correction=0)).float()
     wanted = fresh(standard.reshape(-1, 2 * standard.shape[1]))
@@ -399,8 +399,12 @@ def test_dimensions_that_do_not_vary_are_not_blown_up(config):
     projector, width = model.alignment.projector, model.config.audio_hidden_size
     before = projector.weight.clone()
     ones = torch.ones(width, dtype=torch.float64)
-    model.standardise_frames(ones, ones)  # of silence, or of a single frame
+    assert not model.standardise_frames(0.1 * ones, 0.1**2 * ones)  # of silence, or of a single frame
     assert torch.equal(projector.weight, before)
+    with pytest.raises(
+        ValueError, match=r"1 of \d+ dimensions of the encoder's frames are not finite in torch.float32"
+    ):
+        model.standardise_frames(torch.where(torch.arange(width) == 3, torch.inf, ones), ones)
     square = 1 + torch.arange(width, dtype=torch.float64).clamp(max=1)
     model.standardise_frames(ones, square)  # dimension 0 alone does not vary
     assert (projector.weight / before).abs().max() < 102

@@ -306,7 +306,7 @@ class _Block:
         self.number, self.task, self.recipe, self.phrasings = number, task, recipe, phrasings
         self.source = sources[task.source]
         self.sounds = sources[task.sounds] if isinstance(task, Sound) else None
-        self.count = task.count or len(self.source.samples)
+        self.count = task.count or len(self.source.samples) * getattr(task, "times", 1)
         self.place = f"tasks.{number}"
         if isinstance(task, Speakers) and len(self.source.speakers) < task.speakers[1]:
             raise RecipeError(
@@ -368,7 +368,8 @@ class _Block:
                 sample = self.source.samples[int(self.order[place % len(self.order)])]
                 longer = f"is longer than max_seconds = {self.task.max_seconds:g}"
                 tail = f", with its tail of {self.task.tail:g} s" if self.task.tail else ""
-                raise AudioError(sample.audio or "", f"{longer}{tail}; cut it")
+                slow = f", at speeds of {list(self.task.speed)}" if self.task.speed != (1.0, 1.0) else ""
+                raise AudioError(sample.audio or "", f"{longer}{tail}{slow}; cut it")
             raise RecipeError(
                 f"{self.place}: {TRIES} draws gave no recording of at most {self.task.max_seconds:g} s; use fewer "
                 "clips or speakers"

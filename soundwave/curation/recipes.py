@@ -159,13 +159,15 @@ class Question(_Task):
         task: name of the task, and of its phrasings.
         answer: the key; of a source with a `label` that by default, else the transcript.
         choices: the options to choose wrong ones from; by default all answers of the source.
-        count: how many; by default each line once. More of them take each line several times.
+        count: how many; by default each line `times` times. More than there are lines take them several times.
+        times: how often each line is taken, where `count` does not say it.
         token: what CTC writes for a recording of a source with a `label`, as in `Sound`.
         speed: how many times as fast a recording is played, drawn from and to; its pitch changes with it.
     """
 
     kind: Literal["question"]
     count: Positive | None = None  # type: ignore[assignment]
+    times: Positive = 1
     task: Annotated[str, Field(min_length=1)]
     answer: str | None = None
     choices: list[str] | None = None

@@ -102,7 +102,7 @@ def _alone(out: Path) -> Iterator[None]:
     """Lock what will be a folder: two processes would write each other's files."""
     out.parent.mkdir(parents=True, exist_ok=True)
     file = out.with_name(f".{out.name}.lock")
-    with locked(file, ValueError(f"{shown(out)} is being written by another process; wait for its end")):
+    with locked(file, out, ValueError(f"{shown(out)} is being written by another process; wait for its end")):
         try:
             yield
         finally:
@@ -141,7 +141,7 @@ def _speak(
     write_text(partial / ABOUT, json.dumps(about, ensure_ascii=False, indent=1) + "\n")
     if wanted is None:
         assert count is not None
-        with memory_named("while the language model wrote", "close other programs, or take a smaller language model"):
+        with memory_named("with the language model", "close other programs, or bring sentences of your own (--text)"):
             wanted = _written(partial / SENTENCES, language_model, count, seed, progress)
     shutil.rmtree(partial / "audio", ignore_errors=True)
     (partial / "audio").mkdir()

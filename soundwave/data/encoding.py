@@ -381,5 +381,5 @@ def _alone_in(out: Path) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise FeaturesError(f"{shown(out)} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / LOCK, FeaturesError(f"{shown(out)} is being written by another process; wait for its end")):
+    with locked(out / LOCK, out, FeaturesError(f"{shown(out)} is being written by another process; wait for its end")):
         yield

@@ -18,13 +18,14 @@ def _to_stderr(line: str) -> None:
 
 
 @contextmanager
-def locked(file: Path, busy: Exception, say: Callable[[str], None] = _to_stderr) -> Iterator[None]:
+def locked(file: Path, what: Path, busy: Exception, say: Callable[[str], None] = _to_stderr) -> Iterator[None]:
     """Hold a lock, which the system releases when the process ends, even when it is killed.
 
     On a file system without locks the work goes on without one, which is said.
 
     Args:
-        file: made if it is missing. It stays, because a process that waits for it may hold it already.
+        file: made if it is missing; it stays.
+        what: what is locked, as a message names it.
         busy: raised where another process holds the lock.
         say: called with a line for the user.
 
@@ -39,7 +40,7 @@ def locked(file: Path, busy: Exception, say: Callable[[str], None] = _to_stderr)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        say(f"{shown(file.parent)} cannot be locked ({error.strerror}): make sure that no other process writes there")
+        say(f"{shown(what)} cannot be locked ({error.strerror}): make sure that no other process writes there")
     try:
         yield
     finally:

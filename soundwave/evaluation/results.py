@@ -105,7 +105,7 @@ def open_results(folder: Path, about: Mapping[str, Any]) -> Iterator[Results]:
     about = json.loads(json.dumps({"soundwave": versions(["soundwave"])["soundwave"], **about}))
     folder.mkdir(parents=True, exist_ok=True)
     busy = BlockingIOError(f"{shown(folder)}: another evaluation writes here; wait for it, or name another")
-    with locked(folder / ".lock", busy):
+    with locked(folder / ".lock", folder, busy):
         file = folder / ABOUT
         if file.is_file():
             _refuse_others(file, about)

@@ -3,6 +3,7 @@
 `pretrained` loads and saves its parts.
 """
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +28,11 @@ from soundwave.model.pretrained import SoundwavePreTrainedModel
 from soundwave.model.pretrained import freeze_all_but as freeze_all_but
 
 LEAST_DEVIATION = 0.01  # of a dimension of the encoder's frames, as a share of the mean deviation
+ALIKE = 1e-5  # frames whose deviation is this share of their root mean square do not differ
 MOMENT_ROWS = 8192  # frames whose moments are taken at once
 FP32_BYTES = 4
 BLANK_CHUNK_BYTES = 256 << 20  # of the logits in float32 that `initialise_blank` makes at once
+DECODING = threading.Lock()  # one for all models, because a lock cannot be copied with its model
 OPERATIONS = {"fused": fused.functional, "eager": eager}  # the modules that hold them, by `config.implementation`
 
 
@@ -65,6 +68,8 @@ class SoundwaveForConditionalGeneration(SoundwavePreTrainedModel):
     accepts_loss_kwargs = False  # with True Trainer would not divide the loss by the accumulation steps
     _supports_sdpa = True
     _can_pack: bool | None = None  # whether the language model can, once that is known
+    _decoding = 0  # threads that are
+    _without_casts: Any = None  # the context of LoRA's switch meanwhile
 
     # ---------------------------------------------------------------- parts
 
@@ -100,11 +105,24 @@ class SoundwaveForConditionalGeneration(SoundwavePreTrainedModel):
     def decoding(self) -> Iterator[None]:
         """Within it the language model computes as in training: in `compute_dtype`, LoRA on what it is given.
 
-        peft would cast LoRA's input to float32, and autocast back.
+        peft would cast LoRA's input to float32, and autocast back. Its switch is in the layers, which threads that
+        decode at once share: the first one turns it off, and the last one on again.
         """
         half = self.compute_dtype != torch.float32
-        with self._autocast(), disable_input_dtype_casting(self.language_model, active=half):
-            yield
+        with DECODING:
+            if not self._decoding:
+                self._without_casts = disable_input_dtype_casting(self.language_model, active=half)
+                self._without_casts.__enter__()
+            self._decoding += 1
+        try:
+            with self._autocast():
+                yield
+        finally:
+            with DECODING:
+                self._decoding -= 1
+                if not self._decoding:
+                    self._without_casts.__exit__(None, None, None)
+                    self._without_casts = None
 
     @property
     def packed(self) -> bool:
@@ -269,7 +287,7 @@ class SoundwaveForConditionalGeneration(SoundwavePreTrainedModel):
 
     @torch.no_grad()
     def frame_moments(self, input_features: Tensor, feature_lengths: Tensor) -> tuple[int, Tensor, Tensor]:
-        """How many frames the encoder gives for a batch, their mean and their mean square, fp64 [E] each."""
+        """Number of the encoder's frames of a batch, their mean and mean square, fp64 [E] each, on the CPU."""
         with self._autocast():
             frames, lengths = self.encode(input_features, feature_lengths, self.packed)
         rows = frames if self.packed else frames[eager.length_mask(lengths, frames.shape[1])]
@@ -277,29 +295,44 @@ class SoundwaveForConditionalGeneration(SoundwavePreTrainedModel):
         for chunk in rows.split(MOMENT_ROWS):  # in fp64 all of them would take four times the memory of the frames
             total += chunk.double().sum(0)
             square += chunk.double().square().sum(0)
-        return len(rows), total / len(rows), square / len(rows)
+        return len(rows), total.cpu() / len(rows), square.cpu() / len(rows)
 
     @torch.no_grad()
-    def standardise_frames(self, mean: Tensor, square: Tensor) -> None:
+    def standardise_frames(self, mean: Tensor, mean_square: Tensor) -> bool:
         """Let a fresh alignment adapter start on frames of mean 0 and variance 1 in each dimension.
 
         Whisper's frames have a common mean several times as long as their differences, and deviations that differ
-        tenfold by dimension. The scale and the shift go into the projector's weights, so the adapter is the same
-        function of its parameters as before. Stage I learns in fewer steps then (measured: `docs/log.md`).
+        tenfold by dimension. Scale and shift go into the first values of the projector's weight and bias; nothing else
+        changes. Stage I learns in fewer steps then (measured: `docs/log.md`). The zero frame that fills up a clip with
+        an odd number of frames is not of mean 0 any more.
 
         Args:
-            mean, square: mean and mean square of encoder frames [E], as `frame_moments` gives them. A dimension that
-                hardly varies is scaled as if it had a hundredth of the mean deviation.
+            mean, mean_square: of encoder frames, fp64 [E], as `frame_moments` gives them. A dimension that hardly
+                varies is scaled as if it had a hundredth of the mean deviation, or what `compute_dtype` rounds off.
+
+        Returns:
+            False if the frames are all alike, so that nothing was done.
+
+        Raises:
+            ValueError: the moments are not finite.
         """
-        deviation = (square - mean.square()).clamp_min(0).sqrt()
-        if not bool(deviation.isfinite().all()) or not bool(deviation.any()):
-            return  # of a single frame, or of silence, nothing can be said
-        deviation = deviation.clamp_min(float(deviation.mean()) * LEAST_DEVIATION)
+        if not bool(mean.isfinite().all() and mean_square.isfinite().all()):
+            count = int((~(mean.isfinite() & mean_square.isfinite())).sum())
+            raise ValueError(
+                f"{count} of {len(mean)} dimensions of the encoder's frames are not finite in {self.compute_dtype}; "
+                "use dtype=float32"
+            )
+        deviation = (mean_square - mean.square()).clamp_min(0).sqrt()
+        if float(deviation.mean()) <= ALIKE * float(mean_square.mean().sqrt()):
+            return False
+        rounding = mean.abs() * torch.finfo(self.compute_dtype).eps
+        deviation = deviation.maximum(rounding).clamp_min(float(deviation.mean()) * LEAST_DEVIATION)
         projector, stack = self.alignment.projector, self.config.frame_stack
         weight = projector.weight.double() / deviation.repeat(stack).to(projector.weight.device)
         shift = weight @ mean.repeat(stack).to(weight.device)
         projector.weight.copy_(weight)
         projector.bias.copy_(projector.bias.double() - shift)
+        return True
 
     @torch.no_grad()
     def initialise_blank(self, input_features: Tensor, feature_lengths: Tensor) -> float:

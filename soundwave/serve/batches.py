@@ -9,8 +9,8 @@ full or its oldest window has waited for `max_wait_ms`. Windows of several recor
 that is so short or long that more than half of the batch would be padding waits for the next.
 
 Where the language model is in another process, `ELSEWHERE` batches are answered at a time, each by a thread of its own:
-one is encoded while others are written. On a CPU with several cores they are `BESIDE`, which share the cores: two
-batches beside each other lose less time to what one core alone can do than one batch on all cores does.
+one is encoded while others are written. On a CPU with several cores they are `BESIDE`, which share the cores: what one
+core alone can do of a batch, as log-mel and texts, leaves the others to the second batch.
 
 Every request ends once, with `Done` or with `Failed`. A request that is cancelled leaves the queue at once; in a chat
 that is being answered its row ends with the next token. If a batch fails, its halves are tried alone, so that one bad
@@ -138,6 +138,7 @@ class Engine:
         loaded: the model. Nothing else may use it from now on.
         limits: of these, `max_batch`, `max_wait_ms`, `max_seconds` and `max_window_tokens` are the engine's.
         on_batch: called after each batch with its kind, its windows, their seconds, and the seconds that it took.
+        at_once: batches that are answered at a time; by default as said above.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Engine:
         loaded: LoadedModel,
         limits: Limits,
         on_batch: Callable[[str, int, float, float], None] | None = None,
+        at_once: int | None = None,
     ):
         self.model, self.processor = loaded
         self.limits, self.on_batch = limits, on_batch or (lambda *_: None)
@@ -166,9 +168,11 @@ class Engine:
         self.to_read: deque[Job] = deque()
         self.items: deque[Item] = deque()
         self.closing = False
-        self.cores = torch.get_num_threads() if self.model.device.type == "cpu" else 1
         elsewhere = getattr(self.model.language_model, "runs_elsewhere", False)
-        self.at_once = ELSEWHERE if elsewhere else min(BESIDE, self.cores)
+        self.cores = torch.get_num_threads() if self.model.device.type == "cpu" and not elsewhere else 1
+        # What makes drafts inexact (rotary embeddings that change with the length) is state that threads would share.
+        beside = 1 if self.answers and without_drafts else min(BESIDE, self.cores)
+        self.at_once = at_once or (ELSEWHERE if elsewhere else beside)
         self.answering = 0  # batches
         self.threads = [
             threading.Thread(target=target, name=f"soundwave-{name}", daemon=True)
@@ -261,6 +265,7 @@ class Engine:
 
     def _read(self) -> None:
         """The reader's thread: one window of each recording in turn."""
+        torch.get_num_threads()  # as in `_work`
         while (job := self._next_to_read()) is not None:
             try:
                 goes_on = self._read_window(job)
@@ -332,12 +337,11 @@ class Engine:
 
     def _work(self) -> None:
         """A thread of the model."""
+        torch.get_num_threads()  # a thread asks once how many it has; later it would take what another one has set
         while batch := self._next_batch():
             began = time.monotonic()
             if self.cores > 1:
-                with self.changed:  # the batches that come may be too few for all threads
-                    beside = max(self.answering, min(self.at_once, 1 + len(self.items) // self.limits.max_batch))
-                torch.set_num_threads(max(1, self.cores // beside))  # of this thread
+                torch.set_num_threads(-(-self.cores // self._beside()))  # of this thread
             self._answer(batch)
             took = time.monotonic() - began
             with self.changed:
@@ -346,6 +350,14 @@ class Engine:
                 self.changed.notify_all()
             self.on_batch(batch[0].job.kind, len(batch), sum(item.seconds for item in batch), took)
             del batch  # its samples
+        if self.cores > 1:
+            torch.set_num_threads(self.cores)  # threads that begin later take what was set last
+
+    def _beside(self) -> int:
+        """How many batches share the cores: those that are being answered, and one more that can be begun."""
+        with self.changed:
+            waits = any(item.job not in self.busy for item in self.items)
+            return min(self.at_once, self.answering + waits)
 
     def _next_batch(self) -> list[Item]:
         """Wait for windows and take a batch of them; empty if the engine closes."""

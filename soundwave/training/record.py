@@ -50,7 +50,7 @@ def alone_in(out: Path) -> Iterator[None]:
     lock = ExitStack()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.enter_context(locked(out / LOCK, busy, say))
+        lock.enter_context(locked(out / LOCK, out, busy, say))
     except OSError as error:
         if isinstance(error, FileExistsError) and out.is_file():
             raise WriteError(f"out = {str(out)!r} is a file; name a folder") from None

@@ -309,12 +309,11 @@ def _initialise_adapter(
     inputs = processor.pad_features(clips) if clips else {}
     inputs = {name: x.to(model.device) for name, x in inputs.items()}
     found = processes.gather(model.frame_moments(**inputs) if clips else None)
-    frames, mean, square = zip(*(moments for moments in found if moments is not None), strict=True)
-    whole = sum(frames)
-    model.standardise_frames(
-        sum(part.cpu() * (rows / whole) for part, rows in zip(mean, frames, strict=True)),
-        sum(part.cpu() * (rows / whole) for part, rows in zip(square, frames, strict=True)),
-    )
+    moments = [each for each in found if each is not None]
+    whole = sum(rows for rows, _, _ in moments)
+    mean, mean_square = (torch.stack([each[place] * (each[0] / whole) for each in moments]).sum(0) for place in (1, 2))
+    if not model.standardise_frames(mean, mean_square):
+        _tell(config, "the first recordings are all alike to the encoder, as silence is: the scale stays as it is")
     bias, rows = 0.0, 0
     if clips:
         bias = model.initialise_blank(**inputs)
