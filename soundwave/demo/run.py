@@ -46,8 +46,8 @@ VERSIONS_OF = ("torch", "transformers", "peft", "numpy")
 FULL_MINUTES, QUICK_MINUTES, REFERENCE_PRODUCT = 14.9, 3.1, 1.4e-3
 REFERENCE_THREADS, MOST_THREADS = 2, 4  # More threads than 4 were not timed; the small products gain little from them.
 # Share of the time that grows with the product's, where that is slower than the reference's. Machines without bfloat16
-# instructions (4.6 ms) took 39 to 53 minutes when the reference took 19.5. A faster product gains nothing: two cores of a Xeon with AMX (0.37 ms)
-# took 23.8 minutes beside other programs, and 42 CPU minutes, so some 21 alone (docs/log.md).
+# instructions (4.6 ms) took 39 to 53 minutes when the reference took 19.5. A faster product gains nothing: two cores of
+# a Xeon with AMX (0.37 ms) took 23.8 minutes beside other programs, and 42 CPU minutes, so some 21 alone (docs/log.md).
 PRODUCTS_SHARE = 0.5
 
 
