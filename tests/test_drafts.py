@@ -64,6 +64,24 @@ def greedy(loaded, prompts):
     ]  # fmt: skip
 
 
+def test_threads_that_decode_at_once_share_loras_switch(model_folders):
+    model = SoundwaveForConditionalGeneration.from_pretrained(model_folders[3], dtype=torch.bfloat16)
+    layers = [layer for layer in model.language_model.modules() if hasattr(layer, "cast_input_dtype_enabled")]
+    assert layers
+
+    def casts() -> set[bool]:
+        return {layer.cast_input_dtype_enabled for layer in layers}
+
+    first, second = model.decoding(), model.decoding()
+    first.__enter__()
+    second.__enter__()
+    assert casts() == {False}
+    first.__exit__(None, None, None)
+    assert casts() == {False}  # the second one is at work
+    second.__exit__(None, None, None)
+    assert casts() == {True}
+
+
 def damaged(tokens, rng):
     """Tokens of which some are replaced, left out or doubled."""
     out = []

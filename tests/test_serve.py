@@ -710,7 +710,7 @@ class SlowReader:
 
 @pytest.fixture
 def engine(loaded):
-    started = Engine(loaded, Limits(max_batch=4, max_wait_ms=5, max_seconds=100), at_once=1)
+    started = Engine(loaded, Limits(max_batch=4, max_wait_ms=5, max_seconds=100))
     started.start()
     yield started
     started.close()
@@ -740,62 +740,6 @@ def submit(engine: Engine, path: Path | None = None, **options) -> tuple[Job, To
     job = Job(told, path, **options)
     engine.submit(job)
     return job, told
-
-
-@pytest.fixture
-def pair(loaded):
-    """An engine as on two cores, and how many threads torch had in each of its batches."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    started, threads = Engine(loaded, Limits(max_batch=1, max_wait_ms=0, max_seconds=100)), []
-
-    class Counting(SlowReader):
-        def read(self, windows, *, timed=False):
-            threads.append(torch.get_num_threads())
-            return super().read(windows, timed=timed)
-
-    slow = Counting(started)
-    started.start()
-    yield started, slow, threads
-    slow.go.set()
-    started.close()
-    torch.set_num_threads(before)
-
-
-def test_two_batches_share_the_cores_and_one_alone_has_both(pair, clips):
-    engine, slow, threads = pair
-    _, first = submit(engine, clips(16_000))
-    assert slow.began.wait(20) and threads == [2]
-    _, second = submit(engine, clips(17_000))
-    end = time.monotonic() + 20
-    while len(threads) < 2 and time.monotonic() < end:
-        time.sleep(0.01)
-    assert threads == [2, 1]
-    slow.go.set()
-    assert [told.last().transcript.text for told in (first, second)] == ["w16000", "w17000"]
-
-
-def test_a_long_recording_alone_has_all_cores(pair, clips):
-    engine, slow, threads = pair
-    slow.go.set()
-    _, told = submit(engine, clips(95 * 16_000))
-    assert told.last().transcript.seconds == 95 and len(threads) >= 4 and set(threads) == {2}
-
-
-def test_two_batches_at_a_time_write_what_the_library_writes(loaded, spoken, tmp_path):
-    paths = []
-    for number, data in enumerate(list(spoken.values()) * 3):
-        paths.append(tmp_path / f"{number}.wav")
-        paths[-1].write_bytes(data)
-    wanted = [each.text for each in long.transcribe(paths, loaded, max_new_tokens=TOKENS)]
-    engine = Engine(loaded, Limits(max_batch=1, max_wait_ms=0, max_window_tokens=TOKENS), at_once=2)
-    engine.start()
-    try:
-        told = [submit(engine, path)[1] for path in paths]
-        assert [one.last(60).transcript.text for one in told] == wanted
-    finally:
-        engine.close()
-    assert not loaded.model._decoding and loaded.model._without_casts is None
 
 
 def test_a_request_that_is_cancelled_never_reaches_the_model(engine, slow, clips):

@@ -1,4 +1,4 @@
-"""Requests are answered together: threads of the model's, and one that reads recordings for them.
+"""Requests are answered together: one thread owns the model, another one reads recordings for it.
 
     submit ──> reader: opens recordings, cuts them into windows, makes features ──> windows ──> worker: model ──> tell
 
@@ -9,8 +9,7 @@ full or its oldest window has waited for `max_wait_ms`. Windows of several recor
 that is so short or long that more than half of the batch would be padding waits for the next.
 
 Where the language model is in another process, `ELSEWHERE` batches are answered at a time, each by a thread of its own:
-one is encoded while others are written. On a CPU with several cores they are `BESIDE`, which share the cores: what one
-core alone can do of a batch, as log-mel and texts, leaves the others to the second batch.
+one is encoded while others are written.
 
 Every request ends once, with `Done` or with `Failed`. A request that is cancelled leaves the queue at once; in a chat
 that is being answered its row ends with the next token. If a batch fails, its halves are tried alone, so that one bad
@@ -43,7 +42,6 @@ from soundwave.serve.settings import Limits
 
 AHEAD = 2  # batches of windows that are read ahead
 ELSEWHERE = 4  # batches that are answered at a time, if the language model is in another process
-BESIDE = 2  # the same on a CPU
 SHORTEST = 2.0  # s; what a window costs besides its length is as much as this
 WASTE = 2.0  # a batch is at most this many times as long, with its padding, as its windows
 FRAMES_PER_SECOND = 25  # of speech that the language model gets at most, if nothing is shrunk
@@ -138,7 +136,6 @@ class Engine:
         loaded: the model. Nothing else may use it from now on.
         limits: of these, `max_batch`, `max_wait_ms`, `max_seconds` and `max_window_tokens` are the engine's.
         on_batch: called after each batch with its kind, its windows, their seconds, and the seconds that it took.
-        at_once: batches that are answered at a time; by default as said above.
     """
 
     def __init__(
@@ -146,7 +143,6 @@ class Engine:
         loaded: LoadedModel,
         limits: Limits,
         on_batch: Callable[[str, int, float, float], None] | None = None,
-        at_once: int | None = None,
     ):
         self.model, self.processor = loaded
         self.limits, self.on_batch = limits, on_batch or (lambda *_: None)
@@ -168,15 +164,10 @@ class Engine:
         self.to_read: deque[Job] = deque()
         self.items: deque[Item] = deque()
         self.closing = False
-        elsewhere = getattr(self.model.language_model, "runs_elsewhere", False)
-        self.cores = torch.get_num_threads() if self.model.device.type == "cpu" and not elsewhere else 1
-        # What makes drafts inexact (rotary embeddings that change with the length) is state that threads would share.
-        beside = 1 if self.answers and without_drafts else min(BESIDE, self.cores)
-        self.at_once = at_once or (ELSEWHERE if elsewhere else beside)
-        self.answering = 0  # batches
+        batches = ELSEWHERE if getattr(self.model.language_model, "runs_elsewhere", False) else 1
         self.threads = [
             threading.Thread(target=target, name=f"soundwave-{name}", daemon=True)
-            for name, target in (("reader", self._read), *[("model", self._work)] * self.at_once)
+            for name, target in (("reader", self._read), *[("model", self._work)] * batches)
         ]
 
     # ------------------------------------------------------------ called by the server
@@ -265,7 +256,6 @@ class Engine:
 
     def _read(self) -> None:
         """The reader's thread: one window of each recording in turn."""
-        torch.get_num_threads()  # as in `_work`
         while (job := self._next_to_read()) is not None:
             try:
                 goes_on = self._read_window(job)
@@ -336,28 +326,16 @@ class Engine:
     # ------------------------------------------------------------ the model
 
     def _work(self) -> None:
-        """A thread of the model."""
-        torch.get_num_threads()  # a thread asks once how many it has; later it would take what another one has set
+        """The model's thread."""
         while batch := self._next_batch():
             began = time.monotonic()
-            if self.cores > 1:
-                torch.set_num_threads(-(-self.cores // self._beside()))  # of this thread
             self._answer(batch)
             took = time.monotonic() - began
             with self.changed:
-                self.answering -= 1
                 self.busy -= Counter(item.job for item in batch)
                 self.changed.notify_all()
             self.on_batch(batch[0].job.kind, len(batch), sum(item.seconds for item in batch), took)
             del batch  # its samples
-        if self.cores > 1:
-            torch.set_num_threads(self.cores)  # threads that begin later take what was set last
-
-    def _beside(self) -> int:
-        """How many batches share the cores: those that are being answered, and one more that can be begun."""
-        with self.changed:
-            waits = any(item.job not in self.busy for item in self.items)
-            return min(self.at_once, self.answering + waits)
 
     def _next_batch(self) -> list[Item]:
         """Wait for windows and take a batch of them; empty if the engine closes."""
@@ -374,7 +352,6 @@ class Engine:
                 batch = choose(free, self.limits.max_batch)
                 taken = set(map(id, batch))
                 self.busy += Counter(item.job for item in batch)
-                self.answering += 1
                 self.items = deque(item for item in self.items if id(item) not in taken)
                 self.changed.notify_all()
                 return batch

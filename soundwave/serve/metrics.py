@@ -24,7 +24,7 @@ class Metrics:
             buckets=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64), **own,
         )  # fmt: skip
         self.audio = Counter("audio_seconds", "Speech that the model has read.", ["kind"], **own)
-        self.busy = Counter("model_seconds", "Seconds that batches took; two may overlap.", ["kind"], **own)
+        self.busy = Counter("model_seconds", "Time in which the model was at work.", ["kind"], **own)
         self.open = Gauge("open_requests", "Requests that have no answer yet.", **own)
         self.waiting = Gauge("waiting_windows", "Windows that wait for the model.", **own)
 
