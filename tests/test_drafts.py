@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -72,13 +73,20 @@ def test_threads_that_decode_at_once_share_loras_switch(model_folders):
     def casts() -> set[bool]:
         return {layer.cast_input_dtype_enabled for layer in layers}
 
-    first, second = model.decoding(), model.decoding()
-    first.__enter__()
-    second.__enter__()
-    assert casts() == {False}
-    first.__exit__(None, None, None)
-    assert casts() == {False}  # the second one is at work
-    second.__exit__(None, None, None)
+    begun, end = threading.Event(), threading.Event()
+
+    def decode() -> None:
+        with model.decoding():
+            begun.set()
+            assert end.wait(20)
+
+    other = threading.Thread(target=decode)
+    with model.decoding():
+        other.start()
+        assert begun.wait(20) and casts() == {False}
+    assert casts() == {False}  # the other thread is at work
+    end.set()
+    other.join(20)
     assert casts() == {True}
 
 
