@@ -83,7 +83,7 @@ def test_threads_share_the_work_up_to_four():
 def test_the_line_tells_this_machine_s_time_and_the_reference_s(quick):
     line = demo.expected_time(quick)
     assert TIME.match(line) and "\n" not in line
-    assert line.endswith(f"needs {'4' if quick else '20'} minutes)")
+    assert line.endswith(f"needs {'3' if quick else '15'} minutes)")
 
 
 def test_the_product_s_time_is_stable_and_leaves_the_threads_as_they_are():
