@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import yaml
+from transformers.utils import logging
 
 from soundwave import backbones
 from soundwave.curation.hearing import Clip, Whisper
@@ -90,6 +91,7 @@ def whisper_wer(work: Path) -> float:
     if kept.exists():
         return json.loads(kept.read_text())
     samples = read_manifest(work / "data/test.jsonl")
+    logging.set_verbosity_error()  # it would say for each clip which of two limits it takes
     whisper = Whisper(backbones.WHISPER)
     clips = [Clip(place, sample.audio, sample.offset, sample.duration) for place, sample in enumerate(samples)]
     heard = [found for clip in clips for found in whisper([clip])]
