@@ -242,6 +242,21 @@ def test_recordings_are_played_at_other_speeds(sources, tmp_path):
         assert min(abs(tone - row["speed"] * each) for each in tones) < 3
 
 
+def test_sounds_are_played_at_other_speeds_and_words_are_not(sources, tmp_path):
+    task = EVERY[2] | {"count": 12, "seconds": 2.0, "speed": [0.6, 1.8], "formats": {"direct": 1}}
+    rows = made(tmp_path, sources, task)
+    speeds = [row["speed"] for row in rows]
+    assert 0.6 <= min(speeds) < 0.8 and 1.4 < max(speeds) <= 1.8
+    for row in rows:
+        audio, _ = soundfile.read(tmp_path / "out" / row["audio_filepath"])
+        spectrum = np.fft.rfft(audio)
+        spectrum[: 2000 * len(audio) // RATE] = 0  # without the words
+        power = np.square(np.fft.irfft(spectrum, len(audio)))
+        power = power[: len(power) // 160 * 160].reshape(-1, 160).mean(1)  # each hundredth of a second
+        assert (power > power.max() / 10).sum() / 100 == pytest.approx(1 / row["speed"], abs=0.05)
+        assert len(audio) / RATE > 2.5
+
+
 def test_phrasings_are_all_used(sources, tmp_path):
     rows = made(tmp_path, sources, {"kind": "question", "source": "sounds", "task": "sound", "count": 100})
     assert len({row["prompt"] for row in rows}) == 6

@@ -299,6 +299,14 @@ def _samples_of(sample: Sample) -> np.ndarray:
     return _load(str(sample.audio), sample.offset, sample.duration)
 
 
+def _at_speed(rng: Rng, samples: np.ndarray, speeds: tuple[float, float]) -> tuple[np.ndarray, Row]:
+    """Samples played at a speed that is drawn, and the speed for the row; nothing is drawn where there is no choice."""
+    if speeds == (1.0, 1.0):
+        return samples, {}
+    speed = round(float(rng.uniform(*speeds)), 3)
+    return soxr.resample(samples, speed * SAMPLING_RATE, SAMPLING_RATE), {"speed": speed}
+
+
 class _Block:
     """One task of a recipe: makes its samples, each from its number alone."""
 
@@ -403,14 +411,15 @@ class _Block:
         assert self.sounds is not None
         sounds = self.sounds.labels[label]
         sound = sounds[int(rng.integers(len(sounds)))]
-        loudest = loudest_part(_samples_of(sound), task.seconds)
+        samples, speed = _at_speed(rng, _samples_of(sound), task.speed)
+        loudest = loudest_part(samples, task.seconds)
         try:
             parts.insert(1, at_level(loudest, np.concatenate(parts), float(rng.uniform(*task.level))))
         except ValueError as error:
             raise AudioError(sound.audio or "", f"{error}; leave it out of source {task.sounds!r}") from None
         token = token_of(task.token, label)
         written = [*texts, token] if task.token_at == "end" else [texts[0], token, texts[1]]
-        row |= {"sound": label, "ctc_text": " ".join(written)}
+        row |= {"sound": label, "ctc_text": " ".join(written)} | speed
         answer = text if ask == "transcribe" else label
         return self._short(parts), name, {"text": text} | self._phrased(rng, ask, answer, text) | row
 
@@ -445,17 +454,14 @@ class _Block:
 
     def _question(self, rng: Rng, task: Question, index: int, name: str) -> tuple[np.ndarray, str, Row]:
         sample = self.source.samples[index]
-        samples, speed = _samples_of(sample), 1.0
-        if task.speed != (1.0, 1.0):
-            speed = round(float(rng.uniform(*task.speed)), 3)
-            samples = soxr.resample(samples, speed * SAMPLING_RATE, SAMPLING_RATE)
+        samples, speed = _at_speed(rng, _samples_of(sample), task.speed)
         audio = self._short([samples])
         text = None if self.source.source.label else (sample.text or "").strip() or None
         row = self._phrased(rng, task.task, self._answer(sample), text)
         if task.token:
             row["ctc_text"] = token_of(task.token, (sample.text or "").strip())
-        if task.speed != (1.0, 1.0):
-            return audio, name, ({"text": text} if text else {}) | row | {"speed": speed}
+        if speed:
+            return audio, name, ({"text": text} if text else {}) | row | speed
         # Other questions may ask about the same recording with another tail.
         tail = f"-tail{round(task.tail * SAMPLING_RATE)}" if task.tail else ""
         return audio, f"{self.source.name}-{index:06d}{tail}", ({"text": text} if text else {}) | row

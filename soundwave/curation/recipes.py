@@ -73,6 +73,7 @@ Level = Annotated[float, Field(ge=-60, le=60)]
 Formats = Annotated[dict[Format, Weight], AfterValidator(_some_weight)]
 Clips = Annotated[tuple[Positive, Positive], AfterValidator(_in_order)]
 Speed = Annotated[float, Field(ge=0.5, le=2, allow_inf_nan=False)]
+Speeds = Annotated[tuple[Speed, Speed], AfterValidator(_in_order)]
 
 
 class SourceOf(_Strict):
@@ -137,6 +138,7 @@ class Sound(_Task):
         token: what CTC writes for the sound; `{label}` stands for its label. Or a word for each label.
         token_at: where CTC writes it: between the words, as the sound is heard, or at their end.
         ask: weights of the questions: the words, and what the sound is.
+        speed: how many times as fast the sound is played, drawn from and to; its pitch changes with it.
     """
 
     kind: Literal["sound"]
@@ -150,6 +152,7 @@ class Sound(_Task):
         "transcribe": 1.0,
         "sound": 1.0,
     }
+    speed: Speeds = (1.0, 1.0)
 
 
 class Question(_Task):
@@ -172,7 +175,7 @@ class Question(_Task):
     answer: str | None = None
     choices: list[str] | None = None
     token: Token | None = None
-    speed: Annotated[tuple[Speed, Speed], AfterValidator(_in_order)] = (1.0, 1.0)
+    speed: Speeds = (1.0, 1.0)
 
 
 Task = Annotated[Strings | Speakers | Sound | Question, Field(discriminator="kind")]
